@@ -1,0 +1,41 @@
+# What people and CI both call. Everything lives in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup train test test-slow bench lint gpu-check clean
+
+# The extension is built without build isolation, against the torch that will load it.
+setup: .venv/ready
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision "setuptools>=70" pybind11 ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	$(BIN)/python -c "import ups_fast; [print(f'{k}: {v}') for k, v in ups_fast.backend().items()]"
+	touch $@
+
+train: setup
+	$(BIN)/python -m ups_fast.train configs/digits.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -s
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files "*.h" "*.cpp" "*.inl" "*.cu" "*.cuh")
+
+# On a machine with a GPU, in whatever environment is active: no network, no virtual environment.
+gpu-check:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+
+clean:
+	rm -rf .venv build ups_fast/*.so *.egg-info

@@ -1,0 +1,68 @@
+"""The three ops against their reference, eager and under torch.compile, on the same inputs: `make bench`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ups_fast
+from ups_fast import reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+IMPLEMENTATIONS = ["reference, eager", "reference, compiled", "ups_fast"]
+
+
+def implementation(name, op):
+    if name == "ups_fast":
+        return getattr(ups_fast, op)
+    function = getattr(reference, op)
+    # The rival at its best: static shapes, and compiled anew for each benchmark.
+    return function if name == "reference, eager" else torch.compile(function, dynamic=False)
+
+
+def measure(benchmark, group, name, call, device):
+    def timed():
+        result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    benchmark.group, benchmark.extra_info["implementation"] = group, name
+    benchmark.pedantic(timed, warmup_rounds=5, rounds=20 if name == "reference, eager" else 100)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("p, n, c", [(10, 8192, 10), (10, 8192, 100), (10, 1024, 1000)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_mc_select(benchmark, device, p, n, c, dtype, name):
+    logits = (3 * torch.randn(p, n, c, device=device)).to(dtype)
+    select = implementation(name, "mc_select")
+    group = f"mc_select {device} P={p} N={n} C={c} {str(dtype)[6:]}"
+    measure(benchmark, group, name, lambda: select(logits), device)
+
+
+def loss_batch(device, b, c):
+    logits = torch.randn(b, c, device=device, requires_grad=True)
+    positive = torch.rand(b, device=device) < 0.5
+    return logits, torch.randint(c, (b,), device=device), positive, torch.rand(b, c, device=device) < 0.5
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("b, c", [(128, 10), (512, 100), (8192, 100)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ups_loss(benchmark, device, b, c, name):
+    batch = loss_batch(device, b, c)
+    loss = implementation(name, "ups_loss")
+    call = lambda: torch.autograd.grad(loss(*batch), batch[0])  # noqa: E731
+    measure(benchmark, f"ups_loss forward + backward {device} B={b} C={c}", name, call, device)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("b, c", [(128, 10), (512, 100), (8192, 100)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_nce_loss(benchmark, device, b, c, name):
+    logits, _, _, mask = loss_batch(device, b, c)
+    loss = implementation(name, "nce_loss")
+    call = lambda: torch.autograd.grad(loss(logits, mask), logits)  # noqa: E731
+    measure(benchmark, f"nce_loss forward + backward {device} B={b} C={c}", name, call, device)

@@ -1,0 +1,190 @@
+// The losses of one row and their gradients for one instruction set; formulas and names in math/loss_row.h.
+// Classes lie in the lanes: vector k holds classes k * kLanes and up.
+
+#include "simd.inl"
+
+// log(x) for positive normal x, within 1 ulp or 1e-8; NaN stays NaN: x = 2^n m with m in [sqrt(1/2), sqrt(2)),
+// log m = 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...), s = (m - 1) / (m + 1).
+UPS_HD Vec<float> log_positive(Vec<float> x) {
+  const Int<float> bits = bits_as<Int<float>>(x);
+  const Int<float> n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is sqrt(1/2)
+  const Vec<float> m = bits_as<Vec<float>>(bits - (n << 23));
+  const Vec<float> s = (m - 1) / (m + 1), s2 = s * s;
+  Vec<float> series = s2 * (1.0f / 9) + 1.0f / 7;
+  series = series * s2 + 1.0f / 5;
+  series = series * s2 + 1.0f / 3;
+  const Vec<float> log_x = __builtin_convertvector(n, Vec<float>) * 0x1.62e43p-1f + (2 * s * (series * s2) + 2 * s);
+  return x == x ? log_x : x;
+}
+UPS_HD Vec<double> log_positive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// Which of the classes of vector k are in the row's mask: -1 or 0 in each lane, 0 beyond the last class.
+template <class T>
+UPS_HD Int<T> mask_lanes(const MaskRow& mask, int64_t k, int64_t n_classes) {
+  constexpr int L = kLanes<T>;
+  typedef uint8_t Bytes __attribute__((vector_size(L)));
+  const int64_t first = k * L;
+  const int64_t n = n_classes - first < L ? n_classes - first : L;
+  if (mask.words) {
+    const uint32_t word = mask.words[first / 32] >> (first % 32);  // L divides 32
+    Int<T> lanes;
+    for (int i = 0; i < L; ++i) lanes[i] = -static_cast<int>(i < n && (word >> i & 1));
+    return lanes;
+  }
+  Bytes bytes{};
+  __builtin_memcpy(&bytes, mask.bytes + first, n);
+  return __builtin_convertvector(bytes, Int<T>) != 0;
+}
+
+template <class T, class S>
+class LossRow {
+  static constexpr int L = kLanes<T>;
+  using V = Vec<T>;
+  using I = Int<T>;
+
+ public:
+  static int64_t bytes_needed(int64_t n_classes) { return 3 * ((n_classes + L - 1) / L) * sizeof(V); }
+
+  LossRow(int64_t n_classes, void* scratch)
+      : C(n_classes),
+        k_count((n_classes + L - 1) / L),
+        p(static_cast<V*>(scratch)),
+        not_p(p + k_count),
+        w(not_p + k_count) {}
+
+  // Reads logits [C]: p, 1 - p, rest and their normaliser.
+  void read(const S* logits) {
+    V highest = splat<T>(-INFINITY);  // never NaN: a NaN logit loses every comparison and is found below
+    for (int64_t k = 0; k < k_count; ++k) {
+      p[k] = load_vector(logits, k);
+      highest = vmax(p[k], highest);
+    }
+    highest = lanes_max<T>(highest);
+    top = highest[0];
+    V others{}, tops{};
+    for (int64_t k = 0; k < k_count; ++k) {
+      const V below = p[k] - highest;
+      const I top_here = below == 0;
+      p[k] = exp_nonpositive(below);
+      p[k] = (below == below) ? p[k] : below;  // NaN stays NaN
+      if (k == k_count - 1) p[k] = class_exists() ? p[k] : V{};
+      others += top_here ? V{} : p[k];
+      tops += top_here ? p[k] : V{};
+    }
+    // `rest` leaves out one top class; others that tie with it count.
+    const V rest_lanes = lanes_sum<T>(others) + (lanes_sum<T>(tops) - 1);
+    rest = rest_lanes[0];
+    p_top = 1 / (1 + rest_lanes);
+    for (int64_t k = 0; k < k_count; ++k) {
+      p[k] = p[k] * p_top;
+      not_p[k] = is_top(k) ? rest_lanes * p_top : 1 - p[k];
+    }
+  }
+
+  T ce(const S* logits, int64_t target) const { return std::log1p(rest) + (top - static_cast<T>(logits[target])); }
+
+  void d_ce(int64_t target, T weight, S* d_logits) {
+    for (int64_t k = 0; k < k_count; ++k) w[k] = p[k];
+    w[target / L][target % L] = -not_p[target / L][target % L];
+    store(weight, d_logits);
+  }
+
+  T nce(const MaskRow& mask) const {
+    V sum{}, count{};
+    for (int64_t k = 0; k < k_count; ++k) {
+      const I g = mask_lanes<T>(mask, k, C);
+      sum += g ? log_positive(clamped(not_p[k])) : V{};
+      count += g ? splat<T>(1) : V{};
+    }
+    return -lanes_sum<T>(sum)[0] / (lanes_sum<T>(count)[0] + T(kNceEps));
+  }
+
+  void d_nce(const MaskRow& mask, T weight, S* d_logits) {
+    V sum_top{}, sum_other{}, count{};
+    for (int64_t k = 0; k < k_count; ++k) {
+      const I g = mask_lanes<T>(mask, k, C);
+      w[k] = (g & ~(not_p[k] < T(kNceEps))) ? p[k] / not_p[k] : V{};
+      sum_top += is_top(k) ? w[k] : V{};
+      sum_other += is_top(k) ? V{} : w[k];
+      count += g ? splat<T>(1) : V{};
+    }
+    sum_top = lanes_sum<T>(sum_top);
+    sum_other = lanes_sum<T>(sum_other);
+    for (int64_t k = 0; k < k_count; ++k) {
+      // w_j - p_j sum w; for the top class, whose w may be 1e6, with w_j (1 - p_j) in one piece.
+      const V of_top = w[k] * not_p[k] - p[k] * (sum_other + (sum_top - w[k]));
+      const V of_other = w[k] - p[k] * (sum_other + sum_top);
+      w[k] = is_top(k) ? of_top : of_other;
+    }
+    store(weight / (lanes_sum<T>(count)[0] + T(kNceEps)), d_logits);
+  }
+
+ private:
+  V load_vector(const S* logits, int64_t k) const {
+    const int64_t left = C - k * L;
+    return left >= L ? load_logits(logits + k * L, T{}) : load_logits_tail<T>(logits + k * L, static_cast<int>(left));
+  }
+  I class_exists() const {
+    I exists;
+    for (int i = 0; i < L; ++i) exists[i] = -static_cast<int>((k_count - 1) * L + i < C);
+    return exists;
+  }
+  I is_top(int64_t k) const { return p[k] == p_top; }  // its e is exactly 1
+
+  // At least eps; NaN stays NaN.
+  static V clamped(V x) { return x < T(kNceEps) ? splat<T>(T(kNceEps)) : x; }
+
+  void store(T weight, S* d_logits) const {
+    for (int64_t k = 0; k < k_count; ++k) {
+      const V d = w[k] * weight;
+      const int64_t n = C - k * L < L ? C - k * L : L;
+      for (int64_t i = 0; i < n; ++i) d_logits[k * L + i] = static_cast<S>(d[i]);
+    }
+  }
+
+  const int64_t C;
+  const int64_t k_count;
+  V* const p;      // [K]
+  V* const not_p;  // [K], 1 - p
+  V* const w;      // [K]
+  T top;           // the largest logit
+  T rest;          // sum of e without one top class
+  V p_top;         // 1 / s, the probability of the largest logit
+};
+
+// Losses of rows [begin, end).
+template <class S, class T>
+void loss_rows(const LossRows<S, T>& a, T* loss, int64_t begin, int64_t end) {
+  Aligned scratch(LossRow<T, S>::bytes_needed(a.C));
+  LossRow<T, S> row(a.C, scratch.data);
+  for (int64_t i = begin; i < end; ++i) {
+    loss[i] = 0;
+    if (a.kind[i] == RowKind::none) continue;
+    const S* const logits = a.logits + i * a.stride;
+    row.read(logits);
+    loss[i] = a.kind[i] == RowKind::positive ? row.ce(logits, a.target[i]) : row.nce(a.mask.row(i));
+  }
+}
+
+// Gradients of rows [begin, end), each times its weight.
+template <class S, class T>
+void d_loss_rows(const LossRows<S, T>& a, const T* weight, S* d_logits, int64_t begin, int64_t end) {
+  Aligned scratch(LossRow<T, S>::bytes_needed(a.C));
+  LossRow<T, S> row(a.C, scratch.data);
+  for (int64_t i = begin; i < end; ++i) {
+    S* const d_row = d_logits + i * a.C;
+    if (a.kind[i] == RowKind::none) {
+      for (int64_t c = 0; c < a.C; ++c) d_row[c] = static_cast<S>(0.0f);
+      continue;
+    }
+    row.read(a.logits + i * a.stride);
+    if (a.kind[i] == RowKind::positive) {
+      row.d_ce(a.target[i], weight[i], d_row);
+    } else {
+      row.d_nce(a.mask.row(i), weight[i], d_row);
+    }
+  }
+}

@@ -1,0 +1,118 @@
+// SIMD vectors of UPS_VECTOR_BYTES in the compiler's own vector types: +, -, *, /, comparisons and `mask ? a : b` work
+// lane by lane and compile to the instruction set of the including namespace. Included by each kernel's .inl file.
+
+#include "../math/row_math.inl"
+
+template <class T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float V __attribute__((vector_size(UPS_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(UPS_VECTOR_BYTES)));
+};
+template <>
+struct Vectors<double> {
+  typedef double V __attribute__((vector_size(UPS_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(UPS_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename Vectors<T>::V;
+template <class T>
+using Int = typename Vectors<T>::I;  // integers of the same width; the type of a comparison: -1 true, 0 false
+template <class T>
+constexpr int kLanes = UPS_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+UPS_HD Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+template <class V>
+UPS_HD V load_unaligned(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class To, class From>
+UPS_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+UPS_HD V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+
+// kLanes logits of storage type S as compute type T.
+typedef uint16_t Halves __attribute__((vector_size(UPS_VECTOR_BYTES / 2)));  // as many as a vector has floats
+
+UPS_HD Vec<float> load_logits(const float* from, float) { return load_unaligned<Vec<float>>(from); }
+UPS_HD Vec<double> load_logits(const double* from, double) { return load_unaligned<Vec<double>>(from); }
+UPS_HD Vec<float> load_logits(const BFloat16* from, float) {
+  const Int<float> wide = __builtin_convertvector(load_unaligned<Halves>(from), Int<float>);
+  return bits_as<Vec<float>>(wide << 16);
+}
+UPS_HD Vec<float> load_logits(const Half* from, float) {
+  const Int<float> wide = __builtin_convertvector(load_unaligned<Halves>(from), Int<float>);
+  const Int<float> magnitude = wide & 0x7fff;
+  // Exponent and mantissa at float's place, then the bias set right by a product, which makes subnormals normal too.
+  const Vec<float> scaled = bits_as<Vec<float>>(magnitude << 13) * 0x1p112f;
+  const Int<float> infinite = (magnitude >= 0x7c00) & 0x7f800000;
+  return bits_as<Vec<float>>(bits_as<Int<float>>(scaled) | infinite | ((wide & 0x8000) << 16));
+}
+
+// Loads n < kLanes logits; the other lanes repeat the first, so they change no maximum and no test for NaN.
+template <class T, class S>
+UPS_HD Vec<T> load_logits_tail(const S* from, int n) {
+  S full[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) full[i] = from[i < n ? i : 0];
+  return load_logits(full, T{});
+}
+
+// Lane i receives lane (i + step) mod kLanes.
+template <class T, int step, int... i>
+UPS_HD Vec<T> rotate(Vec<T> v, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((i + step) % kLanes<T>)...);
+#else
+  return __builtin_shuffle(v, Int<T>{((i + step) % kLanes<T>)...});
+#endif
+}
+
+// The maximum / sum over the lanes, in every lane; in a fixed order.
+template <class T, int step = kLanes<T> / 2>
+UPS_HD Vec<T> lanes_max(Vec<T> v) {
+  v = vmax(v, rotate<T, step>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+  if constexpr (step > 1) v = lanes_max<T, step / 2>(v);
+  return v;
+}
+template <class T, int step = kLanes<T> / 2>
+UPS_HD Vec<T> lanes_sum(Vec<T> v) {
+  v += rotate<T, step>(v, std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (step > 1) v = lanes_sum<T, step / 2>(v);
+  return v;
+}
+
+// exp(x) for x <= 0, within 1 ulp; anything below -87 counts as -87 (1e-38). Cody-Waite reduction x = n ln2 + r and
+// exp(r) = 1 + r + r^2 Q(r), Q fitted to a relative error of 3e-9 on |r| <= ln2 / 2.
+UPS_HD Vec<float> exp_nonpositive(Vec<float> x) {
+  x = vmax(x, splat<float>(-87.0f));
+  const float shift = 0x1.8p23f;  // x + shift rounds x to an integer, which then stands in the low bits
+  const Vec<float> shifted = x * 0x1.715476p0f + shift;
+  const Vec<float> n = shifted - shift;
+  const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // the first product is exact
+  Vec<float> q = r * 0.0013814539415761828f + 0.00836874544620514f;
+  q = q * r + 0.04166838899254799f;
+  q = q * r + 0.1666652113199234f;
+  q = q * r + 0.4999999403953552f;
+  const Vec<float> e = q * (r * r) + r + 1.0f;
+  return bits_as<Vec<float>>(bits_as<Int<float>>(e) + (bits_as<Int<float>>(shifted) << 23));
+}
+UPS_HD Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}

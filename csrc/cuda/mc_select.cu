@@ -1,0 +1,470 @@
+// mc_select: pseudo-labels from the logits of P stochastic passes [P, N, C].
+//
+// Per row: softmax at two temperatures in every pass, mean and M2 of both over the passes, argmax, thresholds.
+// The logits are read once (twice above 2048 classes) and only results are written, 13 bytes a row and the negative
+// mask: no probability, mean or std of a class ever exists in memory.
+//
+// Mapping: a team of 1 to 256 threads has a row, a thread keeps 4 to 16 of its classes in registers over all passes
+// (plan.h). Passes come in groups: the loads of a group are issued before the first is used, and its maxima, then its
+// sums, are reduced over the team together.
+#include <climits>
+#include <cmath>
+#include <iterator>
+#include <utility>
+
+#include "../math/row_stats.h"
+#include "element.cuh"
+#include "plan.h"
+#include "team.cuh"
+
+namespace ups {
+namespace {
+
+template <class T>
+struct McSelectArgs {
+  const T* logits;      // [P, N, C], classes contiguous
+  int64_t pass_stride;  // in elements
+  int64_t row_stride;
+  int passes;      // P
+  int64_t rows;    // N
+  int classes;     // C
+  bool aligned;    // every chunk of every row lies on a multiple of its size
+  bool temp_is_2;  // temp_nl == 2
+  Thresholds<float> limits;
+  int64_t* label;           // [N]
+  float* confidence;        // [N]
+  float* std;               // [N]
+  bool* positive;           // [N]
+  bool* negative;           // [N, C], or null:
+  unsigned* negative_bits;  // [N, ceil(C / 32)]
+};
+
+constexpr int kGroup = 5;              // so many passes' logits wait in registers; two groups make the usual P = 10
+constexpr int kResidentThreads = 512;  // per multiprocessor at least: 128 registers each
+
+template <class T>
+using McSelectKernel = void (*)(McSelectArgs<T>);
+
+// exp(z - max) and exp((z - max) / temp_nl) of one logit. At temperature 2 the first is the square of the second, so
+// one exponential gives both: `prepare` puts it in the place of the logit, the others read it off.
+template <bool kTempIs2>
+struct Exponentials {
+  static constexpr float kLog2E = 1.44269504f;
+  float scale_q;
+
+  __device__ explicit Exponentials(const Thresholds<float>& limits) : scale_q(kLog2E * limits.inv_temp) {}
+
+  __device__ __forceinline__ float prepare(float z, float top) const {
+    return kTempIs2 ? fast_exp2(z - top, kLog2E / 2) : z - top;
+  }
+  __device__ __forceinline__ float add_p(float sum, float x) const {
+    return kTempIs2 ? fmaf(x, x, sum) : sum + fast_exp2(x, kLog2E);
+  }
+  __device__ __forceinline__ float add_q(float sum, float x) const {
+    return sum + (kTempIs2 ? x : fast_exp2(x, scale_q));
+  }
+  // Rounded products: one fused into Welford's subtraction would leave equal passes with a std above 0.
+  __device__ __forceinline__ float scaled_p(float x, float inv) const {
+    return __fmul_rn(kTempIs2 ? x * inv : fast_exp2(x, kLog2E), kTempIs2 ? x : inv);
+  }
+  __device__ __forceinline__ float scaled_q(float x, float inv) const {
+    return __fmul_rn(kTempIs2 ? x : fast_exp2(x, scale_q), inv);
+  }
+};
+
+// Running statistics of a lane's classes over the passes.
+template <int kSlots>
+struct ClassStats {
+  float mean_p[kSlots] = {};
+  float m2_p[kSlots] = {};
+  float mean_q[kSlots] = {};
+  float m2_q[kSlots] = {};
+
+  __device__ __forceinline__ void add(int i, float p, float q, float inv_k) {
+    welford(mean_p[i], m2_p[i], p, inv_k);
+    welford(mean_q[i], m2_q[i], q, inv_k);
+  }
+};
+
+// The label so far, and whether a logit of the row was NaN or infinite.
+struct Best {
+  float mean;
+  float m2;
+  int c;
+  unsigned spoiled;
+};
+
+struct BetterOf {
+  __device__ __forceinline__ Best operator()(Best a, Best b) const {
+    Best best = a.mean > b.mean || (a.mean == b.mean && a.c < b.c) ? a : b;  // the lowest class of a tie
+    best.spoiled = a.spoiled | b.spoiled;
+    return best;
+  }
+};
+
+template <int kCount>
+struct Floats {
+  float v[kCount];
+};
+
+struct MaxEach {
+  template <int kCount>
+  __device__ __forceinline__ Floats<kCount> operator()(Floats<kCount> a, Floats<kCount> b) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) a.v[i] = fmaxf(a.v[i], b.v[i]);
+    return a;
+  }
+};
+
+struct AddEach {
+  template <int kCount>
+  __device__ __forceinline__ Floats<kCount> operator()(Floats<kCount> a, Floats<kCount> b) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+};
+
+// 1 / sum of the exponentials of a row. Slots past the last class have added 0, because kNoLogit lies far below any
+// maximum, unless every logit of the row is that very number: then each of the C exponentials is 1.
+__device__ __forceinline__ float inverse_sum(float sum, float top, int classes) {
+  return fast_inverse(top == kNoLogit ? static_cast<float>(classes) : sum);
+}
+
+// Adds kGroup passes, the first of which is number `done` from 0, to the statistics. z becomes scratch.
+template <bool kTempIs2, int kGroup, class T, int kLanes, int kSlots>
+__device__ __forceinline__ void add_passes(float (*z)[kSlots], int done, const McSelectArgs<T>& a, Team<kLanes>& team,
+                                           ClassStats<kSlots>& stats) {
+  const Exponentials<kTempIs2> exponentials(a.limits);
+  Floats<kGroup> top;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    top.v[g] = z[g][0];
+#pragma unroll
+    for (int i = 1; i < kSlots; ++i) top.v[g] = fmaxf(top.v[g], z[g][i]);
+  }
+  top = team.reduce(top, MaxEach{});
+
+  Floats<kGroup> sum_p = {};
+  Floats<kGroup> sum_q = {};
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      z[g][i] = exponentials.prepare(z[g][i], top.v[g]);
+      sum_p.v[g] = exponentials.add_p(sum_p.v[g], z[g][i]);
+      sum_q.v[g] = exponentials.add_q(sum_q.v[g], z[g][i]);
+    }
+  }
+  sum_p = team.reduce(sum_p, AddEach{});
+  sum_q = team.reduce(sum_q, AddEach{});
+
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    if (done + g < a.passes) {
+      const float inv_p = inverse_sum(sum_p.v[g], top.v[g], a.classes);
+      const float inv_q = inverse_sum(sum_q.v[g], top.v[g], a.classes);
+      const float inv_k = fast_inverse(static_cast<float>(done + g + 1));
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        stats.add(i, exponentials.scaled_p(z[g][i], inv_p), exponentials.scaled_q(z[g][i], inv_q), inv_k);
+      }
+    }
+  }
+}
+
+// Takes the classes c .. c + kWidth, in slots from `slot` on, into the search for the label.
+template <int kWidth, int kSlots>
+__device__ __forceinline__ void improve(Best& best, const ClassStats<kSlots>& stats, int slot, int c, int classes) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (c + i < classes && stats.mean_p[slot + i] > best.mean) {
+      best.mean = stats.mean_p[slot + i];
+      best.m2 = stats.m2_p[slot + i];
+      best.c = c + i;
+    }
+  }
+}
+
+// Bit i: the sample is surely not of class c + i (which may be the label still).
+template <int kWidth, int kSlots>
+__device__ __forceinline__ unsigned negative_flags(const ClassStats<kSlots>& stats, int slot, int c, int classes,
+                                                   const Thresholds<float>& limits) {
+  unsigned flags = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool negative = stats.mean_q[slot + i] < limits.tau_n && stats.m2_q[slot + i] < limits.limit_n;
+    flags |= static_cast<unsigned>(negative && c + i < classes) << i;
+  }
+  return flags;
+}
+
+// Writes what a row says of itself. For one thread of its team.
+template <class T>
+__device__ __forceinline__ void write_row(const McSelectArgs<T>& a, int64_t row, const Best& best) {
+  const bool good = best.spoiled == 0;
+  a.label[row] = good ? best.c : -1;
+  a.confidence[row] = good ? best.mean : NAN;
+  a.std[row] = good ? std_of(best.m2, a.passes) : NAN;
+  a.positive[row] = good && best.mean >= a.limits.tau_p && best.m2 < a.limits.limit_p;
+}
+
+// Writes the flags of a chunk as bytes: in one store where C allows it.
+template <int kWidth>
+__device__ __forceinline__ void write_bytes(bool* row /* [C] */, int c, int classes, unsigned flags) {
+  if (classes % kWidth == 0) {
+    unsigned bytes = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) bytes |= (flags >> i & 1u) << (8 * i);
+    using Word = typename WordOf<kWidth>::type;
+    if (c < classes) *reinterpret_cast<Word*>(row + c) = static_cast<Word>(bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (c + i < classes) row[c + i] = (flags >> i & 1u) != 0;
+    }
+  }
+}
+
+// Writes the flags of a chunk of each lane as bits: the neighbours that share a word put it together. All lanes must
+// reach this, those without a row or classes too.
+template <int kWidth>
+__device__ __forceinline__ void write_bits(unsigned* row /* [ceil(C / 32)] */, bool row_exists, int c, int classes,
+                                           unsigned flags) {
+  Team<32 / kWidth> sharers;
+  const unsigned word = sharers.reduce(flags << (c % 32), BitOr{});
+  if (row_exists && c < classes && sharers.lane() == 0) row[c / 32] = word;
+}
+
+// The logits of a group of passes. Those of a pass too many are kNoLogit.
+template <int kWidth, bool kAligned, class T, int kGroup, int kChunks>
+__device__ __forceinline__ void load_passes(const McSelectArgs<T>& a, int64_t row, int done,
+                                            const int (&first_class)[kChunks], float (&z)[kGroup][kChunks * kWidth]) {
+  const T* logits = a.logits + done * a.pass_stride + row * a.row_stride;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const int classes = done + g < a.passes ? a.classes : 0;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      load_classes<kWidth, kAligned>(logits, first_class[j], classes, z[g] + j * kWidth);
+    }
+    logits += a.pass_stride;
+  }
+}
+
+// Up to 2048 classes. Chunk j of a lane starts at class (j * kLanes + lane) * kWidth.
+template <class T, int kLanes, int kChunks, int kWidth>
+__global__ void __launch_bounds__(detail::threads_of(kLanes), kResidentThreads / detail::threads_of(kLanes))
+    mc_select_resident(const McSelectArgs<T> a) {
+  constexpr int kSlots = kChunks * kWidth;
+  Team<kLanes> team;
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  const bool row_exists = wanted < a.rows;
+  const int64_t row = row_exists ? wanted : a.rows - 1;  // all lanes must reach every shuffle: repeat the last row
+  int first_class[kChunks];
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) first_class[j] = (j * kLanes + team.lane()) * kWidth;
+
+  ClassStats<kSlots> stats;
+  float blemish = 0.0f;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
+  for (int done = 0; done < a.passes; done += kGroup) {
+    float z[kGroup][kSlots];
+    if (a.aligned) {
+      load_passes<kWidth, true>(a, row, done, first_class, z);
+    } else {
+      load_passes<kWidth, false>(a, row, done, first_class, z);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) blemish = fmaf(z[g][i], 0.0f, blemish);
+    }
+    if (a.temp_is_2) {
+      add_passes<true, kGroup>(z, done, a, team, stats);
+    } else {  // one by one: two exponentials of each class have to wait in registers
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) add_passes<false, 1>(z + g, done + g, a, team, stats);
+    }
+  }
+
+  Best best = {-1.0f, 0.0f, INT_MAX, blemish != 0.0f};
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) improve<kWidth>(best, stats, j * kWidth, first_class[j], a.classes);
+  best = team.reduce(best, BetterOf{});
+  if (row_exists && team.lane() == 0) write_row(a, row, best);
+
+  unsigned flags[kChunks];
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j) {
+    flags[j] = negative_flags<kWidth>(stats, j * kWidth, first_class[j], a.classes, a.limits);
+    const int label = best.c - first_class[j];
+    if (label >= 0 && label < kWidth) flags[j] &= ~(1u << label);
+    if (best.spoiled) flags[j] = 0;
+  }
+  if (a.negative != nullptr) {
+    if (!row_exists) return;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      write_bytes<kWidth>(a.negative + row * a.classes, first_class[j], a.classes, flags[j]);
+    }
+  } else if constexpr (kLanes * kSlots <= 32) {  // the row is one word
+    unsigned word = 0;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) word |= flags[j] << first_class[j];
+    word = team.reduce(word, BitOr{});
+    if (row_exists && team.lane() == 0) a.negative_bits[row] = word;
+  } else {
+    unsigned* bits = a.negative_bits + row * ((a.classes + 31) / 32);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) write_bits<kWidth>(bits, row_exists, first_class[j], a.classes, flags[j]);
+  }
+}
+
+// The softmax of one pass: p = exp(z - top) * inv_p, q likewise.
+struct PassSoftmax {
+  float top;
+  float inv_p;
+  float inv_q;
+};
+
+// A row's maximum and sums so far (of exponentials shifted by that maximum).
+struct PassSums {
+  float top;
+  float sum_p;
+  float sum_q;
+};
+
+template <bool kTempIs2>
+struct MergeSums {
+  Exponentials<kTempIs2> exponentials;
+
+  __device__ __forceinline__ PassSums operator()(PassSums a, PassSums b) const {
+    const float top = fmaxf(a.top, b.top);
+    const float shrink_a = exponentials.prepare(a.top, top);
+    const float shrink_b = exponentials.prepare(b.top, top);
+    return {top, exponentials.scaled_p(shrink_a, a.sum_p) + exponentials.scaled_p(shrink_b, b.sum_p),
+            exponentials.scaled_q(shrink_a, a.sum_q) + exponentials.scaled_q(shrink_b, b.sum_q)};
+  }
+};
+
+template <bool kTempIs2, class T, int kLanes, int kWidth>
+__device__ void loop_over_row(const McSelectArgs<T>& a) {
+  __shared__ PassSoftmax softmax[kMcSelectMaxLoopedPasses];  // [P]
+  constexpr int kStep = kLanes * kWidth;
+  const Exponentials<kTempIs2> exponentials(a.limits);
+  Team<kLanes> team;
+  const int first = team.lane() * kWidth;
+  const int64_t row = blockIdx.x;
+  const T* logits = a.logits + row * a.row_stride;
+
+  float blemish = 0.0f;
+  for (int k = 0; k < a.passes; ++k) {
+    PassSums sums = {kNoLogit, 0.0f, 0.0f};
+#pragma unroll 2
+    for (int c = first; c < a.classes; c += kStep) {
+      float z[kWidth];
+      load_classes<kWidth>(logits + k * a.pass_stride, c, a.classes, a.aligned, z);
+      PassSums chunk = {z[0], 0.0f, 0.0f};
+#pragma unroll
+      for (int i = 1; i < kWidth; ++i) chunk.top = fmaxf(chunk.top, z[i]);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        blemish = fmaf(z[i], 0.0f, blemish);
+        const float x = exponentials.prepare(z[i], chunk.top);
+        chunk.sum_p = exponentials.add_p(chunk.sum_p, x);
+        chunk.sum_q = exponentials.add_q(chunk.sum_q, x);
+      }
+      sums = MergeSums<kTempIs2>{exponentials}(sums, chunk);
+    }
+    sums = team.reduce(sums, MergeSums<kTempIs2>{exponentials});
+    if (threadIdx.x == 0) {
+      softmax[k] = {sums.top, inverse_sum(sums.sum_p, sums.top, a.classes),
+                    inverse_sum(sums.sum_q, sums.top, a.classes)};
+    }
+  }
+  const unsigned spoiled = team.reduce(static_cast<unsigned>(blemish != 0.0f), BitOr{});
+  __syncthreads();  // all of `softmax` is there
+
+  Best best = {-1.0f, 0.0f, INT_MAX, spoiled};
+  unsigned* bits = a.negative_bits + row * ((a.classes + 31) / 32);
+  for (int base = 0; base < a.classes; base += kStep) {
+    const int c = base + first;
+    ClassStats<kWidth> stats;
+#pragma unroll 5
+    for (int k = 0; k < a.passes; ++k) {
+      float z[kWidth];
+      load_classes<kWidth>(logits + k * a.pass_stride, c, a.classes, a.aligned, z);
+      const PassSoftmax s = softmax[k];
+      const float inv_k = fast_inverse(static_cast<float>(k + 1));
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float x = exponentials.prepare(z[i], s.top);
+        stats.add(i, exponentials.scaled_p(x, s.inv_p), exponentials.scaled_q(x, s.inv_q), inv_k);
+      }
+    }
+    improve<kWidth>(best, stats, 0, c, a.classes);
+    const unsigned flags = spoiled ? 0 : negative_flags<kWidth>(stats, 0, c, a.classes, a.limits);
+    if (a.negative != nullptr) {
+      write_bytes<kWidth>(a.negative + row * a.classes, c, a.classes, flags);
+    } else {
+      write_bits<kWidth>(bits, true, c, a.classes, flags);
+    }
+  }
+
+  best = team.reduce(best, BetterOf{});
+  __syncthreads();  // the flags of all classes are written: now the label, known at last, is taken out
+  if (threadIdx.x == 0) {
+    write_row(a, row, best);
+    if (!spoiled && a.negative != nullptr) a.negative[row * a.classes + best.c] = false;
+    if (!spoiled && a.negative == nullptr) bits[best.c / 32] &= ~(1u << (best.c % 32));
+  }
+}
+
+// Any number of classes: a block reads its row once for the maxima and sums of all passes, once more for the rest.
+template <class T, int kLanes, int kWidth>
+__global__ void __launch_bounds__(kLanes) mc_select_looped(const McSelectArgs<T> a) {
+  if (a.temp_is_2) {
+    loop_over_row<true, T, kLanes, kWidth>(a);
+  } else {
+    loop_over_row<false, T, kLanes, kWidth>(a);
+  }
+}
+
+// The kernels of kMcSelectVariants, in its order.
+template <class T, int kVariant>
+constexpr McSelectKernel<T> variant_kernel() {
+  constexpr McSelectVariant v = kMcSelectVariants[kVariant];
+  if constexpr (v.chunks == 0) {
+    return mc_select_looped<T, v.lanes, v.width>;
+  } else {
+    return mc_select_resident<T, v.lanes, v.chunks, v.width>;
+  }
+}
+
+template <class T, int... kVariants>
+McSelectKernel<T> mc_select_kernel(int variant, std::integer_sequence<int, kVariants...>) {
+  constexpr McSelectKernel<T> kernels[] = {variant_kernel<T, kVariants>()...};
+  return kernels[variant];
+}
+
+template <class T>
+McSelectKernel<T> mc_select_kernel(int variant) {
+  return mc_select_kernel<T>(variant, std::make_integer_sequence<int, std::size(kMcSelectVariants)>{});
+}
+
+// Whether every chunk of `width` neighbours can be one load.
+template <class T>
+bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, int64_t classes, int width) {
+  return classes % width == 0 && row_stride % width == 0 && pass_stride % width == 0 &&
+         reinterpret_cast<uintptr_t>(logits) % (width * sizeof(T)) == 0;
+}
+
+}  // namespace
+}  // namespace ups
+
+#ifndef UPS_FAST_SHIM  // from here on: torch
+
+auto* force1(int v){ return ups::mc_select_kernel<float>(v);}
+auto* force2(int v){ return ups::mc_select_kernel<__half>(v);}
+auto* force3(int v){ return ups::mc_select_kernel<__nv_bfloat16>(v);}
+#endif

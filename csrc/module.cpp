@@ -1,0 +1,49 @@
+// The Python module ups_fast._C. Importing it registers the kernels with PyTorch's dispatcher (each file under cpu/ and
+// cuda/ does so at its foot); what is offered here is what is not an op.
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+
+namespace {
+
+const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"compiler", __VERSION__},
+      {"torch", UPS_TORCH},
+      {"with_cuda", UPS_WITH_CUDA ? "1" : "0"},
+      {"cuda", UPS_CUDA},  // toolkit version and architectures, or why there are no CUDA kernels
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of ups_fast: importing this module registers them as torch.ops.ups_fast.*";
+  m.def("build_info", &build_info, "Compiler, torch and CUDA that this library was built with.");
+  m.def("isa", [] { return kIsaNames[static_cast<int>(ups::isa())]; }, "Instruction set of the CPU kernels in use.");
+  m.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i <= static_cast<int>(ups::best_isa()); ++i) names.emplace_back(kIsaNames[i]);
+        return names;
+      },
+      "Instruction sets that this machine can run, worst first.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        for (int i = 0; i <= static_cast<int>(ups::best_isa()); ++i) {
+          if (name == kIsaNames[i]) return ups::set_isa(static_cast<ups::Isa>(i));
+        }
+        throw std::invalid_argument("isa must be one of available_isas(), got '" + name + "'");
+      },
+      pybind11::arg("name"), "Run the CPU kernels on another instruction set; for tests and comparisons.");
+}

@@ -1,0 +1,74 @@
+// What the launchers of both backends share: checks, outputs and the dispatch on the logits' type. The public Python
+// functions give the same errors earlier and at more length; these also guard a direct call of torch.ops.ups_fast.*.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace ups {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(const_cast<void*>(x.data_ptr()));
+}
+
+inline void check_dim(const char* name, const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+}
+inline void check_size(const char* name, const Tensor& x, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(x.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", x.size(dim));
+}
+inline void check_type(const char* name, const Tensor& x, ScalarType type, const char* type_name) {
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type_name, ", got another dtype");
+}
+
+// Itself if the last dimension is dense (any other strides are fine), else a contiguous copy.
+inline Tensor dense_rows(const Tensor& x) {
+  const bool dense = x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1;
+  return dense ? x : torch::stable::contiguous(x);
+}
+
+// float32 statistics for all but float64 logits.
+inline ScalarType compute_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// f(S{}, T{}) with the logits' storage type S and the type T to compute in.
+template <class F>
+void dispatch_logits(const Tensor& logits, const F& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Half:
+      return f(c10::Half{}, float{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, float16, bfloat16 or float64, got another dtype");
+  }
+}
+
+// The five outputs of mc_select for logits [P, N, C], uninitialised.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> new_selection(const Tensor& logits, bool packed) {
+  const int64_t N = logits.size(1), C = logits.size(2);
+  return {torch::stable::new_empty(logits, {N}, ScalarType::Long),
+          torch::stable::new_empty(logits, {N}, compute_type(logits)),
+          torch::stable::new_empty(logits, {N}, compute_type(logits)),
+          torch::stable::new_empty(logits, {N}, ScalarType::Bool),
+          packed ? torch::stable::new_empty(logits, {N, (C + 31) / 32}, ScalarType::Int)
+                 : torch::stable::new_empty(logits, {N, C}, ScalarType::Bool)};
+}
+
+}  // namespace ups

@@ -1,0 +1,154 @@
+"""The command line: what it prints, what it leaves, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ups_fast
+from ups_fast import data, rounds, train
+from ups_fast.config import KEYS
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+TINY = ["model.name=wrn-10-1", "train.epochs=1", "train.first_epochs=1", "select.passes=2", "select.tau_p=0"]
+TINY += [
+    "select.tau_n=0",
+    "select.kappa_p=inf",
+    "device=cpu",
+]  # all samples are positive, so that rounds differ
+FILES = ["checkpoint.pt", "config.yaml", "metrics.jsonl", "model.safetensors", "pseudo_labels.csv"]
+FILES += ["report.html", "report.png", "selection.npz", "split.npz"]
+
+
+def start(*words: str, **how) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen([sys.executable, "-m", "ups_fast.train", *words], **pipes, **how)
+
+
+def refusal(capsys, *words: str) -> str:
+    """The sentence with which the command refuses `words`."""
+    try:
+        status = train.main(words)
+    except SystemExit as end:  # argparse's own way
+        status = end.code
+    err = capsys.readouterr().err
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_help_explains_every_key_in_80_columns(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, out.splitlines())) <= 80
+    assert out.startswith("usage: python -m ups_fast.train CONFIG [key=value ...]\n")
+    for key in KEYS.values():
+        assert f"\n  {key.name}=" in out and key.help in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: CONFIG"),
+        (["nowhere.yaml"], "there is no config file nowhere.yaml"),
+        (["seed=1"], "there is no config file seed=1"),
+        (["configs"], "configs"),
+        ([DIGITS, "--seed=1"], "unrecognized arguments: --seed=1; keys are written as key=value"),
+        ([DIGITS, "sed=1"], "unknown key 'sed' (did you mean seed?)"),
+        ([DIGITS, "select.tau_n=0.8"], "select.tau_n must not exceed select.tau_p"),
+        ([DIGITS, "data.n_labels=41"], "n_labels must be a positive multiple of the 10 classes, got 41"),
+        ([DIGITS, "data.n_labels=5000"], "n_labels must be at most the 1437 training images, got 5000"),
+        ([DIGITS, "model.name=cnn13"], "12"),
+        ([DIGITS, "model.name=vgg"], "vgg"),
+        ([DIGITS, "data.name=npz", "data.n_labels=0", "data.root=missing.npz"], "missing.npz"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(capsys, monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    assert said in refusal(capsys, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["configs"]  # no half-made folder
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA is full")]
+)
+def test_a_full_machine_is_one_sentence(capsys, monkeypatch, error):
+    monkeypatch.setattr(rounds, "run", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert str(error.args[-1]) in refusal(capsys, DIGITS)
+
+
+def test_a_missing_gpu_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "device=cuda needs a GPU" in refusal(capsys, DIGITS, "device=cuda")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(data, "load_set", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        train.main([DIGITS])
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load_set", interrupt)
+    assert train.main([DIGITS, "run_dir=a folder", "seed=3"]) == 130
+    assert f"to go on: python -m ups_fast.train {DIGITS} 'run_dir=a folder' seed=3" in capsys.readouterr().err
+
+
+def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = [DIGITS, *TINY, "train.rounds=2", f"run_dir={folder}"]
+    process = start(*words)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith(
+        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu (1 threads)\n"
+    )
+    assert f"ops on cpu: {ups_fast.backend()['cpu']}" in out
+    assert "40 labelled" in out and "wrn-10-1" in out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1] and rows[0]["positives"] == 1397
+    for row in rows:
+        assert f"{100 * row['test_acc']:.1f}%" in out
+    assert set(FILES) <= {path.name for path in folder.iterdir()}
+    assert all(str(folder / name) in out for name in ("report.html", "report.png", "pseudo_labels.csv"))
+
+    # Once more: nothing is trained, what reports the run is made anew, and the rest is not touched.
+    kept = {name: (folder / name).read_bytes() for name in FILES}
+    for name in ("report.html", "report.png", "pseudo_labels.csv"):
+        (folder / name).unlink()
+    assert train.main(words) == 0
+    assert "all rounds are done" in capsys.readouterr().out
+    assert {name: (folder / name).read_bytes() for name in FILES} == kept
+
+    assert "train.rounds" in refusal(capsys, *words, "train.rounds=3")
+    assert {name: (folder / name).read_bytes() for name in FILES} == kept
+
+
+def test_ctrl_c_in_a_real_run_and_going_on(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = [DIGITS, *TINY, "train.rounds=2", f"run_dir={folder}"]
+    process = start(*words, "train.first_epochs=100000")
+    for line in process.stdout:
+        if line.startswith("round"):  # the table's head: from here on it trains
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "round 0" in err and f"to go on: python -m ups_fast.train {DIGITS}" in err
+    assert (folder / "checkpoint.pt").exists() and not (folder / "report.html").exists()
+    assert "train.first_epochs" in refusal(capsys, *words)  # another config must not go on with it

@@ -1,0 +1,322 @@
+"""The configuration: what is accepted means what it says, everything else is one sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ups_fast import config
+from ups_fast.config import KEYS, Config, load, pick_device, validate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+BASE = "data: {name: digits, n_labels: 40}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "my_run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def base(write):
+    return write(BASE)
+
+
+def refusal(path, *words: str) -> str:
+    """The message with which `load` refuses, which must be one line."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load(path, words)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+# What is accepted ---------------------------------------------------------------------------------
+
+
+def test_file_and_words_are_merged_over_the_defaults(write):
+    path = write("seed: 3\ntrain:\n  epochs: 7\n  lr: 1e-1\ndata: {n_labels: 20}\n")
+    cfg = load(path, ["train.epochs=9", "select.tau_p=0.8", "data.flip=true"])
+    assert type(cfg) is Config and type(cfg.train) is config.TrainConfig
+    assert (cfg.seed, cfg.train.epochs, cfg.train.lr, cfg.data.n_labels) == (3, 9, 0.1, 20)
+    assert (cfg.select.tau_p, cfg.data.flip) == (0.8, True)
+    changed = {"seed", "run_dir", "train.epochs", "train.lr", "data.n_labels", "select.tau_p", "data.flip"}
+    for name, key in KEYS.items():
+        assert (config._get(cfg, name) == key.default) == (name not in changed), name
+
+
+@pytest.mark.parametrize("word", ["inf", ".inf", "Infinity"])
+def test_infinity_has_no_single_spelling(base, word):
+    assert load(base, [f"select.kappa_p={word}"]).select.kappa_p == math.inf
+
+
+def test_numbers_and_switches_as_people_write_them(base):
+    words = ["select.kappa_p=1e-3", "seed=0x10", "train.lr=1", "data.flip=yes", "checkpoint_seconds=0"]
+    cfg = load(base, words)
+    assert (cfg.select.kappa_p, cfg.seed, cfg.train.lr) == (1e-3, 16, 1.0)
+    assert cfg.data.flip is True and type(cfg.train.lr) is float and type(cfg.checkpoint_seconds) is float
+    assert load(base, ["data.flip=0"]).data.flip is False
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "1e3", "null", "a: b", "# no comment", "with = sign", "C:\\x", "[1]", "x,y"]
+)
+def test_text_on_the_command_line_stands_as_it_was_typed(base, text):
+    assert load(base, [f"run_dir={text}"]).run_dir == text
+
+
+def test_run_dir_follows_the_file_name(base):
+    assert load(base).run_dir == str(Path("runs/my_run"))
+    assert load(base, ["run_dir="]).run_dir == str(Path("runs/my_run"))
+    assert load(base, ["run_dir=elsewhere"]).run_dir == "elsewhere"
+
+
+def test_last_word_wins_and_dotted_keys_may_stand_in_a_file(write):
+    path = write("data.n_labels: 40\ntrain.epochs: 5\nselect:\n")
+    assert load(path).train.epochs == 5
+    assert load(path, ["train.epochs=6", "train.epochs=8"]).train.epochs == 8
+
+
+def test_a_resolved_config_reads_back_the_same(base, tmp_path):
+    cfg = load(base, ["select.kappa_p=inf", "run_dir=010", "model.dropout=0.25", "seed=123456789012345678"])
+    again = tmp_path / "again.yaml"
+    again.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    assert asdict(load(again)) == asdict(cfg)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.epoch=3", "unknown key 'train.epoch' (did you mean train.epochs?)"),
+        ("lr=1", "unknown key 'lr' (did you mean train.lr?)"),
+        ("selct.tau_p=0.9", "unknown key 'selct.tau_p' (did you mean select.tau_p?)"),
+        ("seed[0]=1", "unknown key 'seed[0]' (did you mean seed?)"),
+        ("seed.x=1", "unknown key 'seed.x'"),
+        ("qwertyuiop=1", "unknown key 'qwertyuiop'"),
+        ("=1", "unknown key ''"),
+        ("train.epochs", "expected key=value, got 'train.epochs'"),
+        ("train=3", "train is a group of keys, such as train.rounds"),
+        ("train.epochs=abc", "train.epochs must be an integer, got 'abc'"),
+        ("train.epochs=1.5", "train.epochs must be an integer, got 1.5"),
+        ("train.epochs=", "train.epochs must be an integer, got nothing"),
+        ("train.epochs=[1, 2]", "train.epochs must be an integer, got [1, 2]"),
+        ("train.epochs=[", "train.epochs must be an integer, got '['"),
+        ("train.epochs=true", "train.epochs must be an integer, got True"),
+        ("train.lr=fast", "train.lr must be a number, got 'fast'"),
+        ("train.lr=true", "train.lr must be a number, got True"),
+        ("data.flip=5", "data.flip must be true or false, got 5"),
+        ("data.flip=maybe", "data.flip must be true or false, got 'maybe'"),
+        ("seed=${oc.env:HOME}", "seed must be an integer itself and not a reference"),
+        ("run_dir=${seed}", "run_dir must be text itself and not a reference"),
+        ("run_dir=???", "run_dir must be text itself and not a reference"),
+        ("data.name=cifar", "cifar100, svhn, fashion_mnist, npz, got 'cifar' (did you mean cifar10?)"),
+        ("model.preact=both", "model.preact must be one of published, fixed, got 'both'"),
+        ("model.activation=relu", "model.activation must be one of mish, leaky_relu, got 'relu'"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("checkpoint_seconds=-1", "checkpoint_seconds must be at least 0 and finite, got -1.0"),
+        ("checkpoint_seconds=inf", "checkpoint_seconds must be at least 0 and finite, got inf"),
+        ("data.crop=-1", "data.crop must be at least 0, got -1"),
+        ("model.dropout=1", "model.dropout must be in [0, 1), got 1.0"),
+        ("model.dropout=-0.1", "model.dropout must be in [0, 1), got -0.1"),
+        ("model.dropout=0", "select.passes=10 needs model.dropout above 0"),
+        ("train.rounds=0", "train.rounds must be at least 1, got 0"),
+        ("train.epochs=0", "train.epochs must be at least 1, got 0"),
+        ("train.batch_size=0", "train.batch_size must be at least 1, got 0"),
+        ("select.batch_size=0", "select.batch_size must be at least 1, got 0"),
+        ("train.lr=0", "train.lr must be above 0 and finite, got 0.0"),
+        ("train.lr=inf", "train.lr must be above 0 and finite, got inf"),
+        ("train.momentum=1", "train.momentum must be in [0, 1), got 1.0"),
+        ("train.warmup_epochs=31", "train.warmup_epochs must not exceed a round's 30 epochs, got 31.0"),
+        ("select.tau_p=1.01", "select.tau_p must be in [0, 1], got 1.01"),
+        ("select.tau_n=-0.01", "select.tau_n must be in [0, 1], got -0.01"),
+        ("select.tau_n=0.71", "select.tau_n must not exceed select.tau_p, got tau_n=0.71 and tau_p=0.7"),
+        ("select.kappa_n=-1", "select.kappa_n must be at least 0, got -1.0"),
+        ("select.temp_nl=0", "select.temp_nl must be in [0.001, 1000], got 0.0"),
+        ("select.passes=0", "select.passes must be at least 1, got 0"),
+        ("select.passes=1", "add select.kappa_p=inf select.kappa_n=inf"),
+        ("data.n_labels=0", "data.n_labels must say how many images of digits are labelled, got 0"),
+        ("data.name=npz", "data.n_labels must be 0 for npz"),
+        ("device=gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("device=cuda:", "device must be auto, cpu, cuda or cuda:N, got 'cuda:'"),
+        ("device=cuda:-1", "device must be auto, cpu, cuda or cuda:N, got 'cuda:-1'"),
+        ("device=cpu:0", "device must be auto, cpu, cuda or cuda:N, got 'cpu:0'"),
+    ],
+)  # fmt: skip
+def test_a_word_is_refused_with_one_sentence(base, word, said):
+    assert said in refusal(base, word)
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.type in (int, float)])
+def test_nan_is_refused_everywhere(base, name):
+    assert refusal(base, f"{name}=nan").startswith(f"{name} must be ")
+
+
+def test_one_pass_is_fine_without_limits_on_the_uncertainty(base):
+    words = ["select.passes=1", "select.kappa_p=inf", "select.kappa_n=inf"]
+    assert load(base, [*words, "model.dropout=0"]).select.passes == 1
+    assert "measures no uncertainty" in refusal(base, *words[:2])
+
+
+def test_warm_up_is_held_against_the_shorter_kind_of_round(base):
+    words = ["train.epochs=30", "train.warmup_epochs=5", "train.first_epochs=4"]
+    assert "must not exceed a round's 4 epochs" in refusal(base, *words)
+    assert load(base, words[:2]).train.warmup_epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- 1\n- 2\n", "a config must be a mapping of keys to values, got a list"),
+        ("seed: 1\nseed: 2\n", "duplicate key"),
+        ("train: {epochs: 1}\ntrain.epochs: 2\n", "train.epochs is given twice"),
+        ("seed: [1\n", "not valid YAML"),
+        ("train:\n\tepochs: 1\n", "not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        (b"seed: \xff\xfe\n", "not "),
+        (b"\x00\x01", "not valid YAML"),
+        ("null: 3\n", "not a readable config"),
+        ("3: 4\n", "unknown key '3'"),
+        ("just words\n", "unknown key 'just words'"),
+        ("run_dir: 010\n", "run_dir must be text, got 8"),
+        ("run_dir:\n", "run_dir must be text, got nothing"),
+        ("seed: {a: 1}\n", "seed must be an integer, got {'a': 1}"),
+        ("train: 5\n", "train is a group of keys"),
+        ("train: [1]\n", "train is a group of keys"),
+        ("train: {lr: {lr: 1}}\n", "train.lr must be a number"),
+        ("train: {train.lr: 1}\n", "unknown key 'train.train.lr'"),
+        ("train: ${seed}\n", "train is a group of keys"),
+    ],
+)
+def test_a_file_is_refused_with_its_name(write, text, said):
+    path = write(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ") and said in message
+
+
+def test_an_empty_file_is_the_defaults(write):
+    assert load(write(""), ["data.n_labels=40"]).train == config.TrainConfig()
+
+
+def test_a_missing_file_and_a_folder(tmp_path, base):
+    assert "did you mean" in refusal(tmp_path / "my_runs.yaml") and "my_run.yaml" in refusal(
+        tmp_path / "my_runs.yaml"
+    )
+    assert refusal(tmp_path / "nothing" / "x.yaml").startswith("there is no config file")
+    with pytest.raises(OSError):
+        load(tmp_path)
+
+
+def test_validate_looks_at_every_field():
+    cfg = Config()
+    cfg.data.n_labels = 40
+    validate(cfg)
+    for name, key in KEYS.items():
+        if key.within or key.choices:
+            group, _, last = name.rpartition(".")
+            holder = getattr(cfg, group) if group else cfg
+            setattr(holder, last, math.nan if key.within else "nonsense")
+            with pytest.raises(ValueError, match=re.escape(name)):
+                validate(cfg)
+            setattr(holder, last, 40 if name == "data.n_labels" else key.default)
+    validate(cfg)
+
+
+# The device ---------------------------------------------------------------------------------------
+
+
+def test_pick_device_with_and_without_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")] == [
+        "cuda",
+        "cpu",
+        "cuda",
+        "cuda:1",
+    ]
+    with pytest.raises(ValueError, match=r"device=cuda:2 does not exist: this machine has cuda:0 to cuda:1"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [str(pick_device(name)) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=f"device={name} needs a GPU, but this PyTorch"):
+            pick_device(name)
+
+
+# Help and the files that come with the project ----------------------------------------------------
+
+
+def test_every_field_is_a_key_with_a_sentence():
+    leaves = 0
+    for item in fields(Config):
+        value = getattr(Config(), item.name)
+        leaves += len(fields(value)) if is_dataclass(value) else 1
+    assert len(KEYS) == leaves
+    for key in KEYS.values():
+        assert type(key.default) is key.type, key.name
+        assert key.help[0].isupper() and key.help.endswith("."), key.name
+        assert not key.choices or key.default in key.choices, key.name
+
+
+def test_help_shows_every_key_default_and_sentence_in_80_columns():
+    text = config.help_text()
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.split())
+    for key in KEYS.values():
+        default = str(key.default).lower() if key.type is bool else key.default
+        assert f"\n  {key.name}={default}\n" in text
+        assert key.help in flat
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_config_files_load_and_say_only_what_differs(path):
+    cfg = load(path)
+    assert cfg.run_dir == str(Path("runs") / path.stem)
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[1].startswith("# ") and not lines[2].startswith("#")
+    given = config._read(path)
+    if path.name == "npz.yaml":  # the example that shows everything
+        assert list(given) == list(KEYS)
+    else:
+        del given["data.name"]  # which is always said
+        assert [name for name, value in given.items() if KEYS[name].default == value] == []
+
+
+def test_the_files_have_names_of_their_own():
+    assert len({path.stem for path in FILES}) == len(FILES) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "n_labels", "first_batch", "balance"),
+    [
+        ("cifar10_1000", 1000, 64, 6),
+        ("cifar10_4000", 4000, 0, 6),
+        ("cifar100_4000", 4000, 0, 0),
+        ("cifar100_10000", 10000, 0, 0),
+    ],
+)
+def test_paper_configs_are_the_published_settings(name, n_labels, first_batch, balance):
+    cfg = load(CONFIGS / "paper" / f"{name}.yaml")
+    assert cfg.data.name == name.split("_")[0] and cfg.data.n_labels == n_labels
+    assert (cfg.data.flip, cfg.data.crop, cfg.data.cutout) == (True, 4, 16)
+    assert (cfg.model.name, cfg.model.dropout, cfg.model.preact) == ("cnn13", 0.3, "published")
+    train = cfg.train
+    assert (train.rounds, train.epochs, train.batch_size, train.first_epochs) == (20, 1024, 128, 0)
+    assert (train.lr, train.momentum, train.weight_decay, train.warmup_epochs) == (0.03, 0.9, 0.0, 0.0)
+    assert (train.first_batch_size, cfg.select.balance_rounds) == (first_batch, balance)
+    select = cfg.select
+    assert (select.tau_p, select.tau_n, select.kappa_p, select.kappa_n) == (0.70, 0.05, 0.05, 0.005)
+    assert (select.temp_nl, select.passes) == (2.0, 10)

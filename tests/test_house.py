@@ -1,0 +1,160 @@
+"""The rules of the house that a machine can check: imports run one way, one name everywhere, ops on torch alone."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ups_fast
+from ups_fast import ops, reference
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ups_fast"
+OPS = ["mc_select", "nce_loss", "ups_loss"]
+
+# A module imports only from rooms to its left; the rooms of the second row import nothing above themselves.
+ORDER = ["reference", "ops", "selection", "engine", "rounds", "train"]
+BASE = {"seeds", "config", "models", "data"}
+EITHER = {"checkpoint", "report"}  # below rounds and train; above the base
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level modules of ups_fast that a file imports, anywhere in it."""
+    package = ["ups_fast", *path.relative_to(PACKAGE).with_suffix("").parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [stem, *(f"{stem}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("ups_fast.")}
+    return found & {p.stem for p in PACKAGE.iterdir()}
+
+
+def rooms() -> dict[str, set[str]]:
+    """Imports of each top-level module or subpackage of ups_fast, itself left out."""
+    result: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        result.setdefault(room, set()).update(imports_of(path) - {room})
+    return result
+
+
+def test_imports_run_one_way():
+    got = rooms()
+    assert set(got) == {"__init__", *ORDER, *BASE, *EITHER}, "a new room needs a place in the order"
+    for room in BASE:
+        assert got[room] <= BASE, f"{room} imports {got[room] - BASE}"
+    for i, room in enumerate(ORDER):
+        allowed = set(ORDER[:i]) | BASE | (EITHER if room in ("rounds", "train") else set())
+        assert got[room] <= allowed, f"{room} imports {got[room] - allowed}"
+    for room in EITHER:
+        assert not got[room] & {"rounds", "train"}, f"{room} imports upwards"
+
+
+def test_reference_and_ops_need_only_torch():
+    """In a process where everything else a trainer needs is missing, the package imports and its ops run."""
+    assert rooms()["reference"] == set() and rooms()["ops"] == {"reference"}
+    code = """
+import sys
+for name in ("omegaconf", "rich", "tensorboard", "matplotlib", "sklearn", "torchvision", "safetensors", "yaml"):
+    sys.modules[name] = None
+import torch, ups_fast
+assert ups_fast.mc_select(torch.zeros(2, 3, 4)).label.tolist() == [0, 0, 0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_everywhere(op):
+    assert (ROOT / f"csrc/cpu/{op}.cpp").is_file() and (ROOT / f"csrc/cuda/{op}.cu").is_file()
+    assert f"def test_{op}(" in (ROOT / "benchmarks/test_ops.py").read_text()
+    fused, spec = getattr(ups_fast, op), getattr(reference, op)
+    assert inspect.signature(fused) == inspect.signature(spec) and fused.__doc__ == spec.__doc__
+    assert hasattr(getattr(torch.ops.ups_fast, op), "default")
+
+
+def test_only_ops_imports_the_kernels():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name == "ops.py" or "_C" not in re.findall(r"\b_C\b", path.read_text()), path
+
+
+def test_backend_says_what_runs():
+    said = ups_fast.backend()
+    assert set(said) == {"cpu", "cuda"}
+    assert said["cpu"].startswith("fused kernels") == (ops._C is not None)
+
+
+def run_without_kernels(code: str, **env: str) -> subprocess.CompletedProcess:
+    head = "import sys; sys.modules['ups_fast._C'] = None\nimport warnings, torch, ups_fast\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + code], capture_output=True, text=True, cwd=ROOT, env={"PATH": "", **env}
+    )
+
+
+def test_without_kernels_the_reference_runs_and_says_so():
+    code = """
+z = torch.randn(4, 5, requires_grad=True)
+rows = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=bool), torch.zeros(4, 5, dtype=bool)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("default")
+    for _ in range(3):
+        ups_fast.ups_loss(z, *rows).backward()
+    ups_fast.mc_select(torch.zeros(2, 3, 4)), ups_fast.nce_loss(z, torch.ones(4, 5, dtype=bool))
+print([str(w.message) for w in said])
+print(ups_fast.backend()["cpu"])
+"""
+    done = run_without_kernels(code)
+    assert done.returncode == 0, done.stderr
+    warned, backend = done.stdout.splitlines()
+    assert "ups_fast runs its reference ops on cpu: the compiled module is missing" in warned
+    assert backend.startswith("reference ops: the compiled module is missing")
+
+
+def test_strict_makes_a_fallback_an_error():
+    done = run_without_kernels("ups_fast.mc_select(torch.zeros(2, 3, 4))", UPS_FAST_STRICT="1")
+    assert done.returncode == 1 and "RuntimeError: ups_fast runs its reference ops on cpu" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_works_away_from_the_repository(tmp_path):
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            ROOT,
+        ],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel], check=True
+    )
+    code = "import torch, ups_fast; print(ups_fast.__file__); print(ups_fast.backend()['cpu']);"
+    code += "ups_fast.mc_select(torch.randn(3, 4, 5)); import ups_fast.train, ups_fast.data, ups_fast.models"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    where, backend = done.stdout.splitlines()
+    assert where.startswith(str(site)) and backend.startswith("fused kernels")

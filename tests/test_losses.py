@@ -1,0 +1,330 @@
+"""nce_loss and ups_loss against the float64 oracle, the reference and finite differences, on every instruction set."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import ups_fast
+from ups_fast import reference
+
+C_HOSTILE = [1, 2, 3, 10, 31, 32, 33, 100, 257, 1000, 4097]
+HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative rounding of a stored gradient
+
+
+def batch(n, c, *, dtype=torch.float32, seed=0, scale=4.0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(n, c, generator=g)).to(dtype)
+    target = torch.randint(0, c, (n,), generator=g)
+    positive = torch.rand(n, generator=g) < 0.4
+    negative = torch.rand(n, c, generator=g) < torch.rand(n, 1, generator=g)
+    negative[::5] = False
+    return logits, target, positive, negative
+
+
+def value_and_grad(function, logits, *rest, **options):
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits, *rest, **options)
+    cotangent = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return loss.detach(), torch.autograd.grad(loss, logits, cotangent)[0]
+
+
+def assert_as_good_as_reference(got, ref, exact, *, rounding=2**-24):
+    """The largest error is at most twice the reference's own, or a few roundings of the largest value."""
+    got, ref, exact = (x.double().numpy() for x in (got, ref, exact))
+    error, allowed = np.abs(got - exact).max(initial=0), np.abs(ref - exact).max(initial=0)
+    assert error <= 2 * allowed + 4 * rounding * max(1, np.abs(exact).max(initial=0)), (error, allowed)
+
+
+@pytest.mark.parametrize("c", C_HOSTILE)
+@pytest.mark.parametrize("n", [0, 1, 7, 64])
+def test_against_oracle_and_reference(isa, n, c):
+    logits, target, positive, negative = batch(n, c, seed=n + c)
+    cases = [
+        ("nce_loss", (negative,), {"reduction": r}, w)
+        for r, w in (("mean", oracle.nce_loss), ("sum", None), ("none", oracle.nce_rows))
+    ]
+    cases.append(("ups_loss", (target, positive, negative), {}, oracle.ups_loss))
+    for name, rest, options, want in cases:
+        fused, ref = getattr(ups_fast, name), getattr(reference, name)
+        loss, d_logits = value_and_grad(fused, logits, *rest, **options)
+        loss_ref, d_ref = value_and_grad(ref, logits, *rest, **options)
+        loss_64, d_64 = value_and_grad(ref, logits.double(), *rest, **options)
+        assert loss.dtype == torch.float32 and d_logits.dtype == torch.float32
+        assert_as_good_as_reference(loss, loss_ref, loss_64)
+        assert_as_good_as_reference(d_logits, d_ref, d_64)
+        if want is not None and n:
+            np.testing.assert_allclose(
+                loss_64.numpy(), want(logits.numpy(), *(x.numpy() for x in rest)), rtol=1e-9, atol=1e-9
+            )
+
+
+@pytest.mark.parametrize("c", [1, 10, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(isa, c, dtype):
+    logits, target, positive, negative = batch(50, c, dtype=dtype)
+    for name, rest in (("nce_loss", (negative,)), ("ups_loss", (target, positive, negative))):
+        loss, d_logits = value_and_grad(getattr(ups_fast, name), logits, *rest)
+        loss_64, d_64 = value_and_grad(getattr(reference, name), logits.double(), *rest)
+        assert (
+            loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            and d_logits.dtype == dtype
+        )
+        torch.testing.assert_close(
+            loss.double(), loss_64, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-12
+        )
+        torch.testing.assert_close(
+            d_logits.double(), d_64, rtol=2 * HALF.get(dtype, 1e-12), atol=2e-7 if dtype in HALF else 1e-14
+        )
+
+
+@pytest.mark.parametrize("c", [1, 10, 32, 33, 100])
+def test_packed_masks_are_the_same(isa, c):
+    logits, target, positive, negative = batch(40, c)
+    packed = reference.pack_mask(negative)
+    for function, front in ((ups_fast.nce_loss, ()), (ups_fast.ups_loss, (target, positive))):
+        plain, bits = (value_and_grad(function, logits, *front, m) for m in (negative, packed))
+        assert torch.equal(plain[0], bits[0]) and torch.equal(plain[1], bits[1])
+
+
+@pytest.mark.parametrize("c", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck(isa, c, packed):
+    logits, target, positive, negative = batch(9, c, dtype=torch.float64, scale=1.5)
+    logits.requires_grad_()
+    mask = reference.pack_mask(negative) if packed else negative
+    for reduction in ("none", "mean", "sum"):
+        assert torch.autograd.gradcheck(
+            lambda z, r=reduction: ups_fast.nce_loss(z, mask, reduction=r), logits
+        )
+    assert torch.autograd.gradcheck(lambda z: ups_fast.ups_loss(z, target, positive, mask), logits)
+
+
+def test_near_certain_rows_keep_their_digits(isa):
+    """p = 1 - 1e-6 of a negative class: 1 - p in float32 has one digit, the kernel has all."""
+    for c in (2, 10, 40):
+        logits = torch.zeros(1, c)
+        logits[0, 0] = math.log(1e6 * (c - 1))
+        mask = torch.zeros(1, c, dtype=torch.bool)
+        mask[0, 0] = True
+        loss, d_logits = value_and_grad(ups_fast.nce_loss, logits, mask)
+        exact, d_exact = value_and_grad(reference.nce_loss, logits.double(), mask)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(d_logits.double(), d_exact, rtol=2e-6, atol=1e-9)
+
+
+def test_the_clamp_is_flat(isa):
+    for c in (2, 10, 40):
+        logits = torch.zeros(2, c)
+        logits[:, 1] = 60
+        mask = torch.zeros(2, c, dtype=torch.bool)
+        mask[:, 1] = True
+        loss, d_logits = value_and_grad(ups_fast.nce_loss, logits, mask)
+        torch.testing.assert_close(loss.item(), -math.log(1e-7), rtol=1e-5, atol=0)
+        assert (d_logits == 0).all()
+
+
+def test_one_class_and_full_masks(isa):
+    """C = 1 has p = 1: the clamp's value and no gradient. A mask of all classes is a legal mask."""
+    loss, d_logits = value_and_grad(ups_fast.nce_loss, torch.randn(3, 1), torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(loss.item(), -math.log(1e-7), rtol=1e-5, atol=0)
+    assert (d_logits == 0).all()
+    logits = torch.randn(5, 33)
+    full = torch.ones(5, 33, dtype=torch.bool)
+    np.testing.assert_allclose(
+        ups_fast.nce_loss(logits, full).item(), oracle.nce_loss(logits.numpy(), full.numpy()), rtol=1e-5
+    )
+
+
+def test_empty_groups(isa):
+    logits, target, positive, negative = batch(12, 10)
+    none = torch.zeros(12, dtype=torch.bool)
+    nothing = torch.zeros(12, 10, dtype=torch.bool)
+    for pos, neg in ((none, nothing), (~none, negative), (none, negative), (positive, nothing)):
+        loss, d_logits = value_and_grad(ups_fast.ups_loss, logits, target, pos, neg)
+        want, d_want = value_and_grad(reference.ups_loss, logits, target, pos, neg)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(d_logits, d_want)
+    assert ups_fast.ups_loss(logits, target, none, nothing) == 0
+    assert ups_fast.nce_loss(logits, nothing) == 0
+    assert ups_fast.ups_loss(logits[:0], target[:0], none[:0], nothing[:0]) == 0
+    torch.testing.assert_close(
+        ups_fast.ups_loss(logits, target, ~none, negative), torch.nn.functional.cross_entropy(logits, target)
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_is_not_hidden(isa, bad):
+    for c in (3, 40):
+        logits, target, positive, negative = batch(10, c)
+        positive[:] = torch.arange(10) < 5
+        negative[:] = True
+        for row in (2, 7):
+            broken = logits.clone()
+            broken[row, c - 1] = bad
+            loss, d_logits = value_and_grad(ups_fast.ups_loss, broken, target, positive, negative)
+            assert loss.isnan() and d_logits[row].isnan().any()
+            assert d_logits[torch.arange(10) != row].isfinite().all()
+
+
+def test_minus_infinity_is_a_closed_class(isa):
+    """A class masked out by -inf has p = 0: PyTorch's cross_entropy allows it, so do these."""
+    for c in (3, 40):
+        logits, target, positive, negative = batch(10, c)
+        logits[:, c - 1] = -math.inf
+        target.clamp_(max=c - 2)
+        loss, d_logits = value_and_grad(ups_fast.ups_loss, logits, target, positive, negative)
+        want, _ = value_and_grad(reference.ups_loss, logits.double(), target, positive, negative)
+        torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+        assert d_logits.isfinite().all() and (d_logits[:, c - 1].abs() < 1e-30).all()
+
+
+def test_target_is_read_in_positive_rows_only(isa):
+    logits, target, positive, negative = batch(30, 10)
+    want = ups_fast.ups_loss(logits, target, positive, negative)
+    free = torch.where(positive, target, -1)
+    free[~positive] = torch.tensor([-1, 10, 2**62, -(2**62)])[torch.arange(int((~positive).sum())) % 4]
+    for function in (ups_fast.ups_loss, reference.ups_loss):
+        torch.testing.assert_close(function(logits, free, positive, negative), want)
+        for bad in (-1, 10):
+            wrong = target.clone()
+            wrong[int(positive.nonzero()[1])] = bad
+            with pytest.raises(
+                (IndexError, RuntimeError),
+                match=rf"target must lie in \[0, 10\) in positive rows, got {bad} in row",
+            ):
+                function(logits, wrong, positive, negative)
+
+
+def test_strides_and_threads(isa):
+    logits, target, positive, negative = batch(3000, 20)
+    wide, mask = torch.randn(3000, 41), torch.zeros(3000, 45, dtype=torch.bool)
+    wide[:, 3:23], mask[:, 5:25] = logits, negative
+    want = value_and_grad(ups_fast.ups_loss, logits, target, positive, negative)
+    every_second = torch.stack([target, target], dim=1)[:, 0]
+    positive_2 = torch.stack([positive, positive], dim=1)[:, 1]
+    for z in (wide[:, 3:23], logits.t().contiguous().t()):
+        for m in (mask[:, 5:25], negative.t().contiguous().t()):
+            got = value_and_grad(ups_fast.ups_loss, z, every_second, positive_2, m)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = value_and_grad(ups_fast.ups_loss, logits, target, positive, negative)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone[0], want[0]) and torch.equal(alone[1], want[1])
+
+
+def test_expanded_cotangent():
+    logits, _, _, negative = batch(20, 10)
+    z = logits.clone().requires_grad_()
+    ups_fast.nce_loss(z, negative, reduction="none").sum().backward()  # a stride-0 gradient
+    want = value_and_grad(reference.nce_loss, logits, negative, reduction="sum")[1]  # with a cotangent of 1/2
+    torch.testing.assert_close(z.grad, 2 * want, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast():
+    layer = torch.nn.Linear(8, 10)
+    x, (_, target, positive, negative) = torch.randn(16, 8), batch(16, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer(x)
+        assert logits.dtype == torch.bfloat16
+        loss = ups_fast.ups_loss(logits, target, positive, negative)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    torch.testing.assert_close(
+        loss, reference.ups_loss(logits.float(), target, positive, negative), rtol=1e-5, atol=0
+    )
+    assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_whole(packed):
+    logits, target, positive, negative = batch(32, 10)
+    mask = reference.pack_mask(negative) if packed else negative
+
+    def step(z):
+        return ups_fast.ups_loss(z * 2, target, positive, mask) + ups_fast.nce_loss(z, mask)
+
+    eager = value_and_grad(step, logits)
+    compiled = value_and_grad(torch.compile(step, fullgraph=True), logits)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n, c", [(6, 10), (0, 3), (5, 70)])
+def test_opcheck(n, c, packed):
+    logits, target, positive, negative = batch(n, c)
+    logits.requires_grad_()
+    mask = reference.pack_mask(negative) if packed else negative
+    ops = torch.ops.ups_fast
+    for reduction in (0, 1, 2):
+        torch.library.opcheck(ops.nce_loss.default, (logits, mask, reduction))
+    torch.library.opcheck(ops.ups_loss.default, (logits, target, positive, mask))
+    d = logits.detach()
+    torch.library.opcheck(ops.nce_loss_backward.default, (torch.ones(()), d, mask, torch.tensor(0.5)))
+    torch.library.opcheck(
+        ops.ups_loss_backward.default, (torch.ones(()), d, target, positive, mask, torch.tensor([0.5, 0.2]))
+    )
+
+
+def test_second_derivative_is_refused():
+    logits, _, _, negative = batch(4, 5)
+    logits.requires_grad_()
+    (d_logits,) = torch.autograd.grad(ups_fast.nce_loss(logits, negative), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        d_logits.sum().backward()
+
+
+Z, M = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool)
+T, P = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+BAD = [
+    ("nce_loss", (Z[0], M), {}, ValueError, r"logits must have shape \[N, C\], got \[4\]"),
+    ("nce_loss", (Z.int(), M), {}, TypeError, "logits must be .* got int32"),
+    ("nce_loss", (Z[:, :0], M), {}, ValueError, "at least one class"),
+    ("nce_loss", (Z, M[:2]), {}, ValueError, r"mask must have 3 rows like logits, got \[2, 4\]"),
+    (
+        "nce_loss",
+        (Z, M[:, :3]),
+        {},
+        ValueError,
+        r"mask as bool must have 4 columns for 4 classes, got \[3, 3\]",
+    ),
+    ("nce_loss", (Z, M.int()), {}, ValueError, "mask as packed int32 must have 1 columns"),
+    ("nce_loss", (Z, M.float()), {}, TypeError, "mask must be bool or int32, got float32"),
+    (
+        "nce_loss",
+        (Z, M),
+        {"reduction": "avg"},
+        ValueError,
+        "reduction must be 'mean', 'sum' or 'none', got 'avg'",
+    ),
+    ("nce_loss", (Z, M.to("meta")), {}, ValueError, "mask must be on the logits' device cpu, got meta"),
+    ("ups_loss", (Z, T.int(), P, M), {}, TypeError, "target must be int64, got int32"),
+    ("ups_loss", (Z, T[:2], P, M), {}, ValueError, "target must have 3 rows"),
+    ("ups_loss", (Z, T, P.float(), M), {}, TypeError, "positive must be bool, got float32"),
+    ("ups_loss", (Z, T, P[:, None], M), {}, ValueError, r"positive must have shape \[B\], got \[3, 1\]"),
+    ("ups_loss", (Z, T, P, None), {}, TypeError, "negative must be a tensor .* got NoneType"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, options, error, sentence", BAD)
+def test_bad_arguments(name, arguments, options, error, sentence):
+    for module in (ups_fast, reference):
+        with pytest.raises(error, match=sentence):
+            getattr(module, name)(*arguments, **options)
+
+
+def test_direct_calls_of_the_op_are_guarded():
+    ops = torch.ops.ups_fast
+    with pytest.raises(RuntimeError, match="mask must have size 4 in dimension 1, got 3"):
+        ops.nce_loss(Z, M[:, :3], 1)
+    with pytest.raises(RuntimeError, match="target must be int64"):
+        ops.ups_loss(Z, T.int(), P, M)
+    with pytest.raises(RuntimeError, match="logits must have 3 dimensions, got 2"):
+        ops.mc_select(Z, 0.7, 0.05, 0.05, 0.005, 2.0, False)

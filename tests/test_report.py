@@ -1,0 +1,335 @@
+"""What a run leaves for people: numbers are right, nothing is invented, hostile names stay harmless."""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from ups_fast import report
+from ups_fast.config import Config
+from ups_fast.reference import mc_select, unpack_mask
+from ups_fast.selection import Labelling, drop_negatives
+from ups_fast.selection import report as numbers
+
+NASTY = [
+    "plain",
+    "comma, quote\" and 'both'",
+    "<script>alert(1)</script>",
+    "zwei\nZeilen",
+    "ünï & ©",
+    "",
+    " ",
+    "=1+1",
+]
+
+
+def case(n=300, n_classes=10, passes=10, n_rounds=3, seed=0, broken=0):
+    """Made-up logits, labelled by the specification; `broken` rows are NaN, 1 in 20 truths is moved."""
+    g = torch.Generator().manual_seed(seed)
+    truth = torch.randint(n_classes, (n,), generator=g)
+    strength = 9 * torch.rand(n, 1, generator=g).sqrt()
+    mean = 1.8 * torch.randn(n, n_classes, generator=g).scatter_add(1, truth[:, None], strength)
+    logits = mean + torch.randn(passes, n, n_classes, generator=g)
+    logits[0, :broken] = math.nan
+    limits = {} if passes > 1 else {"kappa_p": math.inf, "kappa_n": math.inf}
+    found = mc_select(logits, packed=True, **limits)
+    kept = found.positive.clone()
+    kept[::7] = False  # as if the class balance had dropped some
+    truth[::20] = (truth[::20] + 1) % n_classes
+    labelling = Labelling(
+        index=torch.arange(n) * 3 + 5,
+        label=found.label,
+        confidence=found.confidence,
+        std=found.std,
+        candidate=found.positive,
+        positive=kept,
+        negative=drop_negatives(found.negative, kept),
+    )
+    return labelling, truth, rows_of(labelling, truth, n_classes, n_rounds)
+
+
+def rows_of(labelling, truth, n_classes, n_rounds):
+    found = numbers(labelling, truth, n_classes)
+    return [{"round": r, "test_acc": 0.8 + 0.05 * r, "seconds": 1.5, **found} for r in range(n_rounds)]
+
+
+def no_samples(labelling):
+    return Labelling(**{name: tensor[:0] for name, tensor in vars(labelling).items()})
+
+
+@pytest.fixture
+def cfg():
+    cfg = Config(seed=7)
+    cfg.data.n_labels = 40
+    return cfg
+
+
+# pseudo_labels.csv ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [2, 8, 33])
+def test_table_gives_every_value_back(tmp_path, n_classes):
+    labelling, _, _ = case(n=200, n_classes=n_classes, broken=2)
+    classes = (NASTY * 5)[:n_classes]
+    path = tmp_path / "pseudo_labels.csv"
+    path.write_text("an older file that is longer than a line\n" * 1000)
+    report.write_pseudo_labels(path, labelling, classes)
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *lines = list(csv.reader(file))
+    assert head == ["index", "label", "confidence", "std", "positive", "negative", "name"]
+    assert len(lines) == 200 and all(len(line) == 7 for line in lines)
+    index, label, confidence, std, positive, negative, name = zip(*lines, strict=True)
+    assert [int(v) for v in index] == labelling.index.tolist()
+    assert [int(v) for v in label] == labelling.label.tolist()
+    assert label[:2] == ("-1", "-1") and confidence[:2] == std[:2] == ("nan", "nan") and name[:2] == ("", "")
+    for text, tensor in [(confidence, labelling.confidence), (std, labelling.std)]:
+        assert np.array_equal(np.array(text, dtype=np.float32), tensor.numpy(), equal_nan=True)
+    assert [v == "1" for v in positive] == labelling.positive.tolist() and set(positive) == {"0", "1"}
+    masks = unpack_mask(labelling.negative, n_classes)
+    assert [[int(c) for c in text.split()] for text in negative] == [
+        row.nonzero()[:, 0].tolist() for row in masks
+    ]
+    assert list(name[2:]) == [classes[c] for c in labelling.label[2:].tolist()]
+    assert [p.name for p in tmp_path.iterdir()] == ["pseudo_labels.csv"]
+
+
+def test_table_without_samples_is_its_head(tmp_path):
+    labelling = no_samples(case(n=1)[0])
+    report.write_pseudo_labels(tmp_path / "t.csv", labelling, ["a"] * 10)
+    assert (tmp_path / "t.csv").read_text() == "index,label,confidence,std,positive,negative,name\n"
+
+
+# report.png ----------------------------------------------------------------------------------------
+
+
+def panels(labelling, truth, rows, cfg):
+    figure = report.draw(rows, labelling, truth, cfg)
+    figure.canvas.draw()  # whatever cannot be drawn fails here
+    return figure.axes
+
+
+def words(axes) -> str:
+    legend = axes.get_legend()
+    texts = [*axes.texts, *(legend.get_texts() if legend else [])]
+    return " | ".join([axes.get_title(loc="left"), *(text.get_text() for text in texts)])
+
+
+def offsets(axes, name):
+    return next(
+        (np.asarray(c.get_offsets()) for c in axes.collections if c.get_label() == name), np.empty((0, 2))
+    )
+
+
+def heights(axes, name):
+    return next([bar.get_height() for bar in c] for c in axes.containers if c.get_label() == name)
+
+
+def test_panels_show_the_numbers(cfg):
+    labelling, truth, rows = case()
+    accuracy, counts, calibration, plane = panels(labelling, truth, rows, cfg)
+
+    assert {line.get_label() for line in accuracy.lines} == {
+        "test set", "positive pseudo-labels", "negative pseudo-labels"
+    }  # fmt: skip
+    test = next(line for line in accuracy.lines if line.get_label() == "test set")
+    assert test.get_xdata().tolist() == [0, 1, 2] and np.allclose(test.get_ydata(), [80, 85, 90])
+    assert "80.0" in words(accuracy) and "90.0" in words(accuracy)
+
+    right = int((labelling.positive & (labelling.label == truth)).sum())
+    wrong = int((labelling.positive & (labelling.label != truth)).sum())
+    only_negative = int((unpack_mask(labelling.negative, 10).any(1) & ~labelling.positive).sum())
+    assert right > 0 and wrong > 0 and only_negative > 0  # or the case shows nothing
+    assert heights(counts, "positive, correct") == [right] * 3
+    assert heights(counts, "positive, wrong") == [wrong] * 3
+    assert heights(counts, "negative classes only") == [only_negative] * 3
+    assert "all 300" in words(counts)
+
+    assert f"all unlabelled: ECE {rows[0]['ece']:.3f}" in words(calibration)
+    assert f"selected: ECE {rows[0]['ece_selected']:.3f}" in words(calibration)
+
+    points = np.stack([labelling.confidence.numpy(), labelling.std.numpy()], axis=1)
+    hit = (labelling.label == truth).numpy()
+    assert np.array_equal(offsets(plane, "correct"), points[hit])
+    assert np.array_equal(offsets(plane, "wrong"), points[~hit])
+    assert "tau_p = 0.7" in words(plane) and "kappa_p = 0.05" in words(plane)
+    shade = plane.collections[0].get_paths()[0].get_extents()
+    assert (shade.x0, shade.y0, shade.y1) == (0.7, 0.0, 0.05)
+
+
+def test_unknown_truth_leaves_gaps_that_are_named(cfg):
+    labelling, truth, _ = case()
+    truth = torch.full_like(truth, -1)
+    accuracy, counts, calibration, plane = panels(labelling, truth, rows_of(labelling, truth, 10, 3), cfg)
+    assert [line.get_label() for line in accuracy.lines] == ["test set"]
+    assert "the truth of the pseudo-labels is not known" in words(accuracy)
+    assert heights(counts, "positive") == [int(labelling.positive.sum())] * 3 and "wrong" not in words(counts)
+    assert "The true labels are not known" in words(calibration) and "ECE" not in words(calibration)
+    assert len(offsets(plane, "truth unknown")) == 300
+    assert len(offsets(plane, "correct")) == len(offsets(plane, "wrong")) == 0
+
+
+def test_partly_known_truth_is_not_stretched_over_the_rest(cfg):
+    labelling, truth, _ = case()
+    truth[100:] = -1
+    _, counts, calibration, plane = panels(labelling, truth, rows_of(labelling, truth, 10, 3), cfg)
+    assert "wrong" not in words(counts) and "ECE" in words(calibration)
+    assert len(offsets(plane, "truth unknown")) == 200
+    assert len(offsets(plane, "correct")) + len(offsets(plane, "wrong")) == 100
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "shape", ["one round", "no positives", "100 classes", "one pass", "not finite", "no samples"]
+)
+def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
+    n_classes = 100 if shape == "100 classes" else 10
+    n = 0 if shape == "no samples" else 300
+    passes = 1 if shape == "one pass" else 10
+    broken = n if shape == "not finite" else 0
+    if n:
+        labelling, truth, rows = case(n, n_classes, passes, n_rounds=20, broken=broken)
+    else:
+        labelling, truth, _ = case(1)
+        labelling = no_samples(labelling)
+        truth, rows = truth[:0], rows_of(labelling, truth[:0], 10, 1)
+    if shape == "one round":
+        rows = rows[:1]
+    if shape == "one pass":
+        cfg.select.passes, cfg.select.kappa_p, cfg.select.kappa_n = 1, math.inf, math.inf
+    if shape == "no positives":
+        none = torch.zeros_like(labelling.positive)
+        labelling = Labelling(**{**vars(labelling), "positive": none, "candidate": none})
+        rows = rows_of(labelling, truth, 10, 20)
+        assert rows[0]["positive_acc"] is None
+    png, page = report.write_report(
+        tmp_path, rows, labelling, truth, cfg, [f"class {c}" for c in range(n_classes)]
+    )
+    assert (
+        png.read_bytes().startswith(b"\x89PNG")
+        and page.read_text().count("<tr>") == 2 + len(rows) + n_classes
+    )
+
+
+def test_own_arrays_give_the_run_its_name(cfg):
+    labelling, truth, rows = case()
+    cfg.data.name, cfg.data.root, cfg.data.n_labels = "npz", "/somewhere/my $\\frac{$ data.npz", 0
+    figure = report.draw(rows, labelling, truth, cfg)
+    figure.canvas.draw()  # the name is no formula
+    assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
+    assert figure.texts[1].get_text().startswith("300 unlabelled images")
+
+
+def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):
+    labelling, truth, rows = case(n=9000)
+    first, again = (panels(labelling, truth, rows, cfg)[3] for _ in range(2))
+    assert "6,000 of 9,000 images" in words(first)
+    drawn = [np.concatenate([offsets(plane, "correct"), offsets(plane, "wrong")]) for plane in (first, again)]
+    assert len(drawn[0]) == report.MOST_POINTS and np.array_equal(*drawn)
+    assert len(np.unique(drawn[0], axis=0)) > 5990  # drawn without replacement
+
+
+# report.html ---------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags, table cells and plain text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture
+def page(tmp_path, cfg):
+    labelling, truth, rows = case(n_classes=len(NASTY))
+    cfg.data.root = "<b>/folder</b>"
+    png, path = report.write_report(tmp_path, rows, labelling, truth, cfg, NASTY)
+    return Page(path.read_text(encoding="utf-8")), png, labelling, truth, rows
+
+
+def test_page_stands_alone(page):
+    page, png, *_ = page
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "b>"})
+    sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
+    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    assert b64decode(sources[0].partition(",")[2]) == png.read_bytes()
+    assert not any("href" in attrs for _, attrs in page.tags)
+    assert "prefers-color-scheme: dark" in page.text
+
+
+def test_page_shows_names_and_settings_as_text(page):
+    page, *_ = page
+    assert "<b>/folder</b>" in page.text and "tau_p: 0.7" in page.text and "seed: 7" in page.text
+    assert [cells[0] for cells in page.tables[1][1:]] == NASTY
+
+
+def test_page_has_a_line_per_round_and_per_class(page):
+    page, _, labelling, truth, rows = page
+    by_round, by_class = page.tables
+    assert [cells[:3] for cells in by_round[1:]] == [
+        [str(r), f"{80 + 5 * r:.1f} %", str(rows[0]["positives"])] for r in range(3)
+    ]
+    for number, (_, shown, positives, precision) in enumerate(by_class[1:]):
+        chosen = [i for i in range(300) if labelling.positive[i] and labelling.label[i] == number]
+        hits = sum(int(truth[i]) == number for i in chosen)
+        assert (shown, positives) == (str(number), str(len(chosen)))
+        assert precision == (f"{100 * hits / len(chosen):.1f} %" if chosen else "n/a")
+
+
+def test_the_sentence_says_what_came_of_it(page):
+    page, _, labelling, truth, _ = page
+    positives = int(labelling.positive.sum())
+    share = 100 * float((labelling.label == truth)[labelling.positive].double().mean())
+    assert "right on 90.0 % of the test images, +10.0 points from round 0" in page.text
+    assert (
+        f"{positives:,} of 300 unlabelled images have a positive pseudo-label, {share:.1f} % of" in page.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "said"), [(0, "is not known, so these cannot be judged"), (120, "judged by the 120 images")]
+)
+def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
+    labelling, truth, _ = case()
+    truth[known:] = -1
+    _, path = report.write_report(
+        tmp_path, rows_of(labelling, truth, 10, 1), labelling, truth, cfg, ["x"] * 10
+    )
+    assert said in html.unescape(path.read_text())
+    assert ("points from round 0" in path.read_text()) is False
+    percentages = re.findall(
+        r"[\d.]+ %", Page(path.read_text()).text.partition("How to read")[0].partition("}\n\n")[2]
+    )
+    assert (
+        len(percentages) >= 1 if known else len(percentages) == 2
+    )  # title and sentence: test accuracy alone

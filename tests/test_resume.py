@@ -1,0 +1,440 @@
+"""Nothing is lost: real processes are killed and go on, and whatever may be wrong with a run's folder.
+
+Every run here is a process of its own. Processes are forked from a server that has imported torch already, so one
+costs a second and not five.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_rounds import tiny_config, tiny_set
+
+from ups_fast import checkpoint, load_model, rounds, selection
+from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
+
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["ups_fast.rounds", "test_rounds"])
+RARELY, ALWAYS = (
+    3600.0,
+    0.0,
+)  # checkpoint_seconds: only at the ends of training and of rounds; after every step
+FINISHED, FAILED, STOPPED = 0, 2, 130
+
+
+def settings(folder: Path, **changes: Any) -> Any:
+    """15 steps in round 0, three an epoch, and a round 1 of its positives and negatives."""
+    return tiny_config(folder, train__first_batch_size=2, train__first_epochs=5, **changes)
+
+
+# What is done to a process. `call` names a function; `what` happens before its n-th call.
+
+
+def kill(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tear(file: int) -> None:
+    """A power cut: half of the file that is being written reaches the disk."""
+    os.ftruncate(file, os.fstat(file).st_size // 2)
+    kill()
+
+
+def interrupt(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt_twice(*args: Any) -> None:
+    interrupt()
+    interrupt()
+
+
+def limit_files(*args: Any) -> None:
+    """From now on the system refuses to write a file of more than 200 kB; a checkpoint has 600."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
+CALLS = {
+    "train_step": rounds,
+    "mc_select": selection,  # once to test the network, then once per batch of labelling
+    "fsync": os,  # twice per file written
+    "replace": os,  # once per file written
+}
+
+
+def sabotage(call: str, n: int, what: Callable[..., None]) -> None:
+    real, calls = getattr(CALLS[call], call), 0
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            what(*args)
+        return real(*args, **kwargs)
+
+    setattr(CALLS[call], call, replacement)
+
+
+Plan = tuple[str, int, Callable[..., None]]
+
+
+def child(folder: Path, plan: Plan | None, changes: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    if plan:
+        sabotage(*plan)
+    try:
+        rounds.run(settings(folder, **changes), tiny_set(), console=Console(file=io.StringIO()))
+    except (KeyboardInterrupt, RunFolderError) as error:
+        message_of(folder).write_text(str(error))
+        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else FAILED)
+
+
+def message_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.message")
+
+
+def run(folder: Path, plan: Plan | None = None, **changes: Any) -> int:
+    """The exit status of a run in a process of its own; the negative number of the signal that killed it."""
+    process = SPAWN.Process(target=child, args=(folder, plan, changes))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in round 1, in the middle of an epoch."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    assert run(folder, ("train_step", 18, kill), checkpoint_seconds=ALWAYS) == -signal.SIGKILL
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder / "tb" / part)).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if tag != "seconds"]
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+
+def assert_same_run(folder: Path, want: Path) -> None:
+    """Bit for bit the same weights and pseudo-labels, and the same numbers but for the time they took."""
+    assert (folder / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+    with np.load(folder / "selection.npz") as got, np.load(want / "selection.npz") as expected:
+        assert set(got) == set(expected)
+        assert all(got[name].tobytes() == expected[name].tobytes() for name in got)
+    assert [row | {"seconds": 0} for row in rows(folder)] == [row | {"seconds": 0} for row in rows(want)]
+    for part in ("epochs", "rounds"):
+        assert scalars(folder, part) == scalars(want, part), "no scalar is missing, and none is there twice"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in want.iterdir()}, (
+        "nothing is left over"
+    )
+
+
+# Killed, at any moment.
+
+
+def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    plans: list[Plan] = [
+        ("train_step", 5, kill),  # in the middle of epoch 1
+        ("fsync", 9, kill),  # a checkpoint is written but does not have its name yet
+        ("replace", 6, kill),  # nor now
+        ("fsync", 5, tear),  # a checkpoint is half written
+        ("mc_select", 3, kill),  # in the second batch of labelling
+        ("replace", 5, kill),  # labelled: the network is saved, the selection is not
+        ("replace", 6, kill),  # both are, the checkpoint is not
+        ("train_step", 4, kill),  # in the middle of an epoch of round 1
+        ("replace", 7, kill),
+    ]
+    for plan in plans:
+        assert run(folder, plan, checkpoint_seconds=ALWAYS) == -signal.SIGKILL, plan
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ("fsync", 1, kill),  # before config.yaml is there
+        ("replace", 2, kill),  # before split.npz is there
+        ("train_step", 9, kill),  # before there is a checkpoint
+        ("mc_select", 2, kill),  # in labelling, with the checkpoint of the training's end
+        ("replace", 7, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
+        ("train_step", 19, kill),  # in round 1, which starts again
+    ],
+    ids=lambda plan: f"{plan[0]}-{plan[1]}",
+)
+def test_killed_with_few_checkpoints(plan: Plan, tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, plan, checkpoint_seconds=RARELY) == -signal.SIGKILL
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    assert_same_run(folder, uninterrupted)
+
+
+def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    state = checkpoint.load_checkpoint(folder)
+    assert state is not None and state.round == 1 and state.step > 0 and state.seconds > 0
+    checkpoint.save_checkpoint(folder, replace(state, seconds=1000.0))
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    assert rows(folder)[0]["seconds"] < 1000 < rows(folder)[1]["seconds"]
+
+
+# Asked to stop.
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [("train_step", 8, interrupt), ("train_step", 8, terminate), ("mc_select", 3, interrupt)],
+    ids=["SIGINT", "SIGTERM", "SIGINT in labelling"],
+)
+def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, plan, checkpoint_seconds=RARELY) == STOPPED
+    state = checkpoint.load_checkpoint(folder)
+    assert state is not None
+    if plan[0] == "train_step":
+        assert 3 * state.epoch + state.step == 8, "the step that was under way is done and saved"
+    message = message_of(folder).read_text()
+    assert str(folder) in message and f"round 0, epoch {state.epoch}" in message
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
+    plan = ("train_step", 8, interrupt_twice)
+    assert run(tmp_path / "run", plan, checkpoint_seconds=RARELY) == -signal.SIGINT
+    assert not (tmp_path / "run" / "checkpoint.pt").exists(), "not even this step was waited for"
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+    rounds.run(settings(tmp_path, train__rounds=1), tiny_set(), console=Console(file=io.StringIO()))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# A disk that takes no more.
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    killed: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert run(folder, ("train_step", 1, limit_files), checkpoint_seconds=ALWAYS) == FAILED
+    message = message_of(folder).read_text()
+    assert "checkpoint.pt" in message and "File too large" in message
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_no_space_left(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_atomic(file, b"old")
+    checkpoint._tmp(file).symlink_to("/dev/full")  # the system itself refuses each byte
+    with pytest.raises(RunFolderError, match="file could not be written: No space left on device"):
+        write_atomic(file, b"new" * 10_000)
+    assert contents(tmp_path) == {Path("file"): b"old"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_no_space_left_at_the_last_moment(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_atomic(tmp_path / "file", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(RunFolderError, match="No space left"):
+            write_atomic(tmp_path / "file", b"new")
+    assert contents(tmp_path) == {Path("file"): b"old"}
+    write_atomic(tmp_path / "file", b"new")
+    assert contents(tmp_path) == {Path("file"): b"new"}
+
+
+# A folder that is damaged, foreign, taken, or of another run.
+
+
+def refused(folder: Path, sentence: str, *, data: Any = None, **changes: Any) -> str:
+    """The run must stop with `sentence` and leave every file as it is."""
+    before = contents(folder)
+    with pytest.raises(RunFolderError, match=sentence) as caught:
+        rounds.run(settings(folder, **changes), data or tiny_set(), console=Console(file=io.StringIO()))
+    after = contents(folder)
+    after.pop(Path(".lock"), None)
+    before.pop(Path(".lock"), None)
+    assert after == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def one_bit_wrong(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def foreign(content: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, file)
+    return file.getvalue()
+
+
+def another_zip(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    return file.getvalue()
+
+
+def code_in_a_pickle(content: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "data": print}, file)
+    return file.getvalue()
+
+
+def of_next_year(content: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"format": checkpoint.FORMAT, "version": 2}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (truncated, "damaged"),
+        (one_bit_wrong, "damaged"),
+        (lambda content: b"", "damaged"),
+        (lambda content: b"\0" * len(content), "damaged"),
+        (another_zip, "damaged"),
+        (code_in_a_pickle, "damaged"),
+        (foreign, "not a checkpoint of ups_fast"),
+        (of_next_year, "version 2"),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint(
+    damage: Callable[[bytes], bytes], sentence: str, killed: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    file = folder / "checkpoint.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    assert str(file) in refused(folder, sentence)
+
+
+def test_another_config(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    sentence = refused(folder, "another config", train__lr=0.1, select__tau_p=0.9)
+    assert "train.lr is 0.1 and was 0.05" in sentence and "select.tau_p is 0.9 and was 0.95" in sentence
+    assert sentence.count(" and was ") == 2
+    assert refused(folder, "another config", seed=1).count(" and was ") == 1
+
+
+def test_a_config_that_lacks_a_key_or_cannot_be_read(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  lr: 0.05\n", ""))
+    assert "train.lr is 0.05 and was absent" in refused(folder, "another config")
+    (folder / "config.yaml").write_text("{[")
+    refused(folder, "config.yaml is damaged")
+
+
+def test_where_and_how_often_may_change(killed: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "elsewhere" / "run")
+    assert run(folder, checkpoint_seconds=12.0, data__root="moved", device="auto") == FINISHED
+    if not torch.cuda.is_available():
+        assert_same_run(folder, uninterrupted)
+
+
+def test_other_data(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    data = tiny_set()
+    images = data.train_images.clone()
+    images[59, 7, 7, 0] ^= 1
+    labels = data.train_labels.roll(3)
+    more = torch.cat([data.test_images, data.test_images[:3]])
+    for other in (
+        replace(data, train_images=images),
+        replace(data, train_labels=labels.roll(1)),
+        replace(data, test_images=more, test_labels=torch.cat([data.test_labels, data.test_labels[:3]])),
+        replace(data, classes=["a", "b", "c"]),
+    ):
+        assert "60 training" in refused(folder, "other data", data=other)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert str(tmp_path) in refused(tmp_path, "no run of ups_fast")
+    assert not (tmp_path / ".lock").exists()
+    with pytest.raises(RunFolderError, match=r"thesis\.tex is a file"):
+        rounds.run(settings(tmp_path / "thesis.tex"), tiny_set(), console=Console())
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with open_folder(folder, asdict(settings(folder))):
+        assert run(folder) == FAILED
+        assert "in use by another process" in message_of(folder).read_text()
+        assert not (folder / "checkpoint.pt").exists()
+    with open_folder(folder, asdict(settings(folder))):
+        pass  # free again
+
+
+# The trained network.
+
+
+def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.* no such folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="first round"):
+        load_model(tmp_path)
+    folder = shutil.copytree(killed, tmp_path / "run")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    assert not load_model(folder).training
+    for damage in (truncated, lambda content: b"", foreign):
+        file.write_bytes(damage(whole))
+        with pytest.raises(RunFolderError, match=r"model\.safetensors is damaged"):
+            load_model(folder)

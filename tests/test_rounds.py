@@ -1,0 +1,436 @@
+"""Whole runs on 60 tiny images: what a round starts from, what it leaves behind, and what it does in odd cases."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import ups_fast
+from ups_fast import reference, rounds
+from ups_fast.config import Config
+from ups_fast.data import ImageSet, ResidentImages
+from ups_fast.engine import lr_at
+from ups_fast.models import build
+from ups_fast.rounds import Result
+from ups_fast.seeds import derive
+from ups_fast.selection import label
+
+INF = math.inf
+
+
+def tiny_set(unlabelled_truth: bool = True) -> ImageSet:
+    """60 training and 30 test images of 8x8: three classes by the place of a bright band, under much noise."""
+    labels = torch.arange(90) % 3
+    images = torch.randint(0, 160, (90, 8, 8, 1), generator=torch.Generator().manual_seed(0))
+    for c, band in enumerate((slice(0, 3), slice(3, 5), slice(5, 8))):
+        images[labels == c, band] += 60
+    images = images.to(torch.uint8)
+    train, test = labels[:60].clone(), labels[60:]
+    given = None
+    if not unlabelled_truth:
+        given = torch.arange(6)
+        train[6:] = -1
+    names = ["top", "middle", "bottom"]
+    return ImageSet("tiny", names, images[:60], train, images[60:], test, (0.4,), (0.25,), given)
+
+
+def tiny_config(folder: Path, **changes: Any) -> Config:
+    """Settings under which every round of `tiny_set` has positives and negatives; changes as train__epochs=1."""
+    cfg = Config(run_dir=str(folder), device="cpu")
+    values = {
+        "data__n_labels": 6,
+        "data__crop": 1,
+        "model__name": "wrn-10-1",
+        "train__rounds": 2,
+        "train__epochs": 3,
+        "train__first_epochs": 12,
+        "train__batch_size": 20,
+        "train__first_batch_size": 6,
+        "train__lr": 0.05,
+        "select__tau_p": 0.95,
+        "select__tau_n": 0.3,
+        "select__kappa_p": 0.2,
+        "select__kappa_n": 0.1,
+        "select__balance_rounds": 1,
+        "select__batch_size": 40,
+    }
+    for name, value in {**values, **changes}.items():
+        group, _, last = name.rpartition("__")
+        owner = getattr(cfg, group) if group else cfg
+        assert hasattr(owner, last)
+        setattr(owner, last, value)
+    return cfg
+
+
+def run(cfg: Config, data: ImageSet | None = None) -> tuple[Result, str]:
+    text = io.StringIO()
+    result = rounds.run(cfg, data or tiny_set(), console=Console(file=text, width=40))
+    return result, text.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Result, str]:
+    torch.set_num_threads(1)
+    cfg = tiny_config(tmp_path_factory.mktemp("run") / "deep" / "folder")
+    return cfg, *run(cfg)
+
+
+Finished = tuple[Config, Result, str]
+Arrays = dict[str, np.ndarray]
+
+
+def selection(folder: Path) -> Arrays:
+    with np.load(folder / "selection.npz") as arrays:
+        return dict(arrays)
+
+
+# A run from end to end.
+
+
+def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
+    _, result, _ = finished
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.rows and [row["round"] for row in rows] == [0, 1]
+    wanted = {
+        "round",
+        "test_acc",
+        "positives",
+        "positive_acc",
+        "negatives",
+        "negative_acc",
+        "negative_samples",
+    }
+    wanted |= {"ece", "ece_selected", "seconds"}
+    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece"}
+    for row in rows:
+        assert set(row) == wanted | extra
+        assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"
+        shares = ("test_acc", "positive_acc", "negative_acc", "ece", "ece_selected", "test_ece")
+        assert all(0 <= row[key] <= 1 for key in shares) and row["seconds"] > 0
+
+
+def test_the_last_row_follows_from_the_saved_selection(finished: Finished) -> None:
+    _, result, _ = finished
+    saved, row = selection(result.folder), result.rows[-1]
+    for name, tensor in vars(result.labelling).items():
+        assert np.array_equal(saved[name], tensor.numpy())
+    truth, positive = saved["truth"], saved["positive"]
+    assert np.array_equal(truth, tiny_set().train_labels.numpy()[saved["index"]])
+    assert row["positives"] == positive.sum() == sum(row["per_class_positives"])
+    assert row["positive_acc"] == pytest.approx((saved["label"] == truth)[positive].mean())
+    negative = (saved["negative"][:, :1] >> np.arange(3)) & 1
+    assert row["negatives"] == negative.sum() and row["negative_samples"] == negative.any(axis=1).sum()
+    assert row["negative_acc"] == pytest.approx(1 - negative[np.arange(54), truth].sum() / negative.sum())
+    assert not (negative.any(axis=1) & positive).any()
+
+
+def test_labelled_and_unlabelled_never_meet_and_all_unlabelled_are_labelled(finished: Finished) -> None:
+    _, result, _ = finished
+    with np.load(result.folder / "split.npz") as split:
+        labeled, unlabeled = split["labeled"], split["unlabeled"]
+    assert sorted([*labeled, *unlabeled]) == list(range(60))
+    assert np.bincount(tiny_set().train_labels[labeled]).tolist() == [2, 2, 2]
+    assert np.array_equal(selection(result.folder)["index"], unlabeled)
+
+
+def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
+    cfg, result, _ = finished
+    model, data = ups_fast.load_model(cfg.run_dir), tiny_set()
+    assert (model.classes, model.channels, model.size) == (data.classes, 1, [8, 8])
+    assert (tuple(model.mean), tuple(model.std)) == (data.mean, data.std)
+    assert not model.training
+    mean, std = model.mean, model.std
+    train, test = (
+        ResidentImages(images, mean=mean, std=std, device="cpu", flip=False, crop=0, cutout=0)
+        for images in (data.train_images, data.test_images)
+    )
+    again = label(
+        model,
+        train,
+        result.labelling.index,
+        tau_p=0.95,
+        tau_n=0.3,
+        kappa_p=0.2,
+        kappa_n=0.1,
+        batch_size=40,
+        seed=derive(cfg.seed, "label", 1),
+    )
+    assert torch.equal(again.label, result.labelling.label)
+    assert torch.allclose(again.std, result.labelling.std, atol=1e-5)
+    with torch.no_grad():
+        right = model(test.clean(torch.arange(30))).argmax(dim=1) == data.test_labels
+    assert float(right.double().mean()) == pytest.approx(result.rows[-1]["test_acc"])
+
+
+def test_the_table_reads_well_without_a_terminal(finished: Finished) -> None:
+    _, result, text = finished
+    lines = text.splitlines()
+    assert len(lines) == 4, f"a sentence, a header and a line per round, and none of them wrapped: {text}"
+    assert "6 labelled, 54 unlabelled, 30 test images" in lines[0]
+    assert len(lines[1]) == len(lines[2]) == len(lines[3]) <= 80
+    assert f"{100 * result.rows[1]['test_acc']:.1f}%" in lines[3]
+    assert "\x1b" not in text
+
+
+def test_scalars(finished: Finished) -> None:
+    _, result, _ = finished
+    epochs = EventAccumulator(str(result.folder / "tb" / "epochs")).Reload()
+    assert [event.step for event in epochs.Scalars("train/loss")] == list(range(1, 16)), "12 + 3 epochs"
+    lr = [event.value for event in epochs.Scalars("train/lr")]
+    assert lr[:12] == pytest.approx([lr_at(step, 12, lr=0.05) for step in range(12)])
+    by_round = EventAccumulator(str(result.folder / "tb" / "rounds")).Reload()
+    for key in ("test_acc", "positives", "ece_selected", "seconds"):
+        values = [(event.step, pytest.approx(event.value)) for event in by_round.Scalars(key)]
+        assert values == [(row["round"], row[key]) for row in result.rows]
+
+
+def test_a_finished_run_is_not_run_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, result, text = finished
+    monkeypatch.setattr(rounds, "train_step", None)
+    before = {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()}
+    again, said = run(cfg)
+    assert again.rows == result.rows and torch.equal(again.truth, result.truth)
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(vars(x.labelling).values() for x in (result, again)), strict=True)
+    )
+    assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
+    assert "all rounds are done" in said and said.splitlines()[-3:] == text.splitlines()[-3:]
+
+
+# What a round starts from.
+
+
+class Spy:
+    """Stands for `train_step`: keeps what each step was given, and takes the step."""
+
+    def __init__(self) -> None:
+        self.step = rounds.train_step
+        self.seen: list[dict[str, Any]] = []
+
+    def __call__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *batch: torch.Tensor
+    ) -> torch.Tensor:
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        names = ("images", "target", "positive", "negative")
+        given = {name: value.clone() for name, value in zip(names, batch, strict=True)}
+        lr, momentum = optimizer.param_groups[0]["lr"], len(optimizer.state)
+        self.seen.append({**given, "weights": weights, "lr": lr, "momentum": momentum})
+        return self.step(model, optimizer, *batch)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    watch = Spy()
+    monkeypatch.setattr(rounds, "train_step", watch)
+    return watch
+
+
+def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
+    cfg = tiny_config(tmp_path / "run", seed=5, train__rounds=3)
+    run(cfg)
+    starts = [i for i, step in enumerate(spy.seen) if step["momentum"] == 0]
+    assert len(starts) == 3 and starts[:2] == [0, 12], "the optimiser is new in each round, and only there"
+    for number, start in enumerate(starts):
+        torch.manual_seed(derive(5, "init", number))
+        fresh = build("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3).state_dict()
+        first = spy.seen[start]
+        assert first["lr"] == 0.05 and all(torch.equal(first["weights"][k], v) for k, v in fresh.items())
+    assert not torch.equal(
+        spy.seen[starts[1]]["weights"]["stem.weight"], spy.seen[0]["weights"]["stem.weight"]
+    )
+
+
+def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path: Path, spy: Spy) -> None:
+    run(tiny_config(tmp_path / "one", train__rounds=1))
+    first, data = selection(tmp_path / "one"), tiny_set()
+    with np.load(tmp_path / "one" / "split.npz") as split:
+        labeled = split["labeled"]
+    assert len(spy.seen) == 12
+    for step in spy.seen:
+        assert step["positive"].all() and not step["negative"].any()
+        assert sorted(step["target"].tolist()) == sorted(data.train_labels[labeled].tolist())
+
+    spy.seen.clear()
+    run(tiny_config(tmp_path / "two"))
+    n_neg = int((first["negative"] != 0).any(axis=1).sum())
+    n_pos = max(6 + int(first["positive"].sum()), n_neg)  # as expanded
+    steps = spy.seen[12:]
+    assert len(steps) == 3 * ((n_pos + n_neg) // 20)
+    pseudo = first["label"][first["positive"]]
+    possible = {*data.train_labels[labeled].tolist(), *pseudo.tolist()}
+    words = set(first["negative"][:, 0].tolist()) - {0}
+    for step in steps:
+        nl_bs = 20 * n_neg // (n_pos + n_neg)
+        assert int((~step["positive"]).sum()) == nl_bs > 0 and step["images"].shape == (20, 1, 8, 8)
+        assert set(step["target"][step["positive"]].tolist()) <= possible
+        assert (step["target"][~step["positive"]] == -1).all()
+        assert set(step["negative"][~step["positive"], 0].tolist()) <= words
+        assert not step["negative"][step["positive"]].any()
+
+
+def test_balance_holds_for_the_first_rounds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        asked.append(settings["balanced"])
+        return label(*args, **settings)
+
+    monkeypatch.setattr(rounds, "label", spy)
+    run(
+        tiny_config(
+            tmp_path, train__rounds=3, train__epochs=1, train__first_epochs=1, select__balance_rounds=2
+        )
+    )
+    assert asked == [True, True, False]
+
+
+def test_seeds(tmp_path: Path) -> None:
+    short = {"train__first_epochs": 2, "train__epochs": 1}
+    first, _ = run(tiny_config(tmp_path / "a", seed=3, **short))
+    torch.rand(1)  # whatever happened before does not matter
+    again, _ = run(tiny_config(tmp_path / "b", seed=3, **short))
+    other, _ = run(tiny_config(tmp_path / "c", seed=4, **short))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "a", tmp_path / "b")]
+    assert weights[0] == weights[1]
+    assert torch.equal(first.labelling.std, again.labelling.std)
+    assert not torch.equal(first.labelling.std, other.labelling.std)
+    assert not torch.equal(first.labelling.index, other.labelling.index), (
+        "the split is drawn from the seed too"
+    )
+
+
+# Whatever is missing, the run goes on with what it has.
+
+NO_POSITIVES = {"select__tau_p": 1.0, "select__kappa_p": 0.0}
+NO_NEGATIVES = {"select__tau_n": 0.0}
+
+
+@pytest.mark.parametrize("changes", [NO_POSITIVES, NO_NEGATIVES, {**NO_POSITIVES, **NO_NEGATIVES}])
+def test_empty_groups(tmp_path: Path, changes: dict[str, float]) -> None:
+    result, text = run(tiny_config(tmp_path, train__epochs=1, **changes))
+    last = result.rows[-1]
+    if "select__tau_p" in changes:
+        assert (last["positives"], last["positive_acc"], last["ece_selected"]) == (0, None, None)
+    if "select__tau_n" in changes:
+        assert (last["negatives"], last["negative_acc"], last["negative_samples"]) == (0, None, 0)
+    if len(changes) == 3:
+        assert "round 1: too few samples (6) for a batch of 20" in text
+    assert "-" in text.splitlines()[-1]
+
+
+def test_fewer_labels_than_a_batch_and_no_place_for_negatives(tmp_path: Path, spy: Spy) -> None:
+    _, text = run(tiny_config(tmp_path, train__rounds=1, train__first_epochs=4, train__first_batch_size=50))
+    assert "round 0: too few samples (6) for a batch of 50" in text
+    assert len(spy.seen) == 4 and all(len(step["target"]) == 50 for step in spy.seen)
+
+
+def test_first_epochs_and_batch_size_default_to_the_others(tmp_path: Path, spy: Spy) -> None:
+    run(
+        tiny_config(
+            tmp_path, train__rounds=1, train__first_epochs=0, train__first_batch_size=0, train__batch_size=3
+        )
+    )
+    assert [len(step["target"]) for step in spy.seen] == [3] * 6, "3 epochs of 2 steps"
+
+
+def test_a_single_pass_without_uncertainty(tmp_path: Path) -> None:
+    single = {"select__passes": 1, "select__kappa_p": INF, "select__kappa_n": INF, "model__dropout": 0.0}
+    result, _ = run(tiny_config(tmp_path, train__epochs=1, **single))
+    assert (result.labelling.std == 0).all() and len(result.rows) == 2
+    found = result.labelling
+    assert torch.equal(found.positive, found.confidence >= 0.95)
+
+
+def test_a_network_that_explodes_is_reported_and_not_believed(tmp_path: Path) -> None:
+    result, text = run(tiny_config(tmp_path, train__lr=1e30))
+    assert [row["non_finite"] for row in result.rows] == [54, 54]
+    assert all(row["positives"] == row["negatives"] == 0 and row["ece"] is None for row in result.rows)
+    assert all(row["train_loss"] is None and row["test_acc"] == 0 for row in result.rows)
+    assert "round 0: 54 samples have NaN or infinite logits" in text
+    for line in (result.folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_truth_may_be_unknown(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, data__n_labels=0, select__tau_p=0.5)
+    result, _ = run(cfg, tiny_set(unlabelled_truth=False))
+    assert result.labelling.index.tolist() == list(range(6, 60)) and (result.truth == -1).all()
+    assert result.rows[0]["positives"] > 0
+    for row in result.rows:
+        judged = ("positive_acc", "negative_acc", "ece", "ece_selected")
+        assert [row[key] for key in judged] == [None] * 4
+        assert 0 <= row["test_acc"] <= 1 and 0 <= row["test_ece"] <= 1
+
+
+def test_truth_of_unlabelled_samples_serves_reports_only(tmp_path: Path) -> None:
+    data = tiny_set()
+    run(tiny_config(tmp_path / "true", train__epochs=1), data)
+    with np.load(tmp_path / "true" / "split.npz") as split:
+        unlabeled, labeled = split["unlabeled"], torch.from_numpy(split["labeled"])
+    hidden = data.train_labels.clone()
+    hidden[unlabeled] = -1
+    blind = ImageSet(**{**vars(data), "train_labels": hidden, "labeled": labeled})
+    run(tiny_config(tmp_path / "blind", train__epochs=1), blind)
+    seen, unseen = (load_file(tmp_path / name / "model.safetensors") for name in ("true", "blind"))
+    assert all(torch.equal(seen[key], unseen[key]) for key in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"model__name": "cnn13"}, "cnn13 .*8x8"),
+        ({"model__name": "wrn-11-1"}, "11"),
+        ({"data__n_labels": 7}, "n_labels"),
+        ({"data__crop": 8}, "crop"),
+        ({"device": "cuda:99"}, "device"),
+    ],
+)
+def test_what_cannot_work_leaves_no_folder(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        run(tiny_config(tmp_path / "run", **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_progress_bar_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Progress.update
+
+    def update_now(self: Progress, *args: Any, **fields: Any) -> None:
+        update(self, *args, **fields)
+        self.refresh()
+
+    monkeypatch.setattr(rounds, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(Progress, "update", update_now)
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True)
+    rounds.run(tiny_config(tmp_path, train__rounds=1), tiny_set(), console=console)
+    for word in ("round 0: training", "loss ", "lr 0.04", "images/s", "0:00:0"):
+        assert word in text.getvalue()
+
+
+def test_packed_words_of_the_selection(finished: Finished) -> None:
+    found = finished[1].labelling
+    assert found.negative.dtype == torch.int32 and found.negative.shape == (54, 1)
+    negative = reference.unpack_mask(found.negative, 3)
+    finite = found.label >= 0
+    assert not negative[finite].gather(1, found.label[finite][:, None]).any(), "never the label itself"

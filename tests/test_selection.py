@@ -1,0 +1,373 @@
+"""The labelling pass, the rules of selection and its report, against slow twins and hand-made numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from ups_fast import reference
+from ups_fast.data import ResidentImages
+from ups_fast.models import build
+from ups_fast.selection import (
+    Labelling,
+    balance,
+    drop_negatives,
+    ece,
+    label,
+    mc_dropout,
+    reliability,
+    report,
+)
+
+INF = math.inf
+
+
+def resident(images: Tensor) -> ResidentImages:
+    channels = images.shape[3]
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    return ResidentImages(images, mean=mean, std=std, device="cpu", flip=False, crop=0, cutout=0)
+
+
+class Scripted(nn.Module):
+    """Prepared logits [P, N, C]: pass k of a batch returns logits[k]; the pixel is the sample's number."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+        self.dropout = nn.Dropout(0.5)
+        self.passes = itertools.cycle(range(len(logits)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        sample = (images[:, 0, 0, 0] * 255).round().long()
+        return self.logits[next(self.passes), sample]
+
+
+def label_scripted(logits: Tensor, **settings: object) -> Labelling:
+    """`label` over the prepared logits [P, N, C], N <= 256."""
+    passes, n, _ = logits.shape
+    images = resident(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1))
+    return label(Scripted(logits), images, torch.arange(n), passes=passes, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.3)
+
+
+@pytest.fixture
+def images() -> ResidentImages:
+    pixels = torch.randint(0, 256, (23, 8, 8, 1), generator=torch.Generator().manual_seed(1))
+    return resident(pixels.to(torch.uint8))
+
+
+def equal(a: Labelling, b: Labelling) -> bool:
+    return all(torch.equal(vars(a)[name].nan_to_num(), vars(b)[name].nan_to_num()) for name in vars(a))
+
+
+# Dropout alone is active.
+
+
+def test_mc_dropout_touches_dropout_only_and_gives_every_mode_back(net: nn.Module) -> None:
+    net.train()
+    frozen = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    frozen.eval()
+    before = [module.training for module in net.modules()]
+    with pytest.raises(KeyError), mc_dropout(net):
+        active = {type(module) for module in net.modules() if module.training}
+        assert active == {nn.Dropout}
+        raise KeyError
+    assert [module.training for module in net.modules()] == before
+    with mc_dropout(net, active=False):
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize("p", [None, 0.0])
+def test_several_passes_need_an_active_dropout(p: float | None) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), *([] if p is None else [nn.Dropout(p)]))
+    images = resident(torch.zeros(4, 1, 1, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="dropout"):
+        label(model, images, torch.arange(4), passes=2)
+    label(model, images, torch.arange(4), passes=1, kappa_p=INF, kappa_n=INF)
+
+
+def test_every_dropout_class_counts() -> None:
+    for module in (nn.Dropout(0.1), nn.Dropout2d(0.1), nn.AlphaDropout(0.1)):
+        with mc_dropout(nn.Sequential(module)):
+            assert module.training
+        assert module.training
+
+
+# The labelling pass.
+
+
+def test_label_is_p_full_passes_of_clean_images(net: nn.Module, images: ResidentImages) -> None:
+    index = torch.tensor([22, 3, 5, 0, 7, 11, 2])
+    settings = {"tau_p": 0.3, "tau_n": 0.25, "kappa_p": 0.1, "kappa_n": 0.03}
+    images.flip, images.crop, images.cutout = True, 2, 4  # of training alone
+    got = label(net, images, index, passes=4, batch_size=3, seed=9, **settings)
+
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    torch.manual_seed(9)
+    with torch.no_grad():
+        logits = [
+            torch.stack([net(images.clean(part)) for _ in range(4)])
+            for part in (index[:3], index[3:6], index[6:])
+        ]
+    want = reference.mc_select(torch.cat(logits, dim=1), **settings)
+    assert torch.equal(got.index, index)
+    assert torch.equal(got.label, want.label)
+    assert torch.allclose(got.confidence, want.confidence, atol=1e-6)
+    assert torch.allclose(got.std, want.std, atol=1e-6)
+    assert torch.equal(got.candidate, want.positive) and torch.equal(got.positive, want.positive)
+    negative = want.negative & ~want.positive[:, None]
+    assert torch.equal(reference.unpack_mask(got.negative, 5), negative)
+    assert 0 < want.positive.sum() < 7 and negative.any(), (
+        "the thresholds of this test must divide the samples"
+    )
+
+
+def test_label_depends_on_model_and_seed_alone(net: nn.Module, images: ResidentImages) -> None:
+    index = torch.arange(23)
+    first = label(net, images, index, seed=1)
+    torch.manual_seed(77)
+    state, weights = torch.get_rng_state(), {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    again = label(net, images, index, seed=1)
+    assert torch.equal(torch.get_rng_state(), state), (
+        "the caller's random numbers must go on as if nothing was"
+    )
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items()), "batch-norm must not learn"
+    assert net.training
+    assert equal(first, again)
+    assert not torch.equal(first.std, label(net, images, index, seed=2).std)
+
+
+def test_a_single_pass_is_deterministic_and_has_no_std(net: nn.Module, images: ResidentImages) -> None:
+    settings = {"passes": 1, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.2, "tau_n": 0.2}
+    one = label(net, images, torch.arange(23), seed=1, batch_size=23, **settings)
+    two = label(net, images, torch.arange(23), seed=2, batch_size=4, **settings)
+    assert torch.equal(one.label, two.label) and torch.allclose(one.confidence, two.confidence, atol=1e-6)
+    assert (one.std == 0).all() and one.positive.all()
+    with pytest.raises(ValueError, match="kappa"):
+        label(net, images, torch.arange(23), passes=1)
+
+
+def test_no_unlabelled_samples(net: nn.Module, images: ResidentImages) -> None:
+    got = label(net, images, torch.arange(0), balanced=True)
+    assert got.label.shape == (0,) and got.negative.shape == (0, 1) and got.positive.dtype == torch.bool
+    numbers = report(got, None, 5)
+    assert numbers["positives"] == 0 and numbers["ece"] is None
+
+
+def test_progress_hears_of_every_image(net: nn.Module, images: ResidentImages) -> None:
+    heard: list[int] = []
+    label(net, images, torch.arange(23), passes=2, batch_size=10, progress=heard.append)
+    assert heard == [10, 10, 3]
+
+
+def test_labelling_is_never_in_bfloat16(net: nn.Module, images: ResidentImages) -> None:
+    want = label(net.eval(), images, torch.arange(23), passes=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(images.clean(torch.arange(2))).dtype == torch.bfloat16
+        assert equal(label(net, images, torch.arange(23), passes=3), want)
+
+
+def test_labelling_and_balance_never_wait_for_the_device() -> None:
+    """A fake tensor has no values: reading one on the host, as .item() or `if tensor` do, raises."""
+    with FakeTensorMode():
+        model = build("wrn-10-1", n_classes=40, channels=1, size=8, dropout=0.3)
+        images = resident(torch.zeros(9, 8, 8, 1, dtype=torch.uint8))
+        got = label(model, images, torch.arange(9), passes=3, batch_size=4, balanced=True)
+    assert got.positive.shape == (9,) and got.negative.shape == (9, 2)
+
+
+# Thresholds: probabilities of exactly one half and a std of exactly 0 lie on them.
+
+
+@pytest.mark.parametrize(
+    ("settings", "positive", "negative"),
+    [
+        ({"tau_p": 0.5, "tau_n": 0.5}, True, False),  # p >= tau_p holds, q < tau_n does not
+        ({"tau_p": 0.5000001, "tau_n": 0.5}, False, False),
+        ({"tau_p": 0.6, "tau_n": 0.5000001}, False, True),
+        ({"tau_p": 0.5, "tau_n": 0.5, "kappa_p": 0.0}, False, False),  # std < kappa_p is strict
+        ({"tau_p": 0.6, "tau_n": 0.6, "kappa_n": 0.0}, False, False),  # std < kappa_n is strict
+        ({"tau_p": 0.5, "tau_n": 0.5, "kappa_p": 1e-9}, True, False),
+    ],
+)
+def test_which_thresholds_are_strict(settings: dict[str, float], positive: bool, negative: bool) -> None:
+    got = label_scripted(torch.zeros(10, 1, 2), **settings)
+    assert got.label.tolist() == [0], "the lowest class wins a tie"
+    assert got.positive.tolist() == [positive]
+    assert reference.unpack_mask(got.negative, 2).tolist() == [[False, negative]], "never the label itself"
+
+
+def test_non_finite_samples_are_selected_for_nothing_and_counted() -> None:
+    logits = torch.tensor([9.0, 0.0, 0.0]).repeat(10, 5, 1)
+    logits[3, 1, 2], logits[0, 2, 0], logits[9, 4, 1] = math.nan, INF, -INF
+    got = label_scripted(logits, balanced=True)
+    assert got.label.tolist() == [0, -1, -1, 0, -1]
+    assert got.positive.tolist() == [True, False, False, True, False]
+    assert not got.negative.any()
+    numbers = report(got, torch.zeros(5, dtype=torch.int64), 3)
+    assert numbers["non_finite"] == 3
+    assert numbers["positive_acc"] == 1.0 and numbers["ece"] == pytest.approx(1 - float(got.confidence[0]))
+
+
+# Class balance.
+
+
+def balance_by_hand(
+    label: list[int], std: list[float], candidate: list[bool], n_classes: int, floor: int
+) -> set[int]:
+    members = [[i for i, c in enumerate(label) if candidate[i] and c == k] for k in range(n_classes)]
+    m = max(floor, min(len(of_class) for of_class in members))
+    return {i for of_class in members for i in sorted(of_class, key=lambda i: std[i])[:m]}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_balance_against_its_slow_twin(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    n, n_classes = int(torch.randint(0, 400, (), generator=g)), 1 + seed % 5
+    labels = torch.randint(0, n_classes, (n,), generator=g)
+    std = torch.randint(0, 12, (n,), generator=g) / 100  # many ties
+    candidate = torch.rand(n, generator=g) < 0.6
+    labels[~candidate & (std > 0.05)] = -1
+    std[labels < 0] = math.nan
+    floor = [0, 3, 25][seed % 3]
+    kept = balance(labels, std, candidate, n_classes, floor)
+    assert set(kept.nonzero()[:, 0].tolist()) == balance_by_hand(
+        labels.tolist(), std.tolist(), candidate.tolist(), n_classes, floor
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ([100, 40, 60], [40, 40, 40]),  # the smallest class decides
+        ([100, 10, 60], [25, 10, 25]),  # but never cuts below 25
+        ([100, 0, 60], [25, 0, 25]),  # a class without candidates counts
+        ([26, 26, 26], [26, 26, 26]),
+        ([0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_balance_counts(sizes: list[int], kept: list[int]) -> None:
+    labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
+    got = balance(labels, torch.rand(len(labels)), torch.ones(len(labels), dtype=torch.bool), len(sizes))
+    assert [int(got[labels == c].sum()) for c in range(len(sizes))] == kept
+
+
+def test_balance_keeps_the_lowest_std_and_of_equals_the_first() -> None:
+    std = torch.tensor([0.2, 0.0, 0.1, -0.0, 0.1, 0.3])
+    kept = balance(torch.zeros(6, dtype=torch.int64), std, torch.ones(6, dtype=torch.bool), 2, floor=3)
+    assert kept.tolist() == [False, True, True, True, False, False]
+
+
+def test_positives_that_balance_drops_become_negative_samples() -> None:
+    logits = torch.zeros(10, 60, 3)
+    logits[:, :30, 0], logits[:, 30:, 1] = 12.0, 12.0  # 30 of class 0, 30 of class 1, none of class 2: m = 25
+    logits[:, 7, 0] += torch.linspace(-1, 1, 10)  # the least certain of class 0
+    plain, cut = label_scripted(logits), label_scripted(logits, balanced=True)
+    assert plain.positive.all() and not plain.negative.any(), "a positive has no negative classes"
+    assert torch.equal(cut.candidate, plain.positive)
+    assert cut.positive.sum() == 50 and not cut.positive[7]
+    assert torch.equal(cut.negative[:, 0] != 0, ~cut.positive)
+    assert reference.unpack_mask(cut.negative, 3)[7].tolist() == [False, True, True]
+    assert report(cut, None, 3)["negative_samples"] == 10
+
+
+def test_a_single_pass_balances_by_confidence() -> None:
+    logits = torch.zeros(1, 40, 2)
+    logits[0, :, 0] = torch.linspace(2, 6, 40)
+    got = label_scripted(logits, kappa_p=INF, kappa_n=INF, balanced=True)
+    assert got.positive.nonzero()[:, 0].tolist() == list(range(15, 40)), "the 25 most confident"
+
+
+def test_drop_negatives_clears_all_words() -> None:
+    negative = torch.tensor([[1, -1], [2, 3]], dtype=torch.int32)
+    assert drop_negatives(negative, torch.tensor([True, False])).tolist() == [[0, 0], [2, 3]]
+
+
+# Calibration.
+
+
+@pytest.mark.parametrize("bins", [15, 7])
+def test_ece_against_torchmetrics(bins: int) -> None:
+    g = torch.Generator().manual_seed(bins)
+    probability = torch.softmax(2 * torch.randn(4000, 6, generator=g), dim=1)
+    truth = torch.randint(0, 6, (4000,), generator=g)
+    confidence, prediction = probability.max(dim=1)
+    want = multiclass_calibration_error(probability, truth, 6, n_bins=bins, norm="l1")
+    got = ece(reliability(confidence, prediction == truth, bins))
+    assert got == pytest.approx(float(want), abs=1e-6)
+    assert got > 0.1, "these random labels must be badly calibrated"
+
+
+def test_reliability_by_hand() -> None:
+    confidence = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.74, 1.0, 1.0000001, math.nan])
+    correct = torch.tensor([False, True, True, False, True, True, False, True])
+    bins = reliability(confidence, correct, bins=4)
+    assert bins.count.tolist() == [2, 1, 2, 2]
+    assert bins.confidence.tolist() == pytest.approx([0.12, 0.25, 0.62, 1.0], abs=1e-6)
+    assert bins.accuracy.tolist() == [0.5, 1.0, 0.5, 0.5]
+    assert ece(bins) == pytest.approx((2 * 0.38 + 0.75 + 2 * 0.12 + 2 * 0.5) / 7, abs=1e-6)
+
+
+def test_ece_of_nothing_and_of_empty_bins() -> None:
+    nothing = reliability(torch.empty(0), torch.empty(0, dtype=torch.bool))
+    assert math.isnan(ece(nothing)) and nothing.confidence.isnan().all()
+    assert ece(reliability(torch.tensor([0.9]), torch.tensor([True]))) == pytest.approx(0.1)
+
+
+# The report.
+
+
+def six_samples() -> Labelling:
+    negative = torch.zeros(6, 34, dtype=torch.bool)
+    negative[2, [0, 1, 33]] = True
+    negative[3, [1, 32]] = True
+    negative[5, 31] = True
+    return Labelling(
+        index=torch.arange(6),
+        label=torch.tensor([0, 1, 33, 33, 0, -1]),
+        confidence=torch.tensor([0.9, 0.8, 0.6, 0.5, 0.9, math.nan]),
+        std=torch.tensor([0.01, 0.01, 0.2, 0.2, 0.0, math.nan]),
+        candidate=torch.tensor([True, True, False, False, True, False]),
+        positive=torch.tensor([True, True, False, False, True, False]),
+        negative=reference.pack_mask(negative),
+    )
+
+
+def test_report_by_hand() -> None:
+    # Sample 4 is of unknown truth. Sample 2 truly is of class 33, one of its negatives; 5 gave NaN.
+    numbers = report(six_samples(), torch.tensor([0, 2, 33, 7, -1, 31]), 34)
+    per_class = [2, 1] + [0] * 32
+    assert numbers == {
+        "positives": 3,
+        "positive_acc": 0.5,
+        "negatives": 6,
+        "negative_acc": pytest.approx(4 / 6),
+        "negative_samples": 3,
+        "ece": pytest.approx((0.1 + 0.8 + 0.4 + 0.5) / 4, abs=1e-6),
+        "ece_selected": pytest.approx((0.1 + 0.8) / 2, abs=1e-6),
+        "per_class_positives": per_class,
+        "non_finite": 1,
+    }
+
+
+@pytest.mark.parametrize("truth", [None, torch.full((6,), -1)])
+def test_report_without_truth_counts_but_does_not_judge(truth: Tensor | None) -> None:
+    numbers = report(six_samples(), truth, 34)
+    assert (numbers["positives"], numbers["negatives"], numbers["negative_samples"]) == (3, 6, 3)
+    assert [numbers[key] for key in ("positive_acc", "negative_acc", "ece", "ece_selected")] == [None] * 4

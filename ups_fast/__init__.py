@@ -1,0 +1,25 @@
+"""UPS, fast: uncertainty-aware pseudo-label selection for semi-supervised learning.
+
+`mc_select`, `nce_loss` and `ups_loss` are the fused ops; `reference` holds their specification in plain PyTorch.
+`python -m ups_fast.train CONFIG` runs the whole method, and `load_model` gives its trained network back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import reference
+from .ops import backend, mc_select, nce_loss, ups_loss
+from .reference import Selection
+
+__version__ = "0.1.0"
+__all__ = ["Selection", "backend", "load_model", "mc_select", "nce_loss", "reference", "ups_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    # The ops must import with torch alone; load_model needs the trainer's dependencies.
+    if name == "load_model":
+        from .checkpoint import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,233 @@
+"""The files of a run: written whole or not at all, locked, and checked before they are believed.
+
+checkpoint.pt alone says where a run stands; everything else in the folder is a product of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ups_fast.data import ImageSet
+from ups_fast.models import build
+
+CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
+# What may change when a run goes on: where it runs, and where its (fingerprinted) data lie.
+FREE_KEYS = ("run_dir", "device", "checkpoint_seconds", "data.root")
+FORMAT, VERSION = "ups_fast checkpoint", 1
+
+
+class RunFolderError(ValueError):
+    """A run's folder cannot be used as asked. The message is a sentence; what was there is unchanged."""
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Replaces `path` by `content`: a reader, even after a power cut, meets the old file or the new one.
+
+    Raises RunFolderError where it cannot be written (a full disk, a missing right); the old file then stands.
+    """
+    tmp = _tmp(path)
+    try:
+        with open(tmp, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name lasts only once the folder is on the disk
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise RunFolderError(f"{path} could not be written: {error.strerror}; nothing was lost") from error
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
+    """Writes host tensors as an .npz file, atomically."""
+    buffer = io.BytesIO()
+    columns: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
+    np.savez(buffer, **columns)
+    write_atomic(path, buffer.getbuffer())
+
+
+@contextmanager
+def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Holds a run's folder for this process; makes it, with its config.yaml, at first use.
+
+    config  nested plain values, as resolved
+
+    Raises RunFolderError: it is not a folder, holds files but no run, is in use by another process, or its
+    config.yaml contradicts `config` in more than FREE_KEYS.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"run_dir must be a folder, but {folder} is a file")
+    known = folder / CONFIG
+    if not known.exists() and any(not _is_ours(path) for path in folder.glob("*")):
+        raise RunFolderError(f"run_dir={folder} holds files but no run of ups_fast: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "ab")  # noqa: SIM115 (the with below)
+    except OSError as error:
+        raise RunFolderError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise RunFolderError(f"run_dir={folder} is in use by another process") from None
+        if known.exists():
+            _check_config(known, config)
+        else:
+            write_atomic(known, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+        yield
+
+
+def _tmp(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_ours(path: Path) -> bool:
+    """What a run that was killed before its config.yaml stood may have left."""
+    return path in (path.with_name(LOCK), _tmp(path.with_name(CONFIG)))
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    try:
+        there = dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
+    except Exception as error:
+        raise RunFolderError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    here = dict(_flat(config))
+    differing = [
+        f"{key} is {here.get(key, 'absent')} and was {there.get(key, 'absent')}"
+        for key in {**here, **there}
+        if key not in FREE_KEYS and here.get(key) != there.get(key)
+    ]
+    if differing:
+        raise RunFolderError(
+            f"run_dir={path.parent} belongs to a run with another config: {', '.join(differing)}; "
+            "choose another run_dir, or delete that folder to start over"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested {a: {b: 1}} as ("a.b", 1)."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def fingerprint(data: ImageSet) -> str:
+    """Tells data sets apart: sizes for people, a hash over every pixel and label for the rest."""
+    digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
+    for tensor in (data.train_images, data.train_labels, data.test_images, data.test_labels, data.labeled):
+        if tensor is not None:
+            digest.update(repr(list(tensor.shape)).encode())
+            digest.update(tensor.reshape(-1).numpy().data)
+    sizes = f"{len(data.train_images)} training and {len(data.test_images)} test images"
+    return f"{sizes}, hash {digest.hexdigest()}"
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands. All else derives from this, the config and the data."""
+
+    data: str  # fingerprint
+    labeled: Tensor  # int64 [L]
+    unlabeled: Tensor  # int64 [U]
+    round: int = 0  # the one in progress; all are done when it equals train.rounds
+    epoch: int = 0  # epochs of the round done
+    step: int = 0  # steps of the epoch done
+    seconds: float = 0.0  # spent on the round so far
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
+    train_loss: float | None = None  # mean over the last whole epoch; None where not finite
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
+    labelling: dict[str, Tensor] | None = None  # of the last finished round
+    # None at the start of a round, where they are made anew from the seed.
+    model: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    rng: dict[str, Tensor] = field(default_factory=dict)  # torch's global generators: cpu, cuda
+
+
+def save_checkpoint(folder: Path, state: Checkpoint) -> None:
+    buffer = io.BytesIO()  # so that write_atomic alone meets the disk
+    torch.save({"format": FORMAT, "version": VERSION, **vars(state)}, buffer)
+    write_atomic(folder / CHECKPOINT, buffer.getbuffer())
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint of `folder`, on the host; None where there is none yet.
+
+    Raises RunFolderError where it is damaged (check sums are compared), foreign or of another version.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load leaves the check sums aside
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise RunFolderError(f"{path} is damaged or no checkpoint; move it away to start over") from error
+    if damaged:
+        raise RunFolderError(f"{path} is damaged ({damaged} in it has changed); move it away to start over")
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
+    if (version := content.pop("version", None)) != VERSION:
+        raise RunFolderError(f"{path} has version {version}, but this ups_fast reads version {VERSION}")
+    return Checkpoint(**content)
+
+
+def rebuild(about: Mapping[str, Any]) -> nn.Module:
+    """A new network as `about` says: model (the config's values), classes, channels and size."""
+    classes, channels, size = about["classes"], about["channels"], about["size"]
+    return build(n_classes=len(classes), channels=channels, size=size, **about["model"])
+
+
+def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """The weights and `about`, with which `load_model` makes the network again."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(folder / MODEL, safetensors.torch.save(weights, {"ups_fast": json.dumps(dict(about))}))
+
+
+def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The network of a run's last finished round, in eval mode on `device`.
+
+    It takes float32 [B, channels, H, W], pixels normalised as (pixel / 255 - mean) / std, and returns logits
+    [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), mean, std.
+
+    Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged.
+    """
+    path = Path(run_dir) / MODEL
+    if not path.exists():
+        why = "the first round is not done" if path.parent.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["ups_fast"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model = rebuild(about)
+        model.load_state_dict(weights)
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {error}") from error
+    for name in ("classes", "channels", "size", "mean", "std"):
+        setattr(model, name, about[name])
+    return model.to(device).eval()

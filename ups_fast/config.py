@@ -1,0 +1,353 @@
+"""The configuration of a run: every key, its default, its range and one sentence about it, in one place.
+
+A run is described by a YAML file and by `key=value` words of the command line. `load` merges them over the
+defaults below and refuses unknown keys, wrong types and impossible values, each with one sentence. The same
+fields print the help.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    import torch
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz")
+
+
+def _key(default: Any, text: str, *, within: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A field with its sentence and its legal values: an interval such as "[0, 1)", or a list of words."""
+    return field(default=default, metadata={"help": text, "within": within, "choices": choices})
+
+
+@dataclass
+class DataConfig:
+    name: str = _key("digits", "Which data set; npz means your own arrays.", choices=DATA_SETS)
+    root: str = _key("data", "Folder of the downloaded data set; for npz the .npz file itself.")
+    n_labels: int = _key(
+        0, "How many labelled images to draw, the same number of each class; 0 for npz.", within="[0, inf]"
+    )
+    flip: bool = _key(False, "Mirror half of the training images left to right.")
+    crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, inf]")
+    cutout: int = _key(
+        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, inf]"
+    )
+
+
+@dataclass
+class ModelConfig:
+    name: str = _key("wrn-28-2", "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13.")
+    dropout: float = _key(
+        0.3, "Dropout rate; dropout is also what makes labelling passes differ.", within="[0, 1)"
+    )
+    preact: str = _key(
+        "fixed",
+        "Input of the first convolution of WRN stages 2 and 3: published is the raw one, as in the UPS code, "
+        "fixed the activated one.",
+        choices=("published", "fixed"),
+    )
+    activation: str = _key("mish", "Activation of a WRN; cnn13 has its own.", choices=("mish", "leaky_relu"))
+
+
+@dataclass
+class TrainConfig:
+    rounds: int = _key(6, "Rounds in all; round 0 learns from the labels alone.", within="[1, inf]")
+    epochs: int = _key(30, "Epochs in each round.", within="[1, inf]")
+    batch_size: int = _key(128, "Images in a batch.", within="[1, inf]")
+    first_epochs: int = _key(0, "Epochs in round 0; 0 means as many as train.epochs.", within="[0, inf]")
+    first_batch_size: int = _key(
+        0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, inf]"
+    )
+    lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, inf)")
+    momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
+    weight_decay: float = _key(5e-4, "Weight decay of SGD; the published runs have 0.", within="[0, inf)")
+    warmup_epochs: float = _key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
+
+
+@dataclass
+class SelectConfig:
+    tau_p: float = _key(0.70, "Positive label: mean probability of the class at least this.", within="[0, 1]")
+    tau_n: float = _key(0.05, "Negative label: mean probability of the class below this.", within="[0, 1]")
+    kappa_p: float = _key(
+        0.05, "Positive label: standard deviation over the passes below this.", within="[0, inf]"
+    )
+    kappa_n: float = _key(
+        0.005, "Negative label: standard deviation over the passes below this.", within="[0, inf]"
+    )
+    temp_nl: float = _key(2.0, "Softmax temperature for negative labels.", within="[0.001, 1000]")
+    passes: int = _key(
+        10,
+        "Passes with dropout over each image; 1 switches uncertainty off (both kappas inf).",
+        within="[1, inf]",
+    )
+    balance_rounds: int = _key(
+        0, "How many of the first rounds cut their positives to equal numbers per class.", within="[0, inf]"
+    )
+    batch_size: int = _key(512, "Images in a labelling batch; affects memory and speed.", within="[1, inf]")
+
+
+@dataclass
+class Config:
+    seed: int = _key(0, "Number from which all randomness of the run derives.", within="[0, inf]")
+    run_dir: str = _key(
+        "", "Folder for everything the run writes; empty means runs/<name of the config file>."
+    )
+    device: str = _key("auto", "Where to compute: auto (cuda if there is one), cpu, cuda or cuda:N.")
+    checkpoint_seconds: float = _key(
+        30.0,
+        "Save at least this often, so that a killed run goes on; 0 saves after every step.",
+        within="[0, inf)",
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known about one key, for checks and help."""
+
+    name: str  # dotted, such as "select.tau_p"
+    type: type
+    default: Any
+    help: str
+    within: str
+    choices: tuple[str, ...]
+
+
+_GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "select": SelectConfig,
+}
+_NOUN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
+
+
+def _keys() -> Iterator[Key]:
+    for prefix, cls in [("", Config)] + [(f"{group}.", cls) for group, cls in _GROUPS.items()]:
+        types = get_type_hints(cls)
+        for item in fields(cls):
+            if item.metadata:
+                yield Key(prefix + item.name, types[item.name], item.default, **item.metadata)
+
+
+KEYS: dict[str, Key] = {key.name: key for key in _keys()}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Merge the YAML file `path` and the "key=value" words `overrides` over the defaults, and validate.
+
+    An empty `run_dir` becomes runs/<stem of the file>. Values stand for themselves: references such as
+    ${oc.env:HOME} are refused, so that a file means the same everywhere.
+    Raises ValueError or FileNotFoundError with one sentence that names the key.
+    """
+    path = Path(path)
+    merged = OmegaConf.structured(Config)
+    try:
+        _merge(merged, _read(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _merge(merged, dict(_parse(word) for word in overrides))
+    cfg: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    cfg.run_dir = cfg.run_dir or str(Path("runs") / path.stem)
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    """Raise ValueError with one sentence when a value is impossible, alone or together with another one."""
+    for name, key in KEYS.items():
+        value = _get(cfg, name)
+        if key.choices and value not in key.choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(key.choices)}, got {value!r}{_hint(value, key.choices)}"
+            )
+        if key.within and not _inside(value, key.within):
+            raise ValueError(f"{name} must be {_words(key.within)}, got {value}")
+
+    select, train = cfg.select, cfg.train
+    if select.tau_n > select.tau_p:
+        raise ValueError(
+            f"select.tau_n must not exceed select.tau_p, got tau_n={select.tau_n} and tau_p={select.tau_p}: "
+            "a class would be both likely enough to be the label and unlikely enough not to be"
+        )
+    if select.passes == 1 and (math.isfinite(select.kappa_p) or math.isfinite(select.kappa_n)):
+        raise ValueError(
+            "select.passes=1 measures no uncertainty, so no limit on it can hold: "
+            "add select.kappa_p=inf select.kappa_n=inf"
+        )
+    if select.passes > 1 and cfg.model.dropout == 0:
+        raise ValueError(
+            f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
+            "equal (for no uncertainty set select.passes=1 select.kappa_p=inf select.kappa_n=inf)"
+        )
+    shortest = min(train.epochs, train.first_epochs or train.epochs)
+    if train.warmup_epochs > shortest:
+        raise ValueError(
+            f"train.warmup_epochs must not exceed a round's {shortest} epochs, got {train.warmup_epochs}"
+        )
+    if cfg.data.name == "npz" and cfg.data.n_labels:
+        raise ValueError(
+            f"data.n_labels must be 0 for npz, where the file says what is labelled, got {cfg.data.n_labels}"
+        )
+    if cfg.data.name != "npz" and not cfg.data.n_labels:
+        raise ValueError(f"data.n_labels must say how many images of {cfg.data.name} are labelled, got 0")
+    _device_parts(cfg.device)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for the value of `device`; ValueError where it is unknown or this machine lacks it."""
+    import torch
+
+    kind, index = _device_parts(name)
+    count = torch.cuda.device_count()
+    if kind == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if kind == "cuda" and not count:
+        why = "sees no GPU" if torch.version.cuda else "was built without CUDA"
+        raise ValueError(
+            f"device={name} needs a GPU, but this PyTorch ({torch.__version__}) {why}: use device=cpu"
+        )
+    if index is not None and index >= count:
+        raise ValueError(f"device={name} does not exist: this machine has cuda:0 to cuda:{count - 1}")
+    return torch.device(name)
+
+
+def help_text(width: int = 80) -> str:
+    """Every key with its default, its sentence and its legal values, in groups."""
+    indent = " " * 6
+    lines: list[str] = []
+    for group in ("", *_GROUPS):
+        lines.append(f"{group or 'the run'}:")
+        for key in KEYS.values():
+            if key.name.rpartition(".")[0] == group:
+                default = str(key.default).lower() if key.type is bool else key.default
+                legal = " | ".join(key.choices) or f"{_NOUN[key.type]} {_words(key.within)}".strip()
+                text = f"{key.help} [{legal}]"
+                lines.append(f"  {key.name}={default}")
+                lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The YAML file as {dotted key: value}."""
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
+        raise FileNotFoundError(f"there is no config file {path}{hint}")
+    try:
+        tree = _plain(OmegaConf.load(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"this is not a readable config: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ValueError("a config must be a mapping of keys to values, got a list")
+    flat: dict[str, Any] = {}
+    for key, value in _flatten(tree):
+        if key in flat:
+            raise ValueError(f"{key} is given twice")
+        flat[key] = value
+    return flat
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in _GROUPS and isinstance(value, Mapping):
+            yield from _flatten(value, f"{key}.")
+        elif key not in _GROUPS or value is not None:  # "train:" with nothing under it changes nothing
+            yield key, value
+
+
+def _parse(word: str) -> tuple[str, Any]:
+    """One "key=value" word of the command line."""
+    name, equals, raw = word.partition("=")
+    if not equals:
+        raise ValueError(f"expected key=value, got {word!r}{_hint(name, KEYS)}")
+    if name in KEYS and KEYS[name].type is str:
+        return name, raw  # text stands as it was typed: run_dir=010 is not the number 8
+    try:
+        return name, _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+    except yaml.YAMLError:
+        return name, raw  # the check of the type says what is wrong with it
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=False)
+
+
+def _merge(merged: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name in _GROUPS:
+            member = next(key for key in KEYS if key.startswith(f"{name}."))
+            raise ValueError(
+                f"{name} is a group of keys, such as {member}, and has no value itself, got {value!r}"
+            )
+        if name not in KEYS:
+            raise ValueError(f"unknown key {name!r}{_hint(name, KEYS)}")
+        kind = KEYS[name].type
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            raise ValueError(f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {value!r}")
+        # OmegaConf would turn 8 into "8" and 5 into true without a word; 1 and 0 may be true and false.
+        strict = {str: isinstance(value, str), bool: value in (True, False, *_BOOL_WORDS)}
+        try:
+            if not strict.get(kind, True):
+                raise ValueError
+            OmegaConf.update(merged, name, value)
+        except (OmegaConfBaseException, ValueError):
+            got = "nothing" if value is None else repr(value)
+            raise ValueError(f"{name} must be {_NOUN[kind]}, got {got}") from None
+
+
+def _hint(name: str, valid: Iterable[str]) -> str:
+    """ " (did you mean ...?)" for the nearest valid name, or for the full name of an abbreviated key."""
+    tails = [key for key in valid if key.rpartition(".")[2] == name]
+    near = tails[:1] or difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _get(cfg: Config, name: str) -> Any:
+    group, _, last = name.rpartition(".")
+    return getattr(getattr(cfg, group) if group else cfg, last)
+
+
+def _inside(value: float, interval: str) -> bool:
+    """Whether `value` is in an interval such as "[0, 1)"; NaN is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def _words(interval: str) -> str:
+    """The interval as people say it: "at least 0", "above 0 and finite", "in [0, 1)"; "" for no interval."""
+    if not interval:
+        return ""
+    low, high = interval[1:-1].split(", ")
+    if high != "inf":
+        return f"in {interval}"
+    return (
+        f"{'at least' if interval[0] == '[' else 'above'} {low}{'' if interval[-1] == ']' else ' and finite'}"
+    )
+
+
+def _device_parts(name: str) -> tuple[str, int | None]:
+    kind, colon, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return kind, int(index) if colon else None

@@ -1,0 +1,346 @@
+"""The data sets by name, each read into one ImageSet: plain uint8 arrays with their labels."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.split import stratified_split
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set in memory, on the CPU.
+
+    train_labels are the truth: they give the labelled part its labels and serve reports on the rest.
+    `labeled` holds the labelled indices into train where the data set itself decides them (npz), else None.
+    """
+
+    name: str
+    classes: list[str]
+    train_images: Tensor  # [N, H, W, C] uint8
+    train_labels: Tensor  # [N] int64, -1 where the truth is unknown
+    test_images: Tensor  # [M, H, W, C] uint8
+    test_labels: Tensor  # [M] int64
+    mean: tuple[float, ...]  # [C], of pixels in [0, 1]
+    std: tuple[float, ...]  # [C], above 0
+    labeled: Tensor | None = None  # [L] int64, ascending
+
+
+def load_set(name: str, root: str) -> ImageSet:
+    """Reads the data set `name` from `root` (data.root), downloading it there first where that is possible.
+
+    digits         the 1,797 8x8 handwritten digits that scikit-learn ships; root is not used
+    cifar10, cifar100, svhn
+                   as torchvision stores them, downloaded on first use
+    fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
+                   them) or as torchvision stores them; otherwise downloaded
+    npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
+                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1) and, where the
+                   truth of unlabelled images is known, y_unlabeled (-1: unknown for this image)
+
+    Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
+    """
+    readers: dict[str, Callable[[Path], ImageSet]] = {
+        "digits": _digits,
+        "cifar10": _cifar10,
+        "cifar100": _cifar100,
+        "svhn": _svhn,
+        "fashion_mnist": _fashion_mnist,
+        "npz": _npz,
+    }
+    if name not in readers:
+        raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")
+    return readers[name](Path(root).expanduser())
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
+    """Mean and std per channel of pixels in [0, 1], from exact sums. A constant channel gets std 1."""
+    n = images[..., 0].numel()
+    total = torch.zeros(images.shape[-1], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(4096):  # a wide copy of all images at once would take gigabytes
+        wide = chunk.to(torch.int32)
+        total += wide.sum((0, 1, 2))
+        squares += wide.square().sum((0, 1, 2))
+    mean = tuple(s / n / 255 for s in total.tolist())
+    variance = [
+        (n * q - s * s) / n**2 / 255**2 for s, q in zip(total.tolist(), squares.tolist(), strict=True)
+    ]
+    return mean, tuple(v**0.5 if v > 0 else 1.0 for v in variance)
+
+
+# --- digits -------------------------------------------------------------------------------------------------
+
+# scikit-learn's digits have no test part. This draw of one belongs to the data set: it is the same whatever
+# the run's seed, so that results of different seeds compare.
+_DIGITS_TEST_SEED = 0
+_DIGITS_TEST_IMAGES = 360
+
+
+def _digits(root: Path) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    images = torch.from_numpy(pixels).unsqueeze(-1)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    test, train = stratified_split(labels, _DIGITS_TEST_IMAGES, 10, _DIGITS_TEST_SEED)
+    mean, std = _moments(images[train])
+    classes = [str(c) for c in range(10)]
+    return ImageSet("digits", classes, images[train], labels[train], images[test], labels[test], mean, std)
+
+
+# --- torchvision --------------------------------------------------------------------------------------------
+
+
+def _torchvision(name: str, kind: Any, root: Path, by_hand: str, **part: Any) -> Any:
+    """The torchvision data set `kind`, downloaded to root where needed; an error says what to do instead.
+
+    torchvision compares MD5 sums: an archive put there by hand is used, and a partial one is fetched anew.
+    """
+    try:
+        return kind(root, download=True, **part)
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name} is not complete in {str(root)!r} (data.root) and could not be downloaded ({reason}); "
+            f"without a network, put {by_hand} into that folder"
+        ) from error
+
+
+def _cifar10(root: Path) -> ImageSet:
+    from torchvision.datasets import CIFAR10
+
+    return _cifar("cifar10", CIFAR10, root, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+
+
+def _cifar100(root: Path) -> ImageSet:
+    from torchvision.datasets import CIFAR100
+
+    return _cifar("cifar100", CIFAR100, root, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+def _cifar(name: str, kind: Any, root: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageSet:
+    by_hand = f"{kind.filename} from {kind.url}"
+    train, test = (_torchvision(name, kind, root, by_hand, train=is_train) for is_train in (True, False))
+    return ImageSet(
+        name,
+        list(train.classes),
+        torch.from_numpy(np.ascontiguousarray(train.data)),
+        torch.tensor(train.targets, dtype=torch.int64),
+        torch.from_numpy(np.ascontiguousarray(test.data)),
+        torch.tensor(test.targets, dtype=torch.int64),
+        mean,
+        std,
+    )
+
+
+def _svhn(root: Path) -> ImageSet:
+    from torchvision.datasets import SVHN
+
+    (train_url, train_file, _), (test_url, test_file, _) = SVHN.split_list["train"], SVHN.split_list["test"]
+    by_hand = f"{train_file} from {train_url} and {test_file} from {test_url}"
+    train, test = (_torchvision("svhn", SVHN, root, by_hand, split=split) for split in ("train", "test"))
+    train_images, test_images = (
+        torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1))) for part in (train, test)
+    )
+    mean, std = _moments(train_images)
+    return ImageSet(
+        "svhn",
+        [str(c) for c in range(10)],
+        train_images,
+        torch.from_numpy(train.labels),
+        test_images,
+        torch.from_numpy(test.labels),
+        mean,
+        std,
+    )
+
+
+# --- Fashion-MNIST ------------------------------------------------------------------------------------------
+
+_FASHION_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_FASHION_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+
+
+def _fashion_mnist(root: Path) -> ImageSet:
+    folder = root
+    if not any(_idx_path(root, file) for file in _FASHION_FILES):
+        from torchvision.datasets import FashionMNIST
+
+        by_hand = (
+            f"{', '.join(f'{file}.gz' for file in _FASHION_FILES)} from {FashionMNIST.mirrors[0]} "
+            "(Debian's package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist)"
+        )
+        folder = Path(_torchvision("fashion_mnist", FashionMNIST, root, by_hand).raw_folder)
+    train_images, train_labels, test_images, test_labels = (
+        _read_idx(folder, file) for file in _FASHION_FILES
+    )
+    train_images, test_images = train_images.unsqueeze(-1), test_images.unsqueeze(-1)
+    mean, std = _moments(train_images)
+    return ImageSet(
+        "fashion_mnist",
+        list(_FASHION_CLASSES),
+        train_images,
+        train_labels.to(torch.int64),
+        test_images,
+        test_labels.to(torch.int64),
+        mean,
+        std,
+    )
+
+
+def _idx_path(folder: Path, file: str) -> Path | None:
+    """The gzipped file before the plain one: its checksum would show a copy that was cut short."""
+    return next((path for path in (folder / f"{file}.gz", folder / file) if path.is_file()), None)
+
+
+def _read_idx(folder: Path, file: str) -> Tensor:
+    """An IDX file of bytes: 0, 0, 8, the number of sizes, each size as a big-endian uint32, then the data."""
+    path = _idx_path(folder, file)
+    if path is None:
+        raise ValueError(f"{file}.gz is missing in {str(folder)!r} (data.root)")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        ndim = int(file[file.index("idx") + 3])  # the name says it too: images idx3, labels idx1
+        if raw[:4] != bytes((0, 0, 8, ndim)):
+            raise ValueError(f"header {raw[:4].hex()}")
+        shape = struct.unpack_from(f">{ndim}I", raw, 4)
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * ndim).view(shape)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged or no IDX file of bytes ({error}); delete or replace it"
+        ) from error
+
+
+# --- the user's own arrays ----------------------------------------------------------------------------------
+
+_NPZ_ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
+
+
+def _npz(path: Path) -> ImageSet:
+    arrays = _npz_arrays(path)
+    x_labeled, x_unlabeled, x_test = (
+        _npz_images(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test")
+    )
+    for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test)):
+        if images.shape[1:] != x_labeled.shape[1:]:
+            raise ValueError(
+                "all images must have one size and number of channels, "
+                f"got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}"
+            )
+
+    y_labeled = _npz_labels(arrays, "y_labeled", len(x_labeled), lowest=0)
+    y_test = _npz_labels(arrays, "y_test", len(x_test), lowest=0)
+    y_unlabeled = torch.full((len(x_unlabeled),), -1)
+    if "y_unlabeled" in arrays:
+        y_unlabeled = _npz_labels(arrays, "y_unlabeled", len(x_unlabeled), lowest=-1)
+
+    known = set(y_labeled.tolist())
+    n_classes = max(known) + 1
+    if missing := list(islice((c for c in range(n_classes) if c not in known), 5)):
+        some = ", ".join(map(str, missing))
+        raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
+    if n_classes < 2:
+        raise ValueError("y_labeled must hold at least two classes, got only class 0")
+    for key, labels in (("y_test", y_test), ("y_unlabeled", y_unlabeled)):
+        if strange := labels[labels >= n_classes].unique().tolist():
+            some = ", ".join(map(str, strange[:5]))
+            raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
+
+    train_images = torch.cat([x_labeled, x_unlabeled])
+    mean, std = _moments(train_images)
+    return ImageSet(
+        "npz",
+        [str(c) for c in range(n_classes)],
+        train_images,
+        torch.cat([y_labeled, y_unlabeled]),
+        x_test,
+        y_test,
+        mean,
+        std,
+        labeled=torch.arange(len(x_labeled)),
+    )
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled."""
+    arrays: dict[str, np.ndarray] = {}
+    place = ""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with file:
+            for key in file.files:
+                place = f" at {key}"
+                arrays[key] = np.asarray(file[key])
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {error}"
+        ) from error
+    if lacking := [key for key in _NPZ_ARRAYS if key not in arrays]:
+        raise ValueError(
+            f"{str(path)!r} (data.root) lacks {', '.join(lacking)}; it has {', '.join(arrays) or 'nothing'}"
+        )
+    if unknown := [key for key in arrays if key not in (*_NPZ_ARRAYS, "y_unlabeled")]:
+        known = f"{', '.join(_NPZ_ARRAYS)} and y_unlabeled"
+        raise ValueError(f"{str(path)!r} (data.root) has {', '.join(unknown)}; known arrays are {known}")
+    return arrays
+
+
+def _npz_images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8
+    array = arrays[key]
+    got = f"{array.dtype} {list(array.shape)}"
+    channels_last = array.ndim == 4 and array.shape[3] in (1, 3)
+    if array.ndim == 4 and array.shape[1] in (1, 3) and not channels_last:
+        raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose(0, 2, 3, 1)")
+    if array.dtype != np.uint8 or not (array.ndim == 3 or channels_last):
+        raise ValueError(f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], got {got}")
+    if array.size == 0:
+        raise ValueError(f"{key} must not be empty, got {got}")
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    return images if images.ndim == 4 else images.unsqueeze(-1)
+
+
+def _npz_labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: int) -> Tensor:  # [N] int64
+    array = arrays[key]
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{key} must be integer labels [N], got {array.dtype} {list(array.shape)}")
+    if len(array) != n_images:
+        raise ValueError(
+            f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n_images}"
+        )
+    labels = array.astype(np.int64)
+    if labels.min() < lowest:
+        raise ValueError(f"{key} must be at least {lowest}, got {labels.min()}")
+    return torch.from_numpy(labels)

@@ -1,0 +1,163 @@
+"""Training as functions of values: what a round learns from, its batches, schedule, one step, evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ups_fast.data.resident import ResidentImages
+from ups_fast.ops import ups_loss
+from ups_fast.selection import Labelling, label
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a round learns from: tables by sample, read on the device, and the lists that epochs draw from."""
+
+    target: Tensor  # int64 [N], true label of the labelled, pseudo-label of the positives, -1 of all others
+    negative: Tensor  # int32 [N, ceil(C / 32)], packed negative classes; 0 where there are none
+    positives: Tensor  # int64 [n_pos] on the host: labelled + positives, expanded to at least n_neg
+    negatives: Tensor  # int64 [n_neg] on the host: samples with a negative class that are not positive
+
+
+def supervise(
+    labels: Tensor,  # int64 [N], read at `labeled` only
+    labeled: Tensor,  # int64 [L]
+    labelling: Labelling | None,  # on the host; None in round 0, which learns from the labels alone
+    n_classes: int,
+    *,
+    device: torch.device | str,
+    generator: torch.Generator,  # of the host; draws the top-up of the expanded list, once per round
+) -> Supervision:
+    """The supervision of a round: true labels of the labelled part, pseudo-labels of the last labelling."""
+    target = torch.full_like(labels, -1)
+    target[labeled] = labels[labeled]
+    negative = torch.zeros(len(labels), (n_classes + 31) // 32, dtype=torch.int32)
+    positives, negatives = labeled, labeled[:0]
+    if labelling is not None:
+        found = labelling.index[labelling.positive]
+        target[found] = labelling.label[labelling.positive]
+        negative[labelling.index] = labelling.negative
+        negatives = labelling.index[labelling.negative.any(dim=1)]
+        positives = expand(torch.cat([labeled, found]), len(negatives), generator)
+    return Supervision(target.to(device), negative.to(device), positives, negatives)
+
+
+def expand(positives: Tensor, n_neg: int, generator: torch.Generator) -> Tensor:
+    """Too few positives [n_pos]: tiled, then topped up at random with replacement, to exactly n_neg.
+
+    Nothing is expanded where n_pos >= n_neg, and nothing can be where n_pos = 0.
+    """
+    if not 0 < len(positives) < n_neg:
+        return positives
+    whole, rest = divmod(n_neg, len(positives))
+    top_up = torch.randint(len(positives), (rest,), generator=generator)
+    return torch.cat([positives.repeat(whole), positives[top_up]])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a round's batches are made up: the first `pos_bs` rows are positive, the other `nl_bs` negative."""
+
+    pos_bs: int
+    nl_bs: int
+    steps: int  # per epoch
+    note: str = ""  # a sentence for the user where the sizes forced something unusual
+
+    def positive(self, device: torch.device | str) -> Tensor:
+        """bool [pos_bs + nl_bs]: which rows of each batch are positive."""
+        return torch.arange(self.pos_bs + self.nl_bs, device=device) < self.pos_bs
+
+
+def batch_mix(n_pos: int, n_neg: int, batch_size: int) -> Mix:
+    """Shares a batch in proportion to the positives (as expanded) and the negatives.
+
+    nl_bs = batch_size * n_neg // (n_pos + n_neg), and steps = (n_pos + n_neg) // batch_size: an incomplete
+    last batch is dropped, but an epoch has one step at least. Where samples are too few the round goes on
+    with what there is, and `note` says so. Raises ValueError where there is nothing at all.
+    """
+    total = n_pos + n_neg
+    if total < 1 or batch_size < 1:
+        raise ValueError(f"a batch needs samples and a size, got {n_pos=}, {n_neg=}, {batch_size=}")
+    nl_bs = batch_size * n_neg // total
+    notes = []
+    if n_neg and not nl_bs:
+        notes.append(f"too few negative samples ({n_neg}) for a place in a batch of {batch_size}: unused")
+    if total < batch_size:
+        notes.append(f"too few samples ({total}) for a batch of {batch_size}: one batch an epoch, with repeats")
+    return Mix(batch_size - nl_bs, nl_bs, max(1, total // batch_size), "; ".join(notes))
+
+
+def epoch_plan(positives: Tensor, negatives: Tensor, mix: Mix, generator: torch.Generator) -> Tensor:
+    """The samples of an epoch's batches: int64 [steps, pos_bs + nl_bs], on the host, positives first.
+
+    Each group comes in the order of a new permutation, and of another one when that is used up.
+    """
+    rows = [
+        _shuffled(group, mix.steps * size, generator).view(mix.steps, size)
+        for group, size in ((positives, mix.pos_bs), (negatives, mix.nl_bs))
+    ]
+    return torch.cat(rows, dim=1)
+
+
+def _shuffled(group: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` samples of `group` [n] in the order of as many permutations as that takes."""
+    if count == 0:
+        return group[:0]
+    runs = [torch.randperm(len(group), generator=generator) for _ in range(math.ceil(count / len(group)))]
+    return group[torch.cat(runs)[:count]]
+
+
+def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0) -> float:
+    """The learning rate of a step in 0..total-1: linear over `warmup`, then lr * max(0, cos(7/16 pi t))."""
+    if step < warmup:
+        return lr * step / warmup
+    t = (step - warmup) / max(1, total - warmup)
+    return lr * max(0.0, math.cos(7 / 16 * math.pi * t))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,  # float32 [B, C, H, W]
+    target: Tensor,  # int64 [B], -1 where not positive
+    positive: Tensor,  # bool [B]
+    negative: Tensor,  # int32 [B, ceil(C / 32)]
+) -> Tensor:  # float32 [], on the device
+    """One forward pass over the joined batch, so that batch-norm sees both kinds; CE + NCE; one SGD step."""
+    loss = ups_loss(model(images), target, positive, negative)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class Evaluation(NamedTuple):
+    """A network on labelled images, on the host. Accuracy is the mean of `correct`."""
+
+    confidence: Tensor  # float32 [M], NaN where a logit was NaN or infinite
+    correct: Tensor  # bool [M], False there
+
+
+def evaluate(
+    model: nn.Module,
+    images: ResidentImages,
+    labels: Tensor,  # int64 [M]
+    *,
+    batch_size: int = 512,
+) -> Evaluation:
+    """One pass without dropout over all `images`, under the rule that labels the unlabelled ones."""
+    index = torch.arange(len(images), device=images.images.device)
+    found = label(
+        model, images, index, passes=1, kappa_p=math.inf, kappa_n=math.inf, batch_size=batch_size
+    ).cpu()
+    return Evaluation(found.confidence, found.label == labels.cpu())

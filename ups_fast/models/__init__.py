@@ -1,0 +1,80 @@
+"""The networks of UPS, by name. They know nothing of training, rounds or selection.
+
+Every dropout is an `nn.Dropout` module, so labelling can switch dropout on and leave batch-norm in eval mode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.wrn import WideResNet
+
+__all__ = ["CNN13", "WideResNet", "build"]
+
+
+def build(
+    name: str,
+    *,
+    n_classes: int,
+    channels: int,
+    size: int | Sequence[int],
+    dropout: float,
+    preact: str = "fixed",
+    activation: str = "mish",
+    bn_momentum: float = 0.1,
+) -> nn.Module:
+    """A freshly initialised network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
+
+    name         "wrn-d-k" with d = 6n + 4 (such as "wrn-28-2"), or "cnn13"
+    channels     1 or 3
+    size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
+                 The network then takes any size from that minimum on.
+    dropout      in [0, 1)
+    preact       WRN only. "fixed": every conv1 is fed the activated input. "published": the first block of
+                 stages 2 and 3 feeds conv1 the raw input, as the published UPS code does; its bn1 is dead.
+    activation   WRN only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1.
+    bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
+                 eval mode means anything, so short runs want the default.
+
+    Weights are drawn from the global torch generator. A ValueError names the argument and what it got.
+    """
+    if n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if not 0.0 < bn_momentum <= 1.0:
+        raise ValueError(f"bn_momentum must be in (0, 1], got {bn_momentum}")
+    if preact not in ("published", "fixed"):
+        raise ValueError(f"preact must be 'published' or 'fixed', got {preact!r}")
+    if activation not in ("mish", "leaky_relu"):
+        raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
+
+    model: CNN13 | WideResNet
+    if name == "cnn13":
+        model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
+    elif match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        model = WideResNet(
+            int(match[1]),
+            int(match[2]),
+            n_classes,
+            channels,
+            dropout=dropout,
+            published_preact=preact == "published",
+            activation=activation,
+            bn_momentum=bn_momentum,
+        )
+    else:
+        raise ValueError(f"model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), got {name!r}")
+
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < model.min_size:
+        raise ValueError(
+            f"size: {name} needs images from {model.min_size}x{model.min_size}, got {height}x{width}"
+        )
+    return model

@@ -1,0 +1,60 @@
+"""CNN-13, the 13-layer network of all published UPS settings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class CNN13(nn.Module):
+    """float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 12.
+
+    3x [128], pool, dropout, 3x [256], pool, dropout, 512 (3x3, no padding), 256 and 128 (1x1), mean, linear.
+    Weight norm on every convolution and on the linear layer; PyTorch's initialisation.
+    The convolutions keep biases that batch-norm makes idle: the published 3.13 M parameters count them.
+    """
+
+    # Two poolings and a 3x3 convolution without padding leave one pixel: floor(floor(12 / 2) / 2) - 2 = 1.
+    min_size: ClassVar[int] = 12
+
+    def __init__(self, n_classes: int, channels: int, *, dropout: float, bn_momentum: float) -> None:
+        super().__init__()
+
+        def conv(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
+            return [
+                weight_norm(nn.Conv2d(inputs, outputs, kernel, padding=padding)),
+                nn.BatchNorm2d(outputs, momentum=bn_momentum),
+                nn.LeakyReLU(0.1, inplace=True),
+            ]
+
+        self.features = nn.Sequential(
+            *conv(channels, 128, 3, 1),
+            *conv(128, 128, 3, 1),
+            *conv(128, 128, 3, 1),
+            nn.MaxPool2d(2),
+            nn.Dropout(dropout),
+            *conv(128, 256, 3, 1),
+            *conv(256, 256, 3, 1),
+            *conv(256, 256, 3, 1),
+            nn.MaxPool2d(2),
+            nn.Dropout(dropout),
+            *conv(256, 512, 3, 0),
+            *conv(512, 256, 1, 0),
+            *conv(256, 128, 1, 0),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.linear = weight_norm(nn.Linear(128, n_classes))
+
+    def forward(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+    ) -> Tensor:  # [B, n_classes]
+        if min(images.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
+            )
+        logits: Tensor = self.linear(self.features(images))
+        return logits

@@ -1,0 +1,140 @@
+"""Wide residual networks WRN-d-k as semi-supervised learning uses them (Zagoruyko & Komodakis 2016)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
+    """The published "BN + 0.1": a positive shift before the activation.
+
+    A learnt bias that starts at 0.1 is the same function with the same gradients, at no cost. Only weight
+    decay on that bias could tell the two apart, and the published training has none.
+    """
+    bn = nn.BatchNorm2d(channels, momentum=momentum)
+    nn.init.constant_(bn.bias, 0.1)
+    return bn
+
+
+def _activation(name: str) -> nn.Module:
+    return nn.Mish() if name == "mish" else nn.LeakyReLU(0.1, inplace=True)
+
+
+class _Block(nn.Module):
+    """Pre-activation residual block, [B, inputs, H, W] -> [B, outputs, ceil(H / stride), ceil(W / stride)].
+
+    With a = activation(bn1(x)), conv1 takes a, or x where `raw_branch` (bn1 is then dead: it is kept for its
+    published parameters and never run); the shortcut takes x, or a where `activated_shortcut`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        dropout: float,
+        activation: str,
+        bn_momentum: float,
+        raw_branch: bool,
+        activated_shortcut: bool,
+    ) -> None:
+        super().__init__()
+        self.raw_branch = raw_branch
+        self.activated_shortcut = activated_shortcut
+        self.bn1 = _batch_norm(inputs, bn_momentum)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.bn2 = _batch_norm(outputs, bn_momentum)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.activation = _activation(activation)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, inputs, H, W]
+    ) -> Tensor:  # [B, outputs, ceil(H / stride), ceil(W / stride)]
+        activated = x if self.raw_branch else self.activation(self.bn1(x))
+        branch = self.dropout(self.conv1(activated))
+        branch = self.conv2(self.activation(self.bn2(branch)))
+        shortcut: Tensor = self.shortcut(activated if self.activated_shortcut else x)
+        return shortcut + branch
+
+
+class WideResNet(nn.Module):
+    """WRN-d-k: float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 8.
+
+    Three stages of n = (d - 4) / 6 blocks with 16k, 32k and 64k channels; dropout between conv1 and bn2 of
+    every block. The first block of the net activates its input for both of its paths. The first blocks of
+    stages 2 and 3 feed conv1 the activated input, or the raw one with `published_preact`, as published.
+    """
+
+    min_size: ClassVar[int] = 8
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        n_classes: int,
+        channels: int,
+        *,
+        dropout: float,
+        published_preact: bool,
+        activation: str,
+        bn_momentum: float,
+    ) -> None:
+        blocks_per_stage, rest = divmod(depth - 4, 6)
+        if rest or blocks_per_stage < 1:
+            below, above = depth - rest, depth - rest + 6
+            near = f"{below} or {above}" if below >= 10 else f"{max(above, 10)}"
+            raise ValueError(f"depth of a WRN must be 6n + 4 with n >= 1, got {depth}; nearest: {near}")
+        if width < 1:
+            raise ValueError(f"width of a WRN must be at least 1, got {width}")
+        super().__init__()
+
+        blocks = []
+        inputs = 16
+        for stage in range(3):
+            outputs = 16 * width * 2**stage
+            for first in [True] + [False] * (blocks_per_stage - 1):
+                blocks.append(
+                    _Block(
+                        inputs,
+                        outputs,
+                        stride=2 if first and stage > 0 else 1,
+                        dropout=dropout,
+                        activation=activation,
+                        bn_momentum=bn_momentum,
+                        raw_branch=published_preact and first and stage > 0,
+                        activated_shortcut=first and stage == 0,
+                    )
+                )
+                inputs = outputs
+
+        self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(
+            _batch_norm(inputs, bn_momentum), _activation(activation), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.linear = nn.Linear(inputs, n_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.xavier_normal_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+    ) -> Tensor:  # [B, n_classes]
+        if min(images.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
+            )
+        logits: Tensor = self.linear(self.head(self.blocks(self.stem(images))))
+        return logits

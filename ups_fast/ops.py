@@ -1,0 +1,209 @@
+"""The fused ops: schemas, fake kernels, autograd and public functions. The only file that imports `_C`.
+
+Every op has a twin of the same name and arguments in `ups_fast.reference`, which also documents it; a device without
+kernels is served by that twin, and `backend()` says so. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Selection
+
+try:
+    from . import _C  # registers the kernels
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _NO_KERNELS = (
+        f"the compiled module is missing ({error}); build it with `pip install --no-build-isolation`"
+    )
+
+_REDUCTIONS = ("none", "mean", "sum")  # their position is the op's argument, as in torch's own losses
+
+_lib = torch.library.Library("ups_fast", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_lib.define(
+    "mc_select(Tensor logits, float tau_p, float tau_n, float kappa_p, float kappa_n, float temp_nl, bool packed)"
+    " -> (Tensor label, Tensor confidence, Tensor std, Tensor positive, Tensor negative)",
+    tags=_tags,
+)
+_lib.define("nce_loss(Tensor logits, Tensor mask, int reduction) -> (Tensor loss, Tensor scale)", tags=_tags)
+_lib.define(
+    "nce_loss_backward(Tensor d_loss, Tensor logits, Tensor mask, Tensor scale) -> Tensor d_logits",
+    tags=_tags,
+)
+_lib.define(
+    "ups_loss(Tensor logits, Tensor target, Tensor positive, Tensor negative) -> (Tensor loss, Tensor scale)",
+    tags=_tags,
+)
+_lib.define(
+    "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor negative, Tensor scale)"
+    " -> Tensor d_logits",
+    tags=_tags,
+)
+
+
+# Public functions ----------------------------------------------------------------------------------------------------
+
+
+def mc_select(
+    logits: Tensor,  # [P, N, C]
+    *,
+    tau_p: float = 0.70,
+    tau_n: float = 0.05,
+    kappa_p: float = 0.05,
+    kappa_n: float = 0.005,
+    temp_nl: float = 2.0,
+    packed: bool = False,
+) -> Selection:
+    if not _has_kernels(logits):
+        return reference.mc_select(
+            logits, tau_p=tau_p, tau_n=tau_n, kappa_p=kappa_p, kappa_n=kappa_n, temp_nl=temp_nl, packed=packed
+        )
+    reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl)
+    return Selection(
+        *torch.ops.ups_fast.mc_select(logits.detach(), tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
+    )
+
+
+def nce_loss(
+    logits: Tensor,  # [N, C]
+    mask: Tensor,  # bool [N, C] or int32 [N, ceil(C / 32)]
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    if not _has_kernels(logits):
+        return reference.nce_loss(logits, mask, reduction=reduction)
+    reference.check_nce_loss(logits, mask, reduction)
+    return torch.ops.ups_fast.nce_loss(logits, mask, _REDUCTIONS.index(reduction))[0]
+
+
+def ups_loss(
+    logits: Tensor,  # [B, C]
+    target: Tensor,  # int64 [B]
+    positive: Tensor,  # bool [B]
+    negative: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+) -> Tensor:
+    if not _has_kernels(logits):
+        return reference.ups_loss(logits, target, positive, negative)
+    reference.check_ups_loss(logits, target, positive, negative)
+    return torch.ops.ups_fast.ups_loss(logits, target, positive, negative)[0]
+
+
+for _function in (mc_select, nce_loss, ups_loss):
+    _function.__doc__ = getattr(reference, _function.__name__).__doc__
+
+
+# Backend -------------------------------------------------------------------------------------------------------------
+
+
+def backend() -> dict[str, str]:
+    """Which implementation serves which device, and why: ``{"cpu": "...", "cuda": "..."}``.
+
+    A device without compiled kernels runs the reference ops with a warning, or, with ``UPS_FAST_STRICT=1`` in the
+    environment, raises a RuntimeError.
+    """
+    return {
+        device: ("fused kernels, " if fused else "reference ops: ") + why
+        for device, (fused, why) in _BACKEND.items()
+    }
+
+
+def _find_backend() -> dict[str, tuple[bool, str]]:
+    """Of each device type: whether it has kernels, and which or why not."""
+    if _C is None:
+        return {"cpu": (False, _NO_KERNELS), "cuda": (False, _NO_KERNELS)}
+    cpu = f"{_C.isa()} (this machine runs {', '.join(_C.available_isas())})"
+    return {"cpu": (True, cpu), "cuda": (_C.build_info()["with_cuda"] == "1", _C.build_info()["cuda"])}
+
+
+_BACKEND = _find_backend()
+
+
+def _has_kernels(x: Any) -> bool:
+    """Whether the fused op serves x; if not, that is said, or raised when strict."""
+    kind = x.device.type if isinstance(x, Tensor) else "cpu"
+    fused, why = _BACKEND.get(kind, (False, f"there are no kernels for {kind} devices"))
+    if not fused and not torch.compiler.is_compiling():
+        message = f"ups_fast runs its reference ops on {kind}: {why}"
+        if os.environ.get("UPS_FAST_STRICT") == "1":
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)
+    return fused
+
+
+# Fake kernels: shapes and types of the results -----------------------------------------------------------------------
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+@torch.library.register_fake("ups_fast::mc_select", lib=_lib)
+def _(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed):
+    _, n, c = logits.shape
+    width, dtype = ((c + 31) // 32, torch.int32) if packed else (c, torch.bool)
+    return (
+        logits.new_empty(n, dtype=torch.int64),
+        logits.new_empty(n, dtype=_compute_dtype(logits)),
+        logits.new_empty(n, dtype=_compute_dtype(logits)),
+        logits.new_empty(n, dtype=torch.bool),
+        logits.new_empty((n, width), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("ups_fast::nce_loss", lib=_lib)
+def _(logits, mask, reduction):
+    dtype = _compute_dtype(logits)
+    loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
+    return loss, logits.new_empty((), dtype=dtype)
+
+
+@torch.library.register_fake("ups_fast::ups_loss", lib=_lib)
+def _(logits, target, positive, negative):
+    dtype = _compute_dtype(logits)
+    return logits.new_empty((), dtype=dtype), logits.new_empty(2, dtype=dtype)
+
+
+@torch.library.register_fake("ups_fast::nce_loss_backward", lib=_lib)
+def _(d_loss, logits, mask, scale):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("ups_fast::ups_loss_backward", lib=_lib)
+def _(d_loss, logits, target, positive, negative, scale):
+    return logits.new_empty(logits.shape)
+
+
+# Autograd. The backward ops read the logits again and recompute the softmax: less memory traffic than a gradient kept
+# from the forward pass and scaled, and nothing is saved that was not there. `scale` holds the weights of the rows.
+
+
+def _save(ctx, inputs, output):
+    scale = output[1]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), scale)
+    ctx.mark_non_differentiable(scale)
+
+
+def _nce_loss_grad(ctx, d_loss, _):
+    return torch.ops.ups_fast.nce_loss_backward(d_loss, *ctx.saved_tensors), None, None
+
+
+def _ups_loss_grad(ctx, d_loss, _):
+    return torch.ops.ups_fast.ups_loss_backward(d_loss, *ctx.saved_tensors), None, None, None
+
+
+def _no_double_backward(ctx, d_d_logits):
+    raise RuntimeError("the losses of ups_fast have no second derivative; use ups_fast.reference for one")
+
+
+torch.library.register_autograd("ups_fast::nce_loss", _nce_loss_grad, setup_context=_save, lib=_lib)
+torch.library.register_autograd("ups_fast::ups_loss", _ups_loss_grad, setup_context=_save, lib=_lib)
+torch.library.register_autograd("ups_fast::nce_loss_backward", _no_double_backward, lib=_lib)
+torch.library.register_autograd("ups_fast::ups_loss_backward", _no_double_backward, lib=_lib)

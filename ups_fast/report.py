@@ -1,0 +1,443 @@
+"""What a run leaves for people: pseudo_labels.csv, report.png and report.html.
+
+All of it comes from the rows of the rounds and from the last labelling. Where the truth of unlabelled images
+is not known (-1), what would need it is left out, and the report says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ups_fast.checkpoint import write_atomic
+from ups_fast.config import Config
+from ups_fast.reference import unpack_mask
+from ups_fast.selection import Labelling, ece, reliability
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]  # one mapping per round, as in metrics.jsonl
+
+# Blue and vermilion (Okabe and Ito) differ for every kind of colour vision, and in a grey print.
+BLUE, VERMILION, GREEN, PALE = "#0072B2", "#D55E00", "#008F6B", "#C9D1D9"
+INK, MUTED, RULE = "#1F2933", "#616E7C", "#E4E7EB"
+DASHES = (0, (4, 3))
+MOST_POINTS = 6000  # of the plane: further ones would only lie on top of each other
+
+
+def write_pseudo_labels(
+    path: str | Path,
+    labelling: Labelling,  # U samples, on the CPU
+    classes: Sequence[str],  # C names
+) -> None:
+    """Writes one line per unlabelled sample, in columns:
+
+    index       its place in the training set
+    label       number of the class, -1 where the network gave no finite answer
+    confidence  mean probability of the label over the passes; nan for label -1
+    std         standard deviation of that probability; nan for label -1
+    positive    1 if the label is trusted, else 0
+    negative    numbers of the classes that it surely is not, separated by spaces
+    name        the label's class name
+    """
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "label", "confidence", "std", "positive", "negative", "name"])
+    negative = unpack_mask(labelling.negative, len(classes)).numpy()
+    columns = zip(
+        labelling.index.tolist(),
+        labelling.label.tolist(),
+        labelling.confidence.numpy(),  # float32 prints as few digits as give the same number back
+        labelling.std.numpy(),
+        labelling.positive.int().tolist(),
+        (" ".join(map(str, np.flatnonzero(row))) for row in negative),
+        strict=True,
+    )
+    for row in columns:
+        writer.writerow([*map(str, row), classes[row[1]] if row[1] >= 0 else ""])
+    write_atomic(Path(path), table.getvalue().encode())
+
+
+def write_report(
+    run_dir: str | Path,
+    rows: Rows,
+    labelling: Labelling,  # of the last round: U samples, on the CPU
+    truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
+    cfg: Config,
+    classes: Sequence[str],  # C names
+) -> tuple[Path, Path]:
+    """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
+    truth = torch.full_like(labelling.label, -1) if truth is None else truth
+    image = io.BytesIO()
+    draw(rows, labelling, truth, cfg).savefig(image, format="png", dpi=144)
+    png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
+    write_atomic(png, image.getvalue())
+    write_atomic(page, _page(rows, labelling, truth, cfg, classes, image.getvalue()).encode())
+    return png, page
+
+
+# The picture --------------------------------------------------------------------------------------
+
+
+def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> Figure:
+    """The four panels as a matplotlib figure; arguments as in `write_report`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": MUTED,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "legend.frameon": False,
+        "legend.handlelength": 1.2,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(12, 9.2), facecolor="white")
+        grid = figure.add_gridspec(
+            2, 2, left=0.06, right=0.975, top=0.81, bottom=0.06, wspace=0.19, hspace=0.5
+        )
+        accuracy, counts, calibration, plane = (figure.add_subplot(grid[i]) for i in range(4))
+        figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
+        figure.text(0.06, 0.918, _subline(rows, labelling, cfg), fontsize=11, color=MUTED)
+        _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
+        _draw_counts(counts, rows, len(labelling.index), all_known=bool((truth >= 0).all()))
+        _draw_calibration(calibration, labelling, truth)
+        _draw_plane(plane, labelling, truth, cfg)
+    return figure
+
+
+def headline(rows: Rows, cfg: Config) -> str:
+    """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
+    name = Path(cfg.data.root).stem if cfg.data.name == "npz" else cfg.data.name
+    first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
+    if len(rows) == 1:
+        return f"{name}: test accuracy {_percent(last)} after one round"
+    return f"{name}: test accuracy {_percent(first)} → {_percent(last)} in {len(rows)} rounds"
+
+
+def _subline(rows: Rows, labelling: Labelling, cfg: Config) -> str:
+    labels = f"{cfg.data.n_labels:,} labelled and " if cfg.data.n_labels else ""
+    return (
+        f"{labels}{len(labelling.index):,} unlabelled images, {cfg.model.name}, seed {cfg.seed}. "
+        f"Round 0 learned from the labels alone."
+    )
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=37)
+    axes.text(0, 1.095, note, transform=axes.transAxes, fontsize=9.5, color=MUTED, va="bottom")
+
+
+def _legend(axes: Axes) -> None:
+    """One row between title and panel, where it can cover nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.012, 1.0),
+        ncols=4,
+        borderpad=0,
+        borderaxespad=0.4,
+        columnspacing=1.4,
+        markerscale=1.3,
+        fontsize=9.5,
+    )
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], **how: Any) -> None:
+    """Small text at a point of the data, shifted by points of print."""
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    axes.annotate(text, at, xytext=shift, textcoords="offset points", fontsize=9.5, bbox=ground, **how)
+
+
+def _by_round(axes: Axes, rows: Rows) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    edge = max(0.6, 0.05 * len(rows))
+    axes.set_xlim(rows[0]["round"] - edge, rows[-1]["round"] + edge)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("round")
+    axes.grid(axis="y", color=RULE)
+
+
+def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
+    curves = [
+        ("test set", "test_acc", BLUE, "-o"),
+        ("positive pseudo-labels", "positive_acc", GREEN, "--s"),
+        ("negative pseudo-labels", "negative_acc", MUTED, ":^"),
+    ]
+    for name, key, colour, line in curves:
+        points = [(row["round"], 100 * row[key]) for row in rows if row[key] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), line, color=colour, ms=5, lw=2, label=name)
+    low, high = axes.get_ylim()
+    low, high = (
+        low - 0.1 * (high - low),
+        min(high, 100.5),
+    )  # room for the numbers below the first and last point
+    axes.set_ylim(low, high)
+    for row in (rows[0], rows[-1])[: len(rows)]:
+        value = 100 * row["test_acc"]
+        _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
+    unknown = "" if any_known else "; the truth of the pseudo-labels is not known"
+    _title(axes, "Accuracy by round", f"Correct answers in percent{unknown}")
+    _legend(axes)
+    _by_round(axes, rows)
+
+
+def _draw_counts(axes: Axes, rows: Rows, unlabelled: int, *, all_known: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    rounds = [row["round"] for row in rows]
+    positives = np.array([row["positives"] for row in rows])
+    others = np.array([row["negative_samples"] for row in rows])
+    if all_known:
+        right = np.array([round(row["positives"] * (row["positive_acc"] or 0)) for row in rows])
+        axes.bar(rounds, right, 0.7, color=BLUE, label="positive, correct")
+        axes.bar(rounds, positives - right, 0.7, bottom=right, color=VERMILION, label="positive, wrong")
+    else:
+        axes.bar(rounds, positives, 0.7, color=BLUE, label="positive")
+    axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label="negative classes only")
+    axes.axhline(unlabelled, color=INK, lw=1, ls=DASHES)
+    _title(axes, "What was selected", "Unlabelled images that the next round would learn from")
+    _legend(axes)
+    _by_round(axes, rows)
+    _note(axes, f"all {unlabelled:,}", (axes.get_xlim()[1], unlabelled), (0, 3), ha="right")
+    axes.set_ylim(0, 1.1 * max(unlabelled, 1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _draw_calibration(axes: Axes, labelling: Labelling, truth: Tensor) -> None:
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=DASHES)
+    groups = [
+        ("all unlabelled", torch.ones_like(labelling.positive), MUTED, "o"),
+        ("selected", labelling.positive, BLUE, "s"),
+    ]
+    for name, members, colour, marker in groups:
+        judged = members & (truth >= 0) & (labelling.label >= 0)
+        if judged.any():
+            bins = reliability(labelling.confidence[judged], labelling.label[judged] == truth[judged])
+            share = (bins.count / bins.count.sum()).numpy()
+            x, y = bins.confidence.numpy(), bins.accuracy.numpy()  # NaN, and so not drawn, in an empty bin
+            filled = share > 0
+            how: Any = {"color": colour, "marker": marker}
+            axes.plot(x[filled], y[filled], ms=4, lw=1.5, label=f"{name}: ECE {ece(bins):.3f}", **how)
+            axes.scatter(x, y, 160 * np.sqrt(share), ec="white", lw=0.8, zorder=3, clip_on=False, **how)
+    _title(axes, "Is the confidence deserved?", "On the dashed line it is; larger points are more images")
+    if axes.get_legend_handles_labels()[0]:
+        _legend(axes)
+    else:
+        why = "No label can be judged" if (truth >= 0).any() else "The true labels are not known"
+        axes.text(0.5, 0.5, why, ha="center", color=MUTED, backgroundcolor="white")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    axes.grid(color=RULE)
+
+
+def _draw_plane(axes: Axes, labelling: Labelling, truth: Tensor, cfg: Config) -> None:
+    tau, kappa = cfg.select.tau_p, cfg.select.kappa_p
+    finite = np.flatnonzero(labelling.label >= 0)
+    drawn = finite
+    if len(finite) > MOST_POINTS:
+        drawn = np.random.default_rng(0).choice(finite, MOST_POINTS, replace=False)
+    x, y = labelling.confidence.numpy()[drawn], labelling.std.numpy()[drawn]
+    known = truth.numpy()[drawn] >= 0
+    correct = (labelling.label == truth).numpy()[drawn]
+
+    left = min(x.min(initial=1), tau) - 0.03
+    top = 1.08 * max(y.max(initial=0), 1.4 * kappa if math.isfinite(kappa) else 0, 0.02)
+    axes.fill_between([tau, 1.02], 0, min(kappa, top), color=BLUE, alpha=0.09, lw=0)
+    axes.axvline(tau, color=INK, lw=1)
+    if tau - left < 0.75 * (1.02 - left):
+        _note(axes, f"tau_p = {tau:g}", (tau, top), (5, -5), va="top")
+    else:
+        _note(axes, f"tau_p = {tau:g}", (tau, top), (-5, -5), va="top", ha="right")
+    if math.isfinite(kappa):
+        axes.axhline(kappa, color=INK, lw=1)
+        _note(axes, f"kappa_p = {kappa:g}", (left, kappa), (5, 4), zorder=4)
+    groups = [
+        ("truth unknown", ~known, MUTED, "o", 9, 0.45),
+        ("correct", known & correct, BLUE, "o", 9, 0.45),
+        ("wrong", known & ~correct, VERMILION, "X", 22, 0.9),
+    ]
+    for name, members, colour, marker, size, alpha in groups:
+        if members.any():
+            dots: Any = {"color": colour, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
+            axes.scatter(x[members], y[members], size, label=name, **dots)
+    sampled = len(drawn) < len(finite)
+    points = f"{MOST_POINTS:,} of {len(finite):,} images" if sampled else "One point per image"
+    _title(axes, "Confidence and uncertainty", f"{points}; the tinted corner passes both limits")
+    if len(drawn):
+        _legend(axes)
+    axes.set(xlim=(left, 1.02), ylim=(0, top))
+    spread = "std over the passes" if cfg.select.passes > 1 else "std: 0, as there is one pass"
+    axes.set(xlabel="confidence: mean probability of the label", ylabel=spread)
+
+
+# The page -----------------------------------------------------------------------------------------
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1f2933; --muted: #52606d; --rule: #d9dee3; --ground: #ffffff; --tint: #f5f7fa;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --muted: #9aa5b1; --rule: #3a444f; --ground: #14181d; --tint: #1e242b; }
+}
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p, li { max-width: 46rem; }
+.muted { color: var(--muted); }
+img { display: block; width: 100%; margin: 1.5rem 0; border-radius: 8px; background: #ffffff; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+pre { background: var(--tint); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .88rem; }
+"""
+
+_READING = """
+<li><b>Accuracy by round:</b> where the method works, the test curve climbs above its first point,
+ which stands for the labels alone.</li>
+<li><b>What was selected:</b> bars should grow towards the dashed line, which is all unlabelled images,
+ and hardly show wrong ones.</li>
+<li><b>Is the confidence deserved?</b> Points on the diagonal keep their promise, below it the network is too
+ sure of itself; the expected calibration error (ECE) is the mean distance.</li>
+<li><b>Confidence and uncertainty:</b> wrong labels should lie outside the tinted corner, for those inside it
+ are taught as true.</li>
+"""
+
+
+def _page(
+    rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, classes: Sequence[str], image: bytes
+) -> str:
+    """The whole of report.html: one file without links to others."""
+    title = html.escape(headline(rows, cfg))
+    settings = html.escape(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    picture = base64.b64encode(image).decode()
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{html.escape(_summary(rows, labelling, truth))}</p>
+<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
+ src="data:image/png;base64,{picture}">
+<h2>How to read the charts</h2>
+<ul>{_READING}</ul>
+<h2>Rounds</h2>
+{_table(*_round_table(rows))}
+<h2>Positive pseudo-labels by class, last round</h2>
+{_table(*_class_table(labelling, truth, classes))}
+<h2>Settings</h2>
+<pre>{settings}</pre>
+</main>
+</body>
+</html>
+"""
+
+
+def _summary(rows: Rows, labelling: Labelling, truth: Tensor) -> str:
+    last, unlabelled = rows[-1], len(labelling.index)
+    kept = f"{last['positives']:,} of {unlabelled:,} unlabelled images have a positive pseudo-label"
+    if last["positive_acc"] is not None:
+        kept += f", {_percent(last['positive_acc'])} of them correct"
+    told = f"{last['negative_samples']:,} others have negative ones"
+    if last["negative_acc"] is not None:
+        told += f", {_percent(last['negative_acc'])} of which are correct"
+    known = int((truth >= 0).sum())
+    if known == 0:
+        told += "; the truth of the unlabelled images is not known, so these cannot be judged"
+    elif known < unlabelled:
+        told += f"; judged by the {known:,} images whose truth is known"
+    gain = 100 * (last["test_acc"] - rows[0]["test_acc"])
+    step = f", {gain:+.1f} points from round 0" if len(rows) > 1 else ""
+    return f"The network is right on {_percent(last['test_acc'])} of the test images{step}. {kept}; {told}."
+
+
+def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    head = [
+        "round",
+        "test",
+        "positives",
+        "correct",
+        "negatives",
+        "correct",
+        "on images",
+        "ECE",
+        "ECE selected",
+        "time",
+    ]
+    body = [
+        [
+            str(row["round"]),
+            _percent(row["test_acc"]),
+            f"{row['positives']:,}",
+            _percent(row["positive_acc"]),
+            f"{row['negatives']:,}",
+            _percent(row["negative_acc"]),
+            f"{row['negative_samples']:,}",
+            _decimals(row["ece"]),
+            _decimals(row["ece_selected"]),
+            f"{row['seconds']:.1f} s",
+        ]
+        for row in rows
+    ]
+    return head, body
+
+
+def _class_table(
+    labelling: Labelling, truth: Tensor, classes: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    body = []
+    for number, name in enumerate(classes):
+        chosen = labelling.positive & (labelling.label == number)
+        judged = truth[chosen & (truth >= 0)]
+        precision = float((judged == number).double().mean()) if len(judged) else None
+        body.append([name, str(number), f"{int(chosen.sum()):,}", _percent(precision)])
+    return ["class", "number", "positives", "correct"], body
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = "\n".join(line("td", cells) for cells in body)
+    head_line = line("th", head)
+    return f'<div class="wide"><table>\n<thead>{head_line}</thead>\n<tbody>\n{lines}\n</tbody></table></div>'
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"
+
+
+def _decimals(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

@@ -1,0 +1,433 @@
+"""The rounds of UPS: train anew, label all that is unlabelled, select, repeat; from wherever a run stood."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ups_fast.checkpoint import (
+    Checkpoint,
+    RunFolderError,
+    fingerprint,
+    load_checkpoint,
+    open_folder,
+    rebuild,
+    save_checkpoint,
+    save_model,
+    write_arrays,
+    write_atomic,
+)
+from ups_fast.config import Config, pick_device
+from ups_fast.data import ImageSet, ResidentImages, stratified_split
+from ups_fast.engine import (
+    Supervision,
+    batch_mix,
+    epoch_plan,
+    evaluate,
+    lr_at,
+    set_lr,
+    supervise,
+    train_step,
+)
+from ups_fast.seeds import derive
+from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
+
+Row = dict[str, Any]  # one line of metrics.jsonl
+REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. Tensors are on the host."""
+
+    folder: Path
+    rows: list[Row]  # one per round
+    labelling: Labelling  # of the last round
+    truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended the run, and everything is saved. The message says where it stands."""
+
+
+def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
+    """Runs the rounds that the folder `cfg.run_dir` lacks, and keeps all its files but the report.
+
+    Raises ValueError where config and data cannot work, before anything is written; RunFolderError where the
+    folder cannot be used; Interrupted after a signal.
+    """
+    job = _Run(cfg, data, console)
+    with open_folder(job.folder, asdict(cfg)), _stop_signal(console) as job.stop:
+        job.resume()
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True), job.progress:
+            while job.state.round < cfg.train.rounds:
+                model = job.train_round()
+                job.finish_round(model)
+        return job.result()
+
+
+class _Run:
+    """One run: gives the config's values to the functions of `engine` and `selection`, keeps the folder."""
+
+    stop: threading.Event
+    board: _Board
+
+    def __init__(self, cfg: Config, data: ImageSet, console: Console) -> None:
+        self.cfg, self.data, self.console = cfg, data, console
+        self.folder = Path(cfg.run_dir)
+        self.device = pick_device(cfg.device)
+        self.about = {
+            "model": asdict(cfg.model),
+            "classes": data.classes,
+            "channels": data.train_images.shape[3],
+            "size": list(data.train_images.shape[1:3]),
+            "mean": data.mean,
+            "std": data.std,
+        }
+        with torch.device("meta"):
+            rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
+        augment = cfg.data
+        self.train_images = resident(
+            data.train_images, flip=augment.flip, crop=augment.crop, cutout=augment.cutout
+        )
+        self.test_images = resident(data.test_images, flip=False, crop=0, cutout=0)
+        self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
+        self.clock = self.saved_at = self.shown_at = time.monotonic()
+        self.progress = _progress(console)
+
+    def resume(self) -> None:
+        """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
+        found = load_checkpoint(self.folder)
+        if found and found.data != self.state.data:
+            now, then = self.state.data, found.data
+            raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
+        self.state = state = found or self.state
+        if state.round < self.cfg.train.rounds:
+            self.board = _Board(self.folder / "tb", self._epochs_done(), state.round)
+        write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
+        self._write_rows()
+        self._say(
+            f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
+            f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
+        )
+        if found:
+            done = state.round == self.cfg.train.rounds
+            at = "all rounds are done" if done else f"going on from round {state.round}, epoch {state.epoch}"
+            self._say(f"{self.folder}: {at}")
+        self._say(HEADER)
+        for row in state.rows:
+            self._say(table_line(row))
+
+    def train_round(self) -> nn.Module:
+        """Trains the round's network from where the checkpoint stands. Each round starts from new weights."""
+        cfg, state = self.cfg, self.state
+        epochs, batch_size = self._budget(state.round)
+        told = self._supervision()
+        mix = batch_mix(len(told.positives), len(told.negatives), batch_size)
+        if mix.note:
+            self._say(f"round {state.round}: {mix.note}")
+        total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
+        positive = mix.positive(self.device)
+        augment = torch.Generator(self.device)
+        done = state.epoch * mix.steps + state.step
+        bar = self._bar("training", total * batch_size, done * batch_size)
+        model, optimizer = self._network()
+        model.train()
+        while state.epoch < epochs:
+            before = state.epoch * mix.steps
+            plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
+            plan = plan.to(self.device)
+            if state.step == 0:
+                torch.manual_seed(self._seed("dropout", state.epoch))
+                state.loss = torch.zeros((), device=self.device)
+            for step in range(state.step, mix.steps):
+                lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup)
+                set_lr(optimizer, lr)
+                augment.manual_seed(self._seed("augment", state.epoch, step))
+                index = plan[step]
+                images = self.train_images.augmented(index, augment)
+                target, negative = told.target[index], told.negative[index]
+                state.loss += train_step(model, optimizer, images, target, positive, negative)
+                state.step = step + 1
+                self._show(bar, (before + state.step) * batch_size, lr)
+                self._save_if_due(model, optimizer)
+            lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup)
+            self._end_epoch(float(state.loss) / mix.steps, lr)
+        self._save(model, optimizer)
+        self.progress.remove_task(bar)
+        return model
+
+    def finish_round(self, model: nn.Module) -> None:
+        """Tests the network, labels all that is unlabelled, writes the round's files, last the checkpoint."""
+        state, data = self.state, self.data
+        test = evaluate(model, self.test_images, data.test_labels, batch_size=self.cfg.select.batch_size)
+        labelling = self._label(model)
+        row = {
+            "round": state.round,
+            "test_acc": or_none(test.correct.double().mean()),
+            **report(labelling, self._truth(), len(data.classes)),
+            "seconds": round(self._lap(), 3),
+            "train_loss": state.train_loss,
+            "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
+        }
+        save_model(self.folder, model, self.about)
+        write_arrays(self.folder / "selection.npz", {**vars(labelling), "truth": self._truth()})
+        self.board.add_round(row)
+        state.rows.append(row)
+        state.labelling = dict(vars(labelling))
+        state.round, state.epoch, state.step, state.seconds = state.round + 1, 0, 0, 0.0
+        self._save()
+        self._write_rows()
+        self._say(table_line(row))
+        if row["non_finite"]:
+            self._say(f"round {row['round']}: {row['non_finite']:,} samples have NaN or infinite logits")
+
+    def result(self) -> Result:
+        assert self.state.labelling is not None  # a config has at least one round
+        return Result(self.folder, self.state.rows, Labelling(**self.state.labelling), self._truth())
+
+    def _supervision(self) -> Supervision:
+        last = self.state.labelling
+        return supervise(
+            self.data.train_labels,
+            self.state.labeled,
+            Labelling(**last) if last else None,
+            len(self.data.classes),
+            device=self.device,
+            generator=self._stream("expand"),
+        )
+
+    def _network(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The round's network and optimiser: new, or as the checkpoint has them, with the random state."""
+        train, state = self.cfg.train, self.state
+        torch.manual_seed(self._seed("init"))
+        model = rebuild(self.about).to(self.device)
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=train.lr,
+            momentum=train.momentum,
+            nesterov=train.momentum > 0,
+            weight_decay=train.weight_decay,
+        )
+        if state.model and state.optimizer:
+            model.load_state_dict(state.model)
+            optimizer.load_state_dict(state.optimizer)
+            state.model = state.optimizer = None
+            state.loss = state.loss.to(self.device)
+            torch.set_rng_state(state.rng["cpu"])
+            if self.device.type == "cuda" and "cuda" in state.rng:
+                torch.cuda.set_rng_state(state.rng["cuda"], self.device)
+        return model, optimizer
+
+    def _label(self, model: nn.Module) -> Labelling:
+        select, state = self.cfg.select, self.state
+        bar = self._bar("labelling", len(state.unlabeled))
+
+        def advance(images: int) -> None:
+            self.progress.advance(bar, images)
+            self._end_if_asked()  # training was saved when it ended
+
+        labelling = label(
+            model,
+            self.train_images,
+            state.unlabeled.to(self.device),
+            tau_p=select.tau_p,
+            tau_n=select.tau_n,
+            kappa_p=select.kappa_p,
+            kappa_n=select.kappa_n,
+            temp_nl=select.temp_nl,
+            passes=select.passes,
+            batch_size=select.batch_size,
+            balanced=state.round < select.balance_rounds,
+            seed=self._seed("label"),
+            progress=advance,
+        )
+        self.progress.remove_task(bar)
+        return labelling.cpu()
+
+    def _end_epoch(self, loss: float, lr: float) -> None:
+        state = self.state
+        state.train_loss = loss if math.isfinite(loss) else None
+        state.epoch, state.step = state.epoch + 1, 0
+        self.board.add_epoch(self._epochs_done(), {"train/loss": loss, "train/lr": lr})
+
+    def _save_if_due(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.stop.is_set() or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
+            self._save(model, optimizer)
+        self._end_if_asked()
+
+    def _save(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Writes the checkpoint; between rounds without network and optimiser, which start anew."""
+        self._lap()
+        state = self.state
+        if model and optimizer:
+            rng = {"cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                rng["cuda"] = torch.cuda.get_rng_state(self.device)
+            state = replace(state, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng)
+        self.board.flush()  # scalars of what the checkpoint calls done are not logged again
+        save_checkpoint(self.folder, state)
+        self.saved_at = time.monotonic()
+
+    def _end_if_asked(self) -> None:
+        if self.stop.is_set():
+            at = f"round {self.state.round}, epoch {self.state.epoch}"
+            raise Interrupted(f"stopped in {at}; everything is saved in {self.folder}")
+
+    def _lap(self) -> float:
+        """Seconds spent on this round so far, by all processes that worked on it."""
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+        return self.state.seconds
+
+    def _bar(self, what: str, images: int, done: int = 0) -> TaskID:
+        name = f"round {self.state.round}: {what}"
+        return self.progress.add_task(name, total=images, completed=done, now="")
+
+    def _show(self, bar: TaskID, images: int, lr: float) -> None:
+        now = time.monotonic()
+        if not self.progress.disable and now - self.shown_at >= REFRESH_SECONDS:
+            self.shown_at = now
+            loss = float(self.state.loss) / self.state.step
+            self.progress.update(bar, completed=images, now=f"loss {loss:.3f}  lr {lr:.4f}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.state.rows)
+        write_atomic(self.folder / "metrics.jsonl", lines.encode())
+
+    def _truth(self) -> Tensor:
+        return self.data.train_labels[self.state.unlabeled]
+
+    def _budget(self, round: int) -> tuple[int, int]:
+        """Epochs and batch size of a round; round 0 may have its own."""
+        train, first = self.cfg.train, round == 0
+        return (
+            train.first_epochs if first and train.first_epochs else train.epochs,
+            train.first_batch_size if first and train.first_batch_size else train.batch_size,
+        )
+
+    def _epochs_done(self) -> int:
+        """Of the whole run."""
+        return sum(self._budget(round)[0] for round in range(self.state.round)) + self.state.epoch
+
+    def _seed(self, stream: str, *path: int) -> int:
+        return derive(self.cfg.seed, stream, self.state.round, *path)
+
+    def _stream(self, stream: str, *path: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(stream, *path))
+
+
+def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
+    """Labelled and unlabelled indices into the training set: the data set's own, or drawn from the seed."""
+    if data.labeled is None:
+        seed = derive(cfg.seed, "split")
+        return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
+    unlabeled = torch.ones(len(data.train_images), dtype=torch.bool)
+    unlabeled[data.labeled] = False
+    return data.labeled, unlabeled.nonzero()[:, 0]
+
+
+@contextmanager
+def _stop_signal(console: Console) -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM, so that the step ends and is saved; the second kills at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        console.show_cursor()  # the progress bar hides it, and a killed process cannot bring it back
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+class _Board:
+    """TensorBoard scalars: epochs/ over the epochs done since the run began, rounds/ over the rounds."""
+
+    def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
+        # What a killed process logged after its last checkpoint is logged again: hide the first copy.
+        self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
+        self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
+
+    def add_epoch(self, epochs_done: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.epochs.add_scalar(name, value, epochs_done)
+
+    def add_round(self, row: Row) -> None:
+        for name, value in row.items():
+            values = (
+                {f"{name}/{c}": v for c, v in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+            for tag, number in values.items():
+                if number is not None:
+                    self.rounds.add_scalar(tag, number, row["round"])
+
+    def flush(self) -> None:
+        self.epochs.flush()
+        self.rounds.flush()
+
+
+def _progress(console: Console) -> Progress:
+    """A bar with loss, learning rate, images/s and time left; nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[now]}"),
+        _ImagesPerSecond(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
+
+
+HEADER = "round  test acc  positives   right   negatives   right    ECE  selected  seconds"
+
+
+def table_line(row: Row) -> str:
+    """A row under HEADER; "-" where not defined. `right` is accuracy, `selected` the ECE of the positives."""
+
+    def percent(key: str) -> str:
+        return "-" if row[key] is None else f"{100 * row[key]:.1f}%"
+
+    return (
+        f"{row['round']:>5}  {percent('test_acc'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "
+        f"{row['negatives']:>10,}  {percent('negative_acc'):>6}  {percent('ece'):>5}  "
+        f"{percent('ece_selected'):>8}  {row['seconds']:>7.1f}"
+    )

@@ -1,0 +1,221 @@
+"""Pseudo-labels: the labelling pass, the selection, the class balance, and the numbers to report about them.
+
+Each rule is one function: dropout alone is active (`mc_dropout`), P passes over clean images (`label`), the
+thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
+(`drop_negatives`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ups_fast.data.resident import ResidentImages
+from ups_fast.ops import mc_select
+from ups_fast.reference import Selection, unpack_mask
+
+BALANCE_FLOOR = 25  # published: a rarer class would starve all the others
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What a round's network says of the U unlabelled samples, after selection. All on one device."""
+
+    index: Tensor  # int64 [U], into the training set
+    label: Tensor  # int64 [U], -1 where a logit was NaN or infinite
+    confidence: Tensor  # float32 [U], mean probability of the label; NaN where label is -1
+    std: Tensor  # float32 [U], of that probability over the passes; NaN where label is -1
+    candidate: Tensor  # bool [U], passed the thresholds of a positive
+    positive: Tensor  # bool [U], and was kept by the class balance
+    negative: Tensor  # int32 [U, ceil(C / 32)], packed negative classes; 0 where positive
+
+    def cpu(self) -> Labelling:
+        """The same on the host: one wait for the device, after which reports and files need no other."""
+        return Labelling(**{name: tensor.cpu() for name, tensor in vars(self).items()})
+
+
+@contextmanager
+def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Eval mode with dropout on (`active`) or off; every module gets its own mode back afterwards.
+
+    Batch-norm stays in eval mode. Dropout is found as modules: a call of F.dropout cannot be seen.
+    Raises ValueError where dropout shall be active and the model has none with p > 0.
+    """
+    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
+    if active and not dropouts:
+        raise ValueError("model must have a dropout module with p > 0 for more than one pass, got none")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for dropout in dropouts:
+        dropout.training = active
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def label(
+    model: nn.Module,
+    images: ResidentImages,
+    index: Tensor,  # int64 [U], on the device of the images
+    *,
+    tau_p: float = 0.70,
+    tau_n: float = 0.05,
+    kappa_p: float = 0.05,
+    kappa_n: float = 0.005,
+    temp_nl: float = 2.0,
+    passes: int = 10,
+    batch_size: int = 512,
+    balanced: bool = False,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Labelling:
+    """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
+
+    passes = 1 means no uncertainty: dropout is off too, kappas must be infinite, confidence alone decides.
+    `balanced` cuts the positives to equal numbers per class. `progress` is told each finished batch's size.
+    The result depends on the model, the images, `index` and `seed`, and also on `batch_size` as long as
+    dropout draws from torch's global generator, which is left as it was.
+
+    Raises ValueError for an impossible threshold (see `mc_select`), or passes > 1 without an active dropout.
+    """
+    thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
+    device = index.device.type
+    parts = []
+    with (
+        mc_dropout(model, active=passes > 1),
+        torch.random.fork_rng(devices=[index.device] if device == "cuda" else []),
+        # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
+        torch.autocast(device, enabled=False),
+    ):
+        torch.manual_seed(seed)
+        for chunk in index.split(batch_size):
+            batch = images.clean(chunk)
+            logits = torch.stack([model(batch) for _ in range(passes)])  # [P, B, C]
+            parts.append(mc_select(logits, **thresholds, packed=True))
+            progress(len(chunk))
+    found = Selection(*map(torch.cat, zip(*parts, strict=True)))
+    positive = found.positive
+    if balanced:
+        # One pass has no std to rank by: confidence alone decides here too.
+        doubt = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
+        positive = balance(found.label, doubt, found.positive, n_classes=logits.shape[-1])
+    return Labelling(
+        index=index,
+        label=found.label,
+        confidence=found.confidence,
+        std=found.std,
+        candidate=found.positive,
+        positive=positive,
+        negative=drop_negatives(found.negative, positive),
+    )
+
+
+def balance(
+    label: Tensor,  # int64 [U], in [0, n_classes) where candidate
+    std: Tensor,  # float32 [U], at least 0 where candidate
+    candidate: Tensor,  # bool [U]
+    n_classes: int,
+    floor: int = BALANCE_FLOOR,
+) -> Tensor:  # bool [U], the candidates that are kept
+    """Keeps of each class the m candidates of lowest std, m = max(floor, size of the smallest class).
+
+    A class without candidates counts too: m is then `floor`. Of equal stds the lower position is kept.
+    """
+    group = torch.where(candidate, label, n_classes)  # all others sort behind the last class
+    # One stable sort by (class, std), as the bits of floats from 0 on are ordered like their values.
+    bits = torch.where(candidate, std, 0.0).abs().view(torch.int32)
+    order = ((group << 32) | bits).argsort(stable=True)
+    group = group[order]
+    start = torch.searchsorted(group, torch.arange(n_classes + 1, device=group.device))
+    m = start.diff().min().clamp(min=floor)
+    rank = torch.arange(len(group), device=group.device) - start[group]
+    kept = torch.empty_like(candidate)
+    kept[order] = (rank < m) & (group < n_classes)
+    return kept
+
+
+def drop_negatives(
+    negative: Tensor,  # int32 [U, ceil(C / 32)]
+    positive: Tensor,  # bool [U]
+) -> Tensor:  # int32 [U, ceil(C / 32)]
+    """Clears the negative classes of kept positives; what balance dropped becomes a negative sample."""
+    return negative.masked_fill(positive[:, None], 0)
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram in equal bins of [0, 1], each with its lower edge, the last one also with 1."""
+
+    count: Tensor  # type: ignore[assignment]  # int64 [bins]
+    confidence: Tensor  # float64 [bins], mean over the bin, NaN in an empty one
+    accuracy: Tensor  # float64 [bins], share of correct ones, NaN in an empty bin
+
+
+def reliability(
+    confidence: Tensor,  # float [N], in [0, 1]; NaN ones are left out
+    correct: Tensor,  # bool [N]
+    bins: int = BINS,
+) -> Reliability:
+    """Confidence against accuracy, bin by bin, summed in float64."""
+    known = ~confidence.isnan()
+    value, hit = confidence[known].double(), correct[known].double()
+    where = (value * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(where, minlength=bins)
+    return Reliability(
+        count,
+        torch.bincount(where, weights=value, minlength=bins) / count,
+        torch.bincount(where, weights=hit, minlength=bins) / count,
+    )
+
+
+def ece(bins: Reliability) -> float:
+    """Expected calibration error: mean of |confidence - accuracy| over the samples' bins; NaN for none."""
+    gap = (bins.confidence - bins.accuracy).abs().nan_to_num(0.0)
+    return float((gap * bins.count).sum() / bins.count.sum())
+
+
+def report(
+    labelling: Labelling,
+    truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
+    n_classes: int,
+) -> dict[str, Any]:
+    """The numbers of a labelling by their names in metrics.jsonl; accuracies are over samples of known truth.
+
+    positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that truly is not the
+    class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by
+    pseudo-label), non_finite (samples with a NaN or infinite logit). None where there is nothing to average.
+    """
+    found = labelling.cpu()
+    truth = torch.full_like(found.label, -1) if truth is None else truth.cpu()
+    known = truth >= 0
+    correct = found.label == truth
+    positive = found.positive & known
+    negative = unpack_mask(found.negative, n_classes)
+    judged = negative[known]
+    wrong = judged.gather(1, truth[known][:, None])
+    return {
+        "positives": int(found.positive.sum()),
+        "positive_acc": or_none(correct[positive].double().mean()),
+        "negatives": int(negative.sum()),
+        "negative_acc": or_none(1 - wrong.sum().double() / judged.sum()),
+        "negative_samples": int(negative.any(dim=1).sum()),
+        "ece": or_none(ece(reliability(found.confidence[known], correct[known]))),
+        "ece_selected": or_none(ece(reliability(found.confidence[positive], correct[positive]))),
+        "per_class_positives": torch.bincount(found.label[found.positive], minlength=n_classes).tolist(),
+        "non_finite": int((found.label < 0).sum()),
+    }
+
+
+def or_none(value: Tensor | float) -> float | None:
+    """For JSON: a mean over nothing, which is NaN, becomes None."""
+    return None if math.isnan(value) else float(value)

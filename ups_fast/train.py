@@ -1,0 +1,86 @@
+"""The command line: `python -m ups_fast.train CONFIG [key=value ...]`.
+
+Exit status: 0 for a finished run, 2 for what the user can mend (one sentence, no traceback), 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+
+import ups_fast
+from ups_fast import config
+
+DESCRIPTION = """\
+Train a classifier from few labels and many unlabelled images by UPS.
+
+CONFIG is a YAML file, such as configs/digits.yaml; key=value changes one of its
+keys, such as seed=1 or train.rounds=3. A run that was stopped goes on when the
+same command is given again."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; keys are written as key=value, and --help explains them\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        prog="python -m ups_fast.train",
+        usage="%(prog)s CONFIG [key=value ...]",
+        description=DESCRIPTION,
+        epilog="Keys, with their defaults:\n\n" + config.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file that describes the run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of its keys, see below")
+    args = parser.parse_args(words)
+    try:
+        _train(config.load(args.config, args.overrides))
+    except KeyboardInterrupt as stopped:
+        again = shlex.join(["python", "-m", "ups_fast.train", *words])
+        print(f"\n{stopped or 'stopped'}\nto go on: {again}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: lower train.batch_size or select.batch_size: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(cfg: config.Config) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    device = config.pick_device(cfg.device)
+    gpu = device.type == "cuda"
+    place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place})")
+    console.print(f"ops on {device.type}: {ups_fast.backend()[device.type]}")
+
+    # Imported only now, because it takes seconds and most errors have been found before.
+    from ups_fast import report, rounds
+    from ups_fast.data import load_set
+
+    data = load_set(cfg.data.name, cfg.data.root)
+    result = rounds.run(cfg, data, console=console)
+    table = result.folder / "pseudo_labels.csv"
+    report.write_pseudo_labels(table, result.labelling, data.classes)
+    png, page = report.write_report(
+        result.folder, result.rows, result.labelling, result.truth, cfg, data.classes
+    )
+    console.print(report.headline(result.rows, cfg))
+    console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

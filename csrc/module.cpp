@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cuda/plan.h"
 
 namespace {
 
@@ -23,11 +24,25 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
+// How the CUDA kernel of an op divides a shape.
+std::map<std::string, int64_t> launch_plan(const std::string& op, int64_t rows, int64_t classes) {
+  if (rows < 1 || classes < 1) throw std::invalid_argument("rows and classes must be at least 1");
+  const bool is_loss = op == "nce_loss" || op == "ups_loss";
+  if (!is_loss && op != "mc_select") {
+    throw std::invalid_argument("op must be mc_select, nce_loss or ups_loss, got '" + op + "'");
+  }
+  const ups::cuda::LaunchPlan plan =
+      is_loss ? ups::cuda::loss_plan(rows, classes) : ups::cuda::mc_select_plan(rows, classes);
+  return {{"variant", plan.variant}, {"lanes", plan.lanes}, {"threads", plan.threads}, {"blocks", plan.blocks}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ups_fast: importing this module registers them as torch.ops.ups_fast.*";
   m.def("build_info", &build_info, "Compiler, torch and CUDA that this library was built with.");
+  m.def("launch_plan", &launch_plan, pybind11::arg("op"), pybind11::arg("rows"), pybind11::arg("classes"),
+        "Threads per row and block, blocks and kernel variant that a CUDA op would use for [rows, classes].");
   m.def("isa", [] { return kIsaNames[static_cast<int>(ups::isa())]; }, "Instruction set of the CPU kernels in use.");
   m.def(
       "available_isas",

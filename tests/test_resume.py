@@ -1,7 +1,6 @@
 """Nothing is lost: real processes are killed and go on, and whatever may be wrong with a run's folder.
 
-Every run here is a process of its own. Processes are forked from a server that has imported torch already, so one
-costs a second and not five.
+Each run here is a process of its own, forked from a server that has imported torch already: half a second, not five.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -26,13 +26,16 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_rounds import tiny_config, tiny_set
 
 from ups_fast import checkpoint, load_model, rounds, selection
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["ups_fast.rounds", "test_rounds"])
+SPAWN.set_forkserver_preload(
+    ["torch._dynamo", "ups_fast.rounds"]
+)  # torch imports the former with the first optimizer
 RARELY, ALWAYS = (
     3600.0,
     0.0,
@@ -246,7 +249,6 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
 
 def test_signals_are_given_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
     rounds.run(settings(tmp_path, train__rounds=1), tiny_set(), console=Console(file=io.StringIO()))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -290,6 +292,18 @@ def test_no_space_left_at_the_last_moment(call: str, tmp_path: Path, monkeypatch
     assert contents(tmp_path) == {Path("file"): b"old"}
     write_atomic(tmp_path / "file", b"new")
     assert contents(tmp_path) == {Path("file"): b"new"}
+
+
+def test_no_space_left_for_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    monkeypatch.setattr(
+        threading, "excepthook", lambda error: None
+    )  # TensorBoard writes in a thread of its own
+    with pytest.raises(RunFolderError, match="tb could not be written: No space left"):
+        rounds.run(settings(tmp_path), tiny_set(), console=Console(file=io.StringIO()))
 
 
 # A folder that is damaged, foreign, taken, or of another run.
@@ -408,6 +422,8 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert str(tmp_path) in refused(tmp_path, "no run of ups_fast")
     assert not (tmp_path / ".lock").exists()
+    (tmp_path / "config.yaml").write_text("chapters: 7\n")
+    refused(tmp_path, "no run of ups_fast")
     with pytest.raises(RunFolderError, match=r"thesis\.tex is a file"):
         rounds.run(settings(tmp_path / "thesis.tex"), tiny_set(), console=Console())
 
@@ -426,7 +442,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.* no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* no such folder"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="first round"):
         load_model(tmp_path)

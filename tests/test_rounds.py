@@ -51,6 +51,7 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
     """Settings under which every round of `tiny_set` has positives and negatives; changes as train__epochs=1."""
     cfg = Config(run_dir=str(folder), device="cpu")
     values = {
+        "seed": 2,
         "data__n_labels": 6,
         "data__crop": 1,
         "model__name": "wrn-10-1",
@@ -81,7 +82,7 @@ def run(cfg: Config, data: ImageSet | None = None) -> tuple[Result, str]:
     return result, text.getvalue()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -91,7 +92,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Result, str]:
-    torch.set_num_threads(1)
     cfg = tiny_config(tmp_path_factory.mktemp("run") / "deep" / "folder")
     return cfg, *run(cfg)
 
@@ -186,10 +186,10 @@ def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
 def test_the_table_reads_well_without_a_terminal(finished: Finished) -> None:
     _, result, text = finished
     lines = text.splitlines()
-    assert len(lines) == 4, f"a sentence, a header and a line per round, and none of them wrapped: {text}"
-    assert "6 labelled, 54 unlabelled, 30 test images" in lines[0]
-    assert len(lines[1]) == len(lines[2]) == len(lines[3]) <= 80
-    assert f"{100 * result.rows[1]['test_acc']:.1f}%" in lines[3]
+    assert len(lines) == 5, f"two sentences, a header, a line per round, and none of them wrapped: {text}"
+    assert "6 labelled, 54 unlabelled, 30 test images" in lines[0] and lines[1].endswith(": a new run")
+    assert len(lines[2]) == len(lines[3]) == len(lines[4]) <= 80
+    assert f"{100 * result.rows[1]['test_acc']:.1f}%" in lines[4]
     assert "\x1b" not in text
 
 
@@ -235,7 +235,8 @@ class Spy:
         names = ("images", "target", "positive", "negative")
         given = {name: value.clone() for name, value in zip(names, batch, strict=True)}
         lr, momentum = optimizer.param_groups[0]["lr"], len(optimizer.state)
-        self.seen.append({**given, "weights": weights, "lr": lr, "momentum": momentum})
+        seen = {**given, "weights": weights, "lr": lr, "momentum": momentum}
+        self.seen.append({**seen, "dropout_seed": torch.initial_seed()})
         return self.step(model, optimizer, *batch)
 
 
@@ -259,6 +260,26 @@ def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
     assert not torch.equal(
         spy.seen[starts[1]]["weights"]["stem.weight"], spy.seen[0]["weights"]["stem.weight"]
     )
+
+
+def test_every_epoch_and_step_has_random_numbers_of_its_own(
+    tmp_path: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def recorded(seed: int, *path: int | str) -> int:
+        asked.append((seed, *path))
+        return derive(seed, *path)
+
+    monkeypatch.setattr(rounds, "derive", recorded)
+    run(tiny_config(tmp_path, seed=5, train__rounds=1, train__first_batch_size=2, train__first_epochs=4))
+    assert len(set(asked)) == len(asked), "no stream is drawn twice"
+    steps = [(5, "augment", 0, epoch, step) for epoch in range(4) for step in range(3)]
+    assert [path for path in asked if path[1] == "augment"] == steps
+    assert {(5, "epoch", 0, epoch) for epoch in range(4)} < set(asked)
+    # The seed that dropout's generator was last given.
+    dropout = [derive(5, "dropout", 0, epoch) for epoch in range(4) for step in range(3)]
+    assert [step["dropout_seed"] for step in spy.seen] == dropout
 
 
 def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path: Path, spy: Spy) -> None:

@@ -269,9 +269,10 @@ def test_balance_counts(sizes: list[int], kept: list[int]) -> None:
 
 
 def test_balance_keeps_the_lowest_std_and_of_equals_the_first() -> None:
-    std = torch.tensor([0.2, 0.0, 0.1, -0.0, 0.1, 0.3])
-    kept = balance(torch.zeros(6, dtype=torch.int64), std, torch.ones(6, dtype=torch.bool), 2, floor=3)
-    assert kept.tolist() == [False, True, True, True, False, False]
+    labels = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0])
+    std = torch.tensor([0.2, 0.0, 0.1, -0.0, 0.1, 0.3, 0.0, 0.1])
+    kept = balance(labels, std, torch.ones(8, dtype=torch.bool), n_classes=3, floor=2)
+    assert kept.nonzero()[:, 0].tolist() == [1, 3, 4, 6]
 
 
 def test_positives_that_balance_drops_become_negative_samples() -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,27 +37,43 @@ class RunFolderError(ValueError):
     """A run's folder cannot be used as asked. The message is a sentence; what was there is unchanged."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write (a full disk, a missing right) into a RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} could not be written: {error.strerror}; nothing was overwritten"
+        ) from error
+
+
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Replaces `path` by `content`: a reader, even after a power cut, meets the old file or the new one.
 
-    Raises RunFolderError where it cannot be written (a full disk, a missing right); the old file then stands.
+    Raises RunFolderError where it cannot be written; the old file then stands.
     """
     tmp = _tmp(path)
-    try:
-        with open(tmp, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name lasts only once the folder is on the disk
+    with writing(path):
         try:
-            os.fsync(folder)
+            with open(tmp, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
         finally:
-            os.close(folder)
-    except OSError as error:
-        raise RunFolderError(f"{path} could not be written: {error.strerror}; nothing was lost") from error
+            tmp.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name outlasts a power cut only once its folder is on the disk; some file systems cannot say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
-        tmp.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
@@ -82,11 +98,9 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     known = folder / CONFIG
     if not known.exists() and any(not _is_ours(path) for path in folder.glob("*")):
         raise RunFolderError(f"run_dir={folder} holds files but no run of ups_fast: choose another folder")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "ab")  # noqa: SIM115 (the with below)
-    except OSError as error:
-        raise RunFolderError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+        lock = open(folder / LOCK, "ab")  # noqa: SIM115 (closed by the with that follows)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
@@ -114,6 +128,10 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     except Exception as error:
         raise RunFolderError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     here = dict(_flat(config))
+    if not here.keys() & there.keys():
+        raise RunFolderError(
+            f"run_dir={path.parent} holds files but no run of ups_fast: choose another folder"
+        )
     differing = [
         f"{key} is {here.get(key, 'absent')} and was {there.get(key, 'absent')}"
         for key in {**here, **there}

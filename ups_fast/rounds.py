@@ -33,6 +33,7 @@ from ups_fast.checkpoint import (
     save_model,
     write_arrays,
     write_atomic,
+    writing,
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import ImageSet, ResidentImages, stratified_split
@@ -76,10 +77,15 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     job = _Run(cfg, data, console)
     with open_folder(job.folder, asdict(cfg)), _stop_signal(console) as job.stop:
         job.resume()
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True), job.progress:
-            while job.state.round < cfg.train.rounds:
-                model = job.train_round()
-                job.finish_round(model)
+        if job.state.round < cfg.train.rounds:
+            with (
+                torch.backends.cudnn.flags(enabled=True, deterministic=True),
+                _Board(job.folder / "tb", job.epochs_done(), job.state.round) as job.board,
+                job.progress,
+            ):
+                while job.state.round < cfg.train.rounds:
+                    model = job.train_round()
+                    job.finish_round(model)
         return job.result()
 
 
@@ -101,8 +107,7 @@ class _Run:
             "mean": data.mean,
             "std": data.std,
         }
-        with torch.device("meta"):
-            rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
         augment = cfg.data
         self.train_images = resident(
@@ -120,18 +125,16 @@ class _Run:
             now, then = self.state.data, found.data
             raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
         self.state = state = found or self.state
-        if state.round < self.cfg.train.rounds:
-            self.board = _Board(self.folder / "tb", self._epochs_done(), state.round)
         write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
         self._write_rows()
         self._say(
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
         )
-        if found:
-            done = state.round == self.cfg.train.rounds
-            at = "all rounds are done" if done else f"going on from round {state.round}, epoch {state.epoch}"
-            self._say(f"{self.folder}: {at}")
+        at = "all rounds are done" if state.round == self.cfg.train.rounds else "a new run"
+        if found and state.round < self.cfg.train.rounds:
+            at = f"going on from round {state.round}, epoch {state.epoch}"
+        self._say(f"{self.folder}: {at}")
         self._say(HEADER)
         for row in state.rows:
             self._say(table_line(row))
@@ -268,7 +271,7 @@ class _Run:
         state = self.state
         state.train_loss = loss if math.isfinite(loss) else None
         state.epoch, state.step = state.epoch + 1, 0
-        self.board.add_epoch(self._epochs_done(), {"train/loss": loss, "train/lr": lr})
+        self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
 
     def _save_if_due(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.stop.is_set() or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
@@ -279,7 +282,7 @@ class _Run:
         """Writes the checkpoint; between rounds without network and optimiser, which start anew."""
         self._lap()
         state = self.state
-        if model and optimizer:
+        if model is not None and optimizer is not None:
             rng = {"cpu": torch.get_rng_state()}
             if self.device.type == "cuda":
                 rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -329,7 +332,7 @@ class _Run:
             train.first_batch_size if first and train.first_batch_size else train.batch_size,
         )
 
-    def _epochs_done(self) -> int:
+    def epochs_done(self) -> int:
         """Of the whole run."""
         return sum(self._budget(round)[0] for round in range(self.state.round)) + self.state.epoch
 
@@ -361,10 +364,11 @@ def _stop_signal(console: Console) -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
         console.show_cursor()  # the progress bar hides it, and a killed process cannot bring it back
-        for each in before:
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
 
-    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.signal(each, ask) for each in signals}
     try:
         yield stop
     finally:
@@ -376,26 +380,38 @@ class _Board:
     """TensorBoard scalars: epochs/ over the epochs done since the run began, rounds/ over the rounds."""
 
     def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
-        # What a killed process logged after its last checkpoint is logged again: hide the first copy.
-        self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
-        self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
+        self.folder = folder
+        with writing(folder):
+            # What a killed process logged after its last checkpoint is logged again: hide the first copy.
+            self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
+            self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
+
+    def __enter__(self) -> _Board:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with writing(self.folder):
+            self.epochs.close()
+            self.rounds.close()
 
     def add_epoch(self, epochs_done: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.epochs.add_scalar(name, value, epochs_done)
+        with writing(self.folder):
+            for name, value in values.items():
+                self.epochs.add_scalar(name, value, epochs_done)
 
     def add_round(self, row: Row) -> None:
-        for name, value in row.items():
-            values = (
-                {f"{name}/{c}": v for c, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            )
-            for tag, number in values.items():
-                if number is not None:
-                    self.rounds.add_scalar(tag, number, row["round"])
+        with writing(self.folder):
+            for name, value in row.items():
+                parts = value if isinstance(value, list) else [value]
+                for c, part in enumerate(parts):
+                    if part is not None and name != "round":
+                        tag = f"{name}/{c}" if isinstance(value, list) else name
+                        self.rounds.add_scalar(tag, part, row["round"])
 
     def flush(self) -> None:
-        self.epochs.flush()
-        self.rounds.flush()
+        with writing(self.folder):
+            self.epochs.flush()
+            self.rounds.flush()
 
 
 def _progress(console: Console) -> Progress:

@@ -8,11 +8,18 @@
 #include <cstdint>
 #include <cstring>
 
-namespace ups {
+namespace ups::cuda {
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+// What a kernel computes in: float32, but float64 for float64.
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(double* to, double x) { *to = x; }
 
 // An unsigned word, or group of words, of a given number of bytes: what one load or store moves.
 template <int kBytes>
@@ -34,42 +41,38 @@ struct WordOf<16> {
   using type = uint4;
 };
 
-// kWidth neighbours in one load. `from` must be aligned to their size.
-template <int kWidth, class T>
-__device__ __forceinline__ void load_chunk(const T* from, float* z) {
-  using Word = typename WordOf<kWidth * sizeof(T)>::type;
-  const Word word = __ldg(reinterpret_cast<const Word*>(from));
-  T x[kWidth];
-  std::memcpy(x, &word, sizeof word);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) z[i] = to_float(x[i]);
-}
-
 // What a slot past the last class holds: it loses every maximum and its exponential is 0.
 constexpr float kNoLogit = -FLT_MAX;
 
-// kWidth neighbours from class c on; kNoLogit past the last of `classes`. kAligned: c is a multiple of kWidth, C is one
-// too, and the chunk is aligned to its size.
+// The logits of kWidth neighbours, of which the first `count` exist (none if it is negative); kNoLogit for the others.
+// kAligned: `from` is aligned to all of them together, and all or none exist.
 template <int kWidth, bool kAligned, class T>
-__device__ __forceinline__ void load_classes(const T* row /* [C] */, int c, int classes, float* z) {
+__device__ __forceinline__ void load_chunk(const T* from, int count, float* z) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) z[i] = kNoLogit;
   if constexpr (kAligned) {
-    if (c < classes) load_chunk<kWidth>(row + c, z);
+    using Word = typename WordOf<kWidth * sizeof(T)>::type;
+    if (count > 0) {
+      const Word word = __ldg(reinterpret_cast<const Word*>(from));
+      T x[kWidth];
+      std::memcpy(x, &word, sizeof word);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) z[i] = to_acc(x[i]);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if (c + i < classes) z[i] = to_float(__ldg(row + c + i));
+      if (i < count) z[i] = to_acc(__ldg(from + i));
     }
   }
 }
 
 template <int kWidth, class T>
-__device__ __forceinline__ void load_classes(const T* row /* [C] */, int c, int classes, bool aligned, float* z) {
+__device__ __forceinline__ void load_chunk(const T* from, int count, bool aligned, float* z) {
   if (aligned) {
-    load_classes<kWidth, true>(row, c, classes, z);
+    load_chunk<kWidth, true>(from, count, z);
   } else {
-    load_classes<kWidth, false>(row, c, classes, z);
+    load_chunk<kWidth, false>(from, count, z);
   }
 }
 
@@ -105,4 +108,4 @@ __device__ __forceinline__ float fast_inverse(float x) {
 #endif
 }
 
-}  // namespace ups
+}  // namespace ups::cuda

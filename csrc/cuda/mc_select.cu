@@ -9,15 +9,13 @@
 // sums, are reduced over the team together.
 #include <climits>
 #include <cmath>
-#include <iterator>
-#include <utility>
 
 #include "../math/row_stats.h"
 #include "element.cuh"
 #include "plan.h"
 #include "team.cuh"
 
-namespace ups {
+namespace ups::cuda {
 namespace {
 
 template <class T>
@@ -39,8 +37,7 @@ struct McSelectArgs {
   unsigned* negative_bits;  // [N, ceil(C / 32)]
 };
 
-constexpr int kGroup = 5;              // so many passes' logits wait in registers; two groups make the usual P = 10
-constexpr int kResidentThreads = 512;  // per multiprocessor at least: 128 registers each
+constexpr int kResidentThreads = 512;  // per multiprocessor at least, so that a thread may use 128 registers
 
 template <class T>
 using McSelectKernel = void (*)(McSelectArgs<T>);
@@ -65,10 +62,10 @@ struct Exponentials {
   }
   // Rounded products: one fused into Welford's subtraction would leave equal passes with a std above 0.
   __device__ __forceinline__ float scaled_p(float x, float inv) const {
-    return __fmul_rn(kTempIs2 ? x * inv : fast_exp2(x, kLog2E), kTempIs2 ? x : inv);
+    return rounded_product(kTempIs2 ? x * inv : fast_exp2(x, kLog2E), kTempIs2 ? x : inv);
   }
   __device__ __forceinline__ float scaled_q(float x, float inv) const {
-    return __fmul_rn(kTempIs2 ? x : fast_exp2(x, scale_q), inv);
+    return rounded_product(kTempIs2 ? x : fast_exp2(x, scale_q), inv);
   }
 };
 
@@ -186,15 +183,15 @@ __device__ __forceinline__ void improve(Best& best, const ClassStats<kSlots>& st
   }
 }
 
-// Bit i: the sample is surely not of class c + i (which may be the label still).
+// Bit i: the sample is surely not of class c + i.
 template <int kWidth, int kSlots>
 __device__ __forceinline__ unsigned negative_flags(const ClassStats<kSlots>& stats, int slot, int c, int classes,
-                                                   const Thresholds<float>& limits) {
+                                                   int label, const Thresholds<float>& limits) {
   unsigned flags = 0;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const bool negative = stats.mean_q[slot + i] < limits.tau_n && stats.m2_q[slot + i] < limits.limit_n;
-    flags |= static_cast<unsigned>(negative && c + i < classes) << i;
+    flags |= static_cast<unsigned>(negative && c + i != label && c + i < classes) << i;
   }
   return flags;
 }
@@ -226,54 +223,73 @@ __device__ __forceinline__ void write_bytes(bool* row /* [C] */, int c, int clas
   }
 }
 
-// Writes the flags of a chunk of each lane as bits: the neighbours that share a word put it together. All lanes must
-// reach this, those without a row or classes too.
-template <int kWidth>
-__device__ __forceinline__ void write_bits(unsigned* row /* [ceil(C / 32)] */, bool row_exists, int c, int classes,
-                                           unsigned flags) {
-  Team<32 / kWidth> sharers;
-  const unsigned word = sharers.reduce(flags << (c % 32), BitOr{});
-  if (row_exists && c < classes && sharers.lane() == 0) row[c / 32] = word;
-}
-
-// The logits of a group of passes. Those of a pass too many are kNoLogit.
-template <int kWidth, bool kAligned, class T, int kGroup, int kChunks>
-__device__ __forceinline__ void load_passes(const McSelectArgs<T>& a, int64_t row, int done,
-                                            const int (&first_class)[kChunks], float (&z)[kGroup][kChunks * kWidth]) {
-  const T* logits = a.logits + done * a.pass_stride + row * a.row_stride;
-#pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    const int classes = done + g < a.passes ? a.classes : 0;
+// Writes the flags of a lane's chunks, the first of which starts at class c, the others kLanes chunks on each. All
+// lanes must reach this, those without a row too: neighbours that share a word of bits put it together.
+template <int kLanes, int kWidth, class T, int kChunks>
+__device__ __forceinline__ void write_negative(const McSelectArgs<T>& a, int64_t row, bool row_exists, int c,
+                                               const unsigned (&flags)[kChunks]) {
+  constexpr int kLayer = kLanes * kWidth;  // classes from one chunk of a lane to its next
+  if (a.negative != nullptr) {
+    if (!row_exists) return;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      load_classes<kWidth, kAligned>(logits, first_class[j], classes, z[g] + j * kWidth);
+      write_bytes<kWidth>(a.negative + row * a.classes, c + j * kLayer, a.classes, flags[j]);
     }
-    logits += a.pass_stride;
+    return;
+  }
+  constexpr int kLayersPerWord = kLayer < 32 ? 32 / kLayer : 1;
+  Team<(kLayer < 32 ? kLanes : 32 / kWidth)> sharers;
+  unsigned* words = a.negative_bits + row * ((a.classes + 31) / 32);
+#pragma unroll
+  for (int j = 0; j < kChunks; j += kLayersPerWord) {
+    unsigned word = 0;
+#pragma unroll
+    for (int i = j; i < kChunks && i < j + kLayersPerWord; ++i) word |= flags[i] << ((c + i * kLayer) % 32);
+    word = sharers.reduce(word, BitOr{});
+    const int start = c + j * kLayer;
+    if (row_exists && start < a.classes && sharers.lane() == 0) words[start / 32] = word;
+  }
+}
+
+// The logits of a group of passes, of which `count` exist; the others are kNoLogit throughout.
+template <int kWidth, bool kAligned, int kLanes, class T, int kGroup, int kSlots>
+__device__ __forceinline__ void load_passes(const T* from, int64_t pass_stride, int count, int classes,
+                                            float (&z)[kGroup][kSlots]) {
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const int left = g < count ? classes : 0;
+#pragma unroll
+    for (int j = 0; j < kSlots / kWidth; ++j) {
+      constexpr int kLayer = kLanes * kWidth;
+      load_chunk<kWidth, kAligned>(from + j * kLayer, left - j * kLayer, z[g] + j * kWidth);
+    }
+    from += pass_stride;
   }
 }
 
 // Up to 2048 classes. Chunk j of a lane starts at class (j * kLanes + lane) * kWidth.
 template <class T, int kLanes, int kChunks, int kWidth>
-__global__ void __launch_bounds__(detail::threads_of(kLanes), kResidentThreads / detail::threads_of(kLanes))
+__global__ void __launch_bounds__(threads_of(kLanes), kResidentThreads / threads_of(kLanes))
     mc_select_resident(const McSelectArgs<T> a) {
   constexpr int kSlots = kChunks * kWidth;
+  constexpr int kGroup = kSlots <= 10 ? 5 : 2;  // so many passes' logits wait in registers
   Team<kLanes> team;
+  const int first = team.lane() * kWidth;
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
   const bool row_exists = wanted < a.rows;
   const int64_t row = row_exists ? wanted : a.rows - 1;  // all lanes must reach every shuffle: repeat the last row
-  int first_class[kChunks];
-#pragma unroll
-  for (int j = 0; j < kChunks; ++j) first_class[j] = (j * kLanes + team.lane()) * kWidth;
+  const T* logits = a.logits + row * a.row_stride + first;
 
   ClassStats<kSlots> stats;
   float blemish = 0.0f;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
   for (int done = 0; done < a.passes; done += kGroup) {
     float z[kGroup][kSlots];
     if (a.aligned) {
-      load_passes<kWidth, true>(a, row, done, first_class, z);
+      load_passes<kWidth, true, kLanes>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
     } else {
-      load_passes<kWidth, false>(a, row, done, first_class, z);
+      load_passes<kWidth, false, kLanes>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
     }
+    logits += kGroup * a.pass_stride;
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
 #pragma unroll
@@ -289,35 +305,17 @@ __global__ void __launch_bounds__(detail::threads_of(kLanes), kResidentThreads /
 
   Best best = {-1.0f, 0.0f, INT_MAX, blemish != 0.0f};
 #pragma unroll
-  for (int j = 0; j < kChunks; ++j) improve<kWidth>(best, stats, j * kWidth, first_class[j], a.classes);
+  for (int j = 0; j < kChunks; ++j) improve<kWidth>(best, stats, j * kWidth, first + j * kLanes * kWidth, a.classes);
   best = team.reduce(best, BetterOf{});
   if (row_exists && team.lane() == 0) write_row(a, row, best);
 
   unsigned flags[kChunks];
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
-    flags[j] = negative_flags<kWidth>(stats, j * kWidth, first_class[j], a.classes, a.limits);
-    const int label = best.c - first_class[j];
-    if (label >= 0 && label < kWidth) flags[j] &= ~(1u << label);
-    if (best.spoiled) flags[j] = 0;
+    const int c = first + j * kLanes * kWidth;
+    flags[j] = best.spoiled ? 0 : negative_flags<kWidth>(stats, j * kWidth, c, a.classes, best.c, a.limits);
   }
-  if (a.negative != nullptr) {
-    if (!row_exists) return;
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      write_bytes<kWidth>(a.negative + row * a.classes, first_class[j], a.classes, flags[j]);
-    }
-  } else if constexpr (kLanes * kSlots <= 32) {  // the row is one word
-    unsigned word = 0;
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) word |= flags[j] << first_class[j];
-    word = team.reduce(word, BitOr{});
-    if (row_exists && team.lane() == 0) a.negative_bits[row] = word;
-  } else {
-    unsigned* bits = a.negative_bits + row * ((a.classes + 31) / 32);
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) write_bits<kWidth>(bits, row_exists, first_class[j], a.classes, flags[j]);
-  }
+  write_negative<kLanes, kWidth>(a, row, row_exists, first, flags);
 }
 
 // The softmax of one pass: p = exp(z - top) * inv_p, q likewise.
@@ -347,9 +345,17 @@ struct MergeSums {
   }
 };
 
+template <class T>
+__device__ __forceinline__ void clear_negative(const McSelectArgs<T>& a, int64_t row, int c) {
+  if (a.negative != nullptr) {
+    a.negative[row * a.classes + c] = false;
+  } else {
+    a.negative_bits[row * ((a.classes + 31) / 32) + c / 32] &= ~(1u << (c % 32));
+  }
+}
+
 template <bool kTempIs2, class T, int kLanes, int kWidth>
-__device__ void loop_over_row(const McSelectArgs<T>& a) {
-  __shared__ PassSoftmax softmax[kMcSelectMaxLoopedPasses];  // [P]
+__device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoftmax* softmax /* [P], shared */) {
   constexpr int kStep = kLanes * kWidth;
   const Exponentials<kTempIs2> exponentials(a.limits);
   Team<kLanes> team;
@@ -363,7 +369,7 @@ __device__ void loop_over_row(const McSelectArgs<T>& a) {
 #pragma unroll 2
     for (int c = first; c < a.classes; c += kStep) {
       float z[kWidth];
-      load_classes<kWidth>(logits + k * a.pass_stride, c, a.classes, a.aligned, z);
+      load_chunk<kWidth>(logits + k * a.pass_stride + c, a.classes - c, a.aligned, z);
       PassSums chunk = {z[0], 0.0f, 0.0f};
 #pragma unroll
       for (int i = 1; i < kWidth; ++i) chunk.top = fmaxf(chunk.top, z[i]);
@@ -386,14 +392,13 @@ __device__ void loop_over_row(const McSelectArgs<T>& a) {
   __syncthreads();  // all of `softmax` is there
 
   Best best = {-1.0f, 0.0f, INT_MAX, spoiled};
-  unsigned* bits = a.negative_bits + row * ((a.classes + 31) / 32);
   for (int base = 0; base < a.classes; base += kStep) {
     const int c = base + first;
     ClassStats<kWidth> stats;
 #pragma unroll 5
     for (int k = 0; k < a.passes; ++k) {
       float z[kWidth];
-      load_classes<kWidth>(logits + k * a.pass_stride, c, a.classes, a.aligned, z);
+      load_chunk<kWidth>(logits + k * a.pass_stride + c, a.classes - c, a.aligned, z);
       const PassSoftmax s = softmax[k];
       const float inv_k = fast_inverse(static_cast<float>(k + 1));
 #pragma unroll
@@ -403,53 +408,39 @@ __device__ void loop_over_row(const McSelectArgs<T>& a) {
       }
     }
     improve<kWidth>(best, stats, 0, c, a.classes);
-    const unsigned flags = spoiled ? 0 : negative_flags<kWidth>(stats, 0, c, a.classes, a.limits);
-    if (a.negative != nullptr) {
-      write_bytes<kWidth>(a.negative + row * a.classes, c, a.classes, flags);
-    } else {
-      write_bits<kWidth>(bits, true, c, a.classes, flags);
-    }
+    const unsigned flags[] = {spoiled ? 0 : negative_flags<kWidth>(stats, 0, c, a.classes, -1, a.limits)};
+    write_negative<kLanes, kWidth>(a, row, true, c, flags);
   }
 
   best = team.reduce(best, BetterOf{});
   __syncthreads();  // the flags of all classes are written: now the label, known at last, is taken out
   if (threadIdx.x == 0) {
     write_row(a, row, best);
-    if (!spoiled && a.negative != nullptr) a.negative[row * a.classes + best.c] = false;
-    if (!spoiled && a.negative == nullptr) bits[best.c / 32] &= ~(1u << (best.c % 32));
+    if (!spoiled) clear_negative(a, row, best.c);
   }
 }
 
 // Any number of classes: a block reads its row once for the maxima and sums of all passes, once more for the rest.
 template <class T, int kLanes, int kWidth>
 __global__ void __launch_bounds__(kLanes) mc_select_looped(const McSelectArgs<T> a) {
+  __shared__ PassSoftmax softmax[kMcSelectMaxLoopedPasses];
   if (a.temp_is_2) {
-    loop_over_row<true, T, kLanes, kWidth>(a);
+    loop_over_row<true, T, kLanes, kWidth>(a, softmax);
   } else {
-    loop_over_row<false, T, kLanes, kWidth>(a);
+    loop_over_row<false, T, kLanes, kWidth>(a, softmax);
   }
-}
-
-// The kernels of kMcSelectVariants, in its order.
-template <class T, int kVariant>
-constexpr McSelectKernel<T> variant_kernel() {
-  constexpr McSelectVariant v = kMcSelectVariants[kVariant];
-  if constexpr (v.chunks == 0) {
-    return mc_select_looped<T, v.lanes, v.width>;
-  } else {
-    return mc_select_resident<T, v.lanes, v.chunks, v.width>;
-  }
-}
-
-template <class T, int... kVariants>
-McSelectKernel<T> mc_select_kernel(int variant, std::integer_sequence<int, kVariants...>) {
-  constexpr McSelectKernel<T> kernels[] = {variant_kernel<T, kVariants>()...};
-  return kernels[variant];
 }
 
 template <class T>
 McSelectKernel<T> mc_select_kernel(int variant) {
-  return mc_select_kernel<T>(variant, std::make_integer_sequence<int, std::size(kMcSelectVariants)>{});
+  return pick_kernel(kMcSelectVariants, variant, [](auto i) -> McSelectKernel<T> {
+    constexpr McSelectVariant v = kMcSelectVariants[decltype(i)::value];
+    if constexpr (v.chunks == 0) {
+      return mc_select_looped<T, v.lanes, v.width>;
+    } else {
+      return mc_select_resident<T, v.lanes, v.chunks, v.width>;
+    }
+  });
 }
 
 // Whether every chunk of `width` neighbours can be one load.
@@ -460,11 +451,63 @@ bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, in
 }
 
 }  // namespace
-}  // namespace ups
+}  // namespace ups::cuda
 
-#ifndef UPS_FAST_SHIM  // from here on: torch
+#ifndef UPS_FAST_SHIM  // the rest needs torch
+#include "launch.cuh"
 
-auto* force1(int v){ return ups::mc_select_kernel<float>(v);}
-auto* force2(int v){ return ups::mc_select_kernel<__half>(v);}
-auto* force3(int v){ return ups::mc_select_kernel<__nv_bfloat16>(v);}
+namespace ups::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cuda(const Tensor& logits_in, double tau_p, double tau_n,
+                                                                  double kappa_p, double kappa_n, double temp_nl,
+                                                                  bool packed) {
+  check_dim("logits", logits_in, 3);
+  const Tensor logits = dense_rows(logits_in);
+  const int64_t P = logits.size(0), N = logits.size(1), C = logits.size(2);
+  STD_TORCH_CHECK(logits.scalar_type() != ScalarType::Double,
+                  "logits must be float32, float16 or bfloat16 on a CUDA device, got float64");
+  STD_TORCH_CHECK(P >= 1 && C >= 1 && C <= INT32_MAX,
+                  "logits must have at least one pass and 1 to 2^31 - 1 classes, got [", P, ", ", N, ", ", C, "]");
+  const LaunchPlan plan = mc_select_plan(N, C);
+  const McSelectVariant variant = kMcSelectVariants[plan.variant];
+  STD_TORCH_CHECK(P <= (variant.chunks == 0 ? kMcSelectMaxLoopedPasses : INT32_MAX), "logits must have at most ",
+                  kMcSelectMaxLoopedPasses, " passes with ", C, " classes on a CUDA device, got [", P, ", ", N, ", ", C,
+                  "]");
+
+  const auto result = new_selection(logits, packed);
+  if (N == 0) return result;
+
+  const DeviceGuard guard(logits.get_device_index());
+  dispatch_logits(logits, [&](auto storage, auto) {
+    using T = DeviceType<decltype(storage)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      const T* z = data<const T>(logits);
+      McSelectArgs<T> args = {};
+      args.logits = z;
+      args.pass_stride = logits.stride(0);
+      args.row_stride = logits.stride(1);
+      args.passes = static_cast<int>(P);
+      args.rows = N;
+      args.classes = static_cast<int>(C);
+      args.aligned = chunks_aligned(z, args.pass_stride, args.row_stride, C, variant.width);
+      args.temp_is_2 = temp_nl == 2.0;
+      args.limits = make_thresholds<float>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, P);
+      args.label = data<int64_t>(std::get<0>(result));
+      args.confidence = data<float>(std::get<1>(result));
+      args.std = data<float>(std::get<2>(result));
+      args.positive = data<bool>(std::get<3>(result));
+      void* const negative = std::get<4>(result).data_ptr();
+      args.negative = packed ? nullptr : static_cast<bool*>(negative);
+      args.negative_bits = packed ? static_cast<unsigned*>(negative) : nullptr;
+      launch("mc_select", mc_select_kernel<T>(plan.variant), plan, logits, args);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace ups::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ups_fast, CUDA, m) { m.impl("mc_select", TORCH_BOX(&ups::cuda::mc_select_cuda)); }
 #endif

@@ -2,9 +2,11 @@
 // plan can be shown, tested, and used by the tests' CUDA on the CPU. Results never depend on the device's size.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
-namespace ups {
+namespace ups::cuda {
 
 struct LaunchPlan {
   int variant;     // index into the op's table below
@@ -14,9 +16,8 @@ struct LaunchPlan {
 };
 
 // mc_select: a lane keeps `chunks` chunks of `width` neighbouring classes in registers over all passes, and a chunk is
-// one load. Registers per lane grow by 4 (mean and M2 at two temperatures) + kGroup (logits in flight) per class, so
-// 8 to 10 classes per lane fill a third of the register file per 16 resident warps. The last variant loops over
-// classes instead.
+// one load. The arithmetic on a class (18 instructions a pass) weighs more than its load, so a row should fill its
+// lanes: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over classes instead.
 struct McSelectVariant {
   int max_classes;
   int lanes;
@@ -25,8 +26,9 @@ struct McSelectVariant {
 };
 
 constexpr McSelectVariant kMcSelectVariants[] = {
-    {4, 1, 2, 2},    {10, 1, 5, 2},   {16, 2, 2, 4},     {32, 4, 2, 4},      {64, 8, 2, 4},           {128, 16, 2, 4},
-    {256, 32, 2, 4}, {512, 64, 2, 4}, {1024, 128, 2, 4}, {2048, 256, 2, 4}, {INT32_MAX, 512, 0, 4},
+    {4, 1, 2, 2},     {10, 1, 5, 2},    {14, 1, 7, 2},     {28, 2, 7, 2},
+    {56, 4, 7, 2},    {112, 8, 7, 2},   {224, 16, 7, 2},   {448, 32, 7, 2},
+    {512, 64, 2, 4},  {1024, 128, 2, 4}, {2048, 256, 2, 4}, {INT32_MAX, 512, 0, 4},
 };
 constexpr int kMcSelectMaxLoopedPasses = 1024;
 
@@ -38,54 +40,62 @@ struct LossVariant {
 
 constexpr LossVariant kLossVariants[] = {{32, 4}, {128, 16}, {1024, 32}, {INT32_MAX, 256}};
 
-namespace detail {
-
-constexpr int kLossThreads = 256;      // block of the losses
-constexpr int kLossMaxThreads = 1024;  // their block when one block does everything
-constexpr int kLossMaxBlocks = 1024;   // 8 blocks for each multiprocessor of a large GPU; partial sums to add up
+constexpr int kLossThreads = 256;      // of a block
+constexpr int kLossBlocksResident = 4; // of a backward per multiprocessor at least, so that a thread may use 64 registers
+constexpr int kLossMaxThreads = 1024;  // of a block that does everything
+constexpr int kLossMaxTurns = 2;       // a single multiprocessor takes about 2 us for each
+constexpr int kLossMaxBlocks = 1024;   // 8 for each multiprocessor of a large GPU; as many partial sums to add up
 
 // Threads of a block of mc_select: those of one team, or of several small ones.
 constexpr int threads_of(int lanes) { return lanes > 32 ? lanes : 128; }
 
-template <class Variant, int kCount>
+template <class Variant, std::size_t kCount>
 int find_variant(const Variant (&variants)[kCount], int64_t classes) {
   int i = 0;
-  while (classes > variants[i].max_classes) ++i;
+  while (classes > variants[i].max_classes) ++i;  // the last one takes any int32
   return i;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace detail
-
-inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {
-  const int i = detail::find_variant(kMcSelectVariants, classes);
-  const int lanes = kMcSelectVariants[i].lanes;
-  const int threads = detail::threads_of(lanes);
-  return {i, lanes, threads, detail::ceil_div(rows, threads / lanes)};
+// The kernel of a variant found at run time: kernel_of(std::integral_constant<int, i>) gives that of variant i.
+template <class KernelOf, int... kVariants>
+auto pick_kernel(int variant, KernelOf kernel_of, std::integer_sequence<int, kVariants...>) {
+  const decltype(kernel_of(std::integral_constant<int, 0>{})) kernels[] = {
+      kernel_of(std::integral_constant<int, kVariants>{})...};
+  return kernels[variant];
+}
+template <class Variant, std::size_t kCount, class KernelOf>
+auto pick_kernel(const Variant (&)[kCount], int variant, KernelOf kernel_of) {
+  return pick_kernel(variant, kernel_of, std::make_integer_sequence<int, kCount>{});
 }
 
-// A block walks over rows and hands on one partial sum. A training batch (at most 8 turns of a full block) is done in
-// one block and so in one launch; anything larger needs a second launch that adds the partial sums.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {
+  const int i = find_variant(kMcSelectVariants, classes);
+  const int lanes = kMcSelectVariants[i].lanes;
+  const int threads = threads_of(lanes);
+  return {i, lanes, threads, ceil_div(rows, threads / lanes)};
+}
+
+// Blocks walk over the rows and leave a partial sum each, which a second launch adds up. A small batch is not worth
+// that: a single block does it all.
 inline LaunchPlan loss_plan(int64_t rows, int64_t classes) {
-  const int i = detail::find_variant(kLossVariants, classes);
+  const int i = find_variant(kLossVariants, classes);
   const int lanes = kLossVariants[i].lanes;
-  const int64_t work = rows * lanes;
-  if (lanes <= 32 && work <= 8 * detail::kLossMaxThreads) {
-    const int64_t threads = work < detail::kLossMaxThreads ? detail::ceil_div(work, 32) * 32 : detail::kLossMaxThreads;
-    return {i, lanes, static_cast<int>(threads > 0 ? threads : 32), 1};
+  const int64_t work = rows > 0 ? rows * lanes : 1;
+  if (lanes <= 32 && work <= kLossMaxTurns * kLossMaxThreads) {
+    return {i, lanes, work < kLossMaxThreads ? static_cast<int>(ceil_div(work, 32) * 32) : kLossMaxThreads, 1};
   }
-  const int64_t blocks = detail::ceil_div(rows, detail::kLossThreads / lanes);
-  const int64_t capped = blocks < detail::kLossMaxBlocks ? blocks : detail::kLossMaxBlocks;
-  return {i, lanes, detail::kLossThreads, capped > 0 ? capped : 1};
+  const int64_t blocks = ceil_div(work, kLossThreads);
+  return {i, lanes, kLossThreads, blocks < kLossMaxBlocks ? blocks : kLossMaxBlocks};
 }
 
 // Rows of a backward are independent: as many blocks as it takes.
 inline LaunchPlan loss_backward_plan(int64_t rows, int64_t classes) {
-  const int i = detail::find_variant(kLossVariants, classes);
+  const int i = find_variant(kLossVariants, classes);
   const int lanes = kLossVariants[i].lanes;
-  const int64_t blocks = detail::ceil_div(rows, detail::kLossThreads / lanes);
-  return {i, lanes, detail::kLossThreads, blocks < INT32_MAX ? blocks : INT32_MAX};
+  const int64_t blocks = ceil_div(rows * lanes, kLossThreads);
+  return {i, lanes, kLossThreads, blocks < INT32_MAX ? blocks : INT32_MAX};
 }
 
-}  // namespace ups
+}  // namespace ups::cuda

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace ups {
+namespace ups::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -20,6 +20,8 @@ __device__ __forceinline__ V shuffle_xor(V value, int offset) {
   std::memcpy(&value, words, sizeof value);
   return value;
 }
+
+constexpr int kWholeBlock = 1024;
 
 // kLanes neighbouring threads: a power of two up to a warp, or more than a warp: then the team is the whole block.
 //
@@ -60,15 +62,8 @@ class Team {
   int turn_ = 0;
 };
 
-struct Add {
-  template <class V>
-  __device__ __forceinline__ V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
 struct BitOr {
   __device__ __forceinline__ unsigned operator()(unsigned a, unsigned b) const { return a | b; }
 };
 
-}  // namespace ups
+}  // namespace ups::cuda

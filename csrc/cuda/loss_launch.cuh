@@ -1,0 +1,65 @@
+// What the launchers of nce_loss and ups_loss share: checks, outputs, and the two launches of a large batch.
+#pragma once
+
+#include <initializer_list>
+
+#include "launch.cuh"
+#include "loss.cuh"
+
+namespace ups::cuda {
+
+inline Tensor checked_logits(const Tensor& logits) {
+  check_dim("logits", logits, 2);
+  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= INT32_MAX,
+                  "logits must have 1 to 2^31 - 1 classes, got [", logits.size(0), ", ", logits.size(1), "]");
+  return dense_rows(logits);
+}
+
+inline Tensor checked_mask(const char* name, const Tensor& mask, const Tensor& logits) {
+  const bool packed = mask.scalar_type() == ScalarType::Int;
+  check_dim(name, mask, 2);
+  STD_TORCH_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
+  check_size(name, mask, 0, logits.size(0));
+  check_size(name, mask, 1, packed ? ceil_div(logits.size(1), 32) : logits.size(1));
+  check_beside(name, mask, logits);
+  return dense_rows(mask);
+}
+
+inline Tensor checked_rows(const char* name, const Tensor& x, ScalarType type, const char* type_name,
+                           const Tensor& logits) {
+  check_dim(name, x, 1);
+  check_size(name, x, 0, logits.size(0));
+  check_type(name, x, type, type_name);
+  check_beside(name, x, logits);
+  return torch::stable::contiguous(x);
+}
+
+inline void check_values(const char* name, const Tensor& x, const Tensor& logits) {
+  STD_TORCH_CHECK(x.scalar_type() == compute_type(logits), name, " must have the dtype of the loss, got another");
+  check_beside(name, x, logits);
+}
+
+inline Mask mask_of(const Tensor& checked) {
+  return {checked.data_ptr(), checked.stride(0), checked.scalar_type() == ScalarType::Int};
+}
+
+inline Tensor new_losses(const Tensor& logits, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(logits, shape, compute_type(logits));
+}
+
+// kernel(rows..., out), and where it ran in several blocks the sum of what they left.
+template <class Kernel, class A, int kGroups, class... Rows>
+void launch_loss(const char* op, Kernel kernel, const LaunchPlan& plan, const Tensor& logits,
+                 LossOutput<A, kGroups> out, const Rows&... rows) {
+  if (plan.blocks == 1) return launch(op, kernel, plan, logits, rows..., out);
+  using Sums = GroupSums<A, kGroups>;
+  static_assert(sizeof(Sums) % sizeof(int64_t) == 0);
+  const int64_t words = plan.blocks * static_cast<int64_t>(sizeof(Sums) / sizeof(int64_t));
+  const Tensor partials = torch::stable::new_empty(logits, {words}, ScalarType::Long);
+  out.partials = reinterpret_cast<Sums*>(partials.data_ptr());
+  launch(op, kernel, plan, logits, rows..., out);
+  launch(op, add_partials<A, kGroups>, {0, kLossMaxThreads, kLossMaxThreads, 1}, logits, out,
+         static_cast<int>(plan.blocks));
+}
+
+}  // namespace ups::cuda

@@ -1,0 +1,155 @@
+// The kernels of csrc/cuda as C functions on host memory, one launch each as the real launchers would do it: the same
+// plans, the same kernels. All return what went wrong, or "". Shapes and strides as in the kernels' own parameters.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cuda_shim.h"
+
+#include "../../csrc/cuda/mc_select.cu"
+#include "../../csrc/cuda/nce_loss.cu"
+#include "../../csrc/cuda/ups_loss.cu"
+
+using namespace ups::cuda;
+
+namespace {
+
+std::string report;
+
+// f(T{}) with the type of a dtype code: 0 float32, 1 float16, 2 bfloat16, 3 float64.
+template <class F>
+const char* with_type(int dtype, F f) {
+  if (dtype == 0) report = f(float{});
+  if (dtype == 1) report = f(__half{});
+  if (dtype == 2) report = f(__nv_bfloat16{});
+  if (dtype == 3) report = f(double{});
+  return report.c_str();
+}
+
+template <class... Params, class... Args>
+std::string launch(const LaunchPlan& plan, uint64_t seed, void (*kernel)(Params...), const Args&... args) {
+  return shim::run_grid(plan.blocks, plan.threads, seed, [&] { kernel(args...); });
+}
+
+// As loss_launch.cuh does it. `partials` is this function's own, of exact size.
+template <class Kernel, class A, int kGroups, class... Rows>
+std::string launch_loss(const LaunchPlan& plan, uint64_t seed, Kernel kernel, LossOutput<A, kGroups> out,
+                        const Rows&... rows) {
+  if (plan.blocks == 1) return launch(plan, seed, kernel, rows..., out);
+  std::vector<GroupSums<A, kGroups>> partials(plan.blocks);
+  std::memset(partials.data(), 0xff, partials.size() * sizeof partials[0]);
+  out.partials = partials.data();
+  const std::string error = launch(plan, seed, kernel, rows..., out);
+  if (!error.empty()) return error;
+  return launch({0, kLossMaxThreads, kLossMaxThreads, 1}, seed, add_partials<A, kGroups>, out,
+                static_cast<int>(plan.blocks));
+}
+
+// The plan with fewer blocks, which then walk over more rows each: the losses allow that.
+LaunchPlan at_most(int64_t max_blocks, LaunchPlan plan) {
+  plan.blocks = std::min(max_blocks, plan.blocks);
+  return plan;
+}
+
+}  // namespace
+
+extern "C" {
+
+// variant, lanes, threads, blocks of op 0 mc_select, 1 a loss, 2 its backward
+void launch_plan(int op, int64_t rows, int64_t classes, int64_t* plan) {
+  const LaunchPlan p = op == 0   ? mc_select_plan(rows, classes)
+                       : op == 1 ? loss_plan(rows, classes)
+                                 : loss_backward_plan(rows, classes);
+  plan[0] = p.variant, plan[1] = p.lanes, plan[2] = p.threads, plan[3] = p.blocks;
+}
+
+// thresholds: tau_p, tau_n, kappa_p, kappa_n, temp_nl
+const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass_stride, int64_t row_stride, int passes,
+                      int64_t rows, int classes, const double* thresholds, int64_t* label, float* confidence, float* std,
+                      bool* positive, void* negative, bool packed) {
+  const LaunchPlan plan = mc_select_plan(rows, classes);
+  return with_type(dtype, [&](auto zero) -> std::string {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, double>) {
+      return "mc_select has no float64 kernel";
+    } else {
+      McSelectArgs<T> args = {};
+      args.logits = static_cast<const T*>(logits);
+      args.pass_stride = pass_stride;
+      args.row_stride = row_stride;
+      args.passes = passes;
+      args.rows = rows;
+      args.classes = classes;
+      args.aligned =
+          chunks_aligned(args.logits, pass_stride, row_stride, classes, kMcSelectVariants[plan.variant].width);
+      args.temp_is_2 = thresholds[4] == 2.0;
+      args.limits = ups::make_thresholds<float>(thresholds[0], thresholds[1], thresholds[2], thresholds[3],
+                                                thresholds[4], passes);
+      args.label = label;
+      args.confidence = confidence;
+      args.std = std;
+      args.positive = positive;
+      args.negative = packed ? nullptr : static_cast<bool*>(negative);
+      args.negative_bits = packed ? static_cast<unsigned*>(negative) : nullptr;
+      return launch(plan, seed, mc_select_kernel<T>(plan.variant), args);
+    }
+  });
+}
+
+// reduction: 0 none, 1 mean, 2 sum
+const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows, int classes,
+                     const void* mask, int64_t mask_stride, bool packed, int reduction, void* loss, void* scale) {
+  const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed}};
+    A* const values = static_cast<A*>(loss);
+    const LossOutput<A, 1> out = {reduction == 0 ? nullptr : values, static_cast<A*>(scale), reduction == 1, nullptr};
+    return launch_loss(plan, seed, nce_loss_kernel<T>(plan.variant), out, args, reduction == 0 ? values : nullptr);
+  });
+}
+
+const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, int64_t d_loss_stride, const void* logits,
+                              int64_t row_stride, int64_t rows, int classes, const void* mask, int64_t mask_stride,
+                              bool packed, const void* scale, void* d_logits) {
+  const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed}};
+    return launch(plan, seed, nce_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
+                  d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
+  });
+}
+
+const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows, int classes,
+                     const int64_t* target, const bool* positive, const void* negative, int64_t negative_stride,
+                     bool packed, void* loss, void* scale) {
+  const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const UpsRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, target, positive,
+                             {negative, negative_stride, packed}};
+    const LossOutput<A, 2> out = {static_cast<A*>(loss), static_cast<A*>(scale), true, nullptr};
+    return launch_loss(plan, seed, ups_loss_kernel<T>(plan.variant), out, args);
+  });
+}
+
+const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, const void* logits, int64_t row_stride,
+                              int64_t rows, int classes, const int64_t* target, const bool* positive,
+                              const void* negative, int64_t negative_stride, bool packed, const void* scale,
+                              void* d_logits) {
+  const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const UpsRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, target, positive,
+                             {negative, negative_stride, packed}};
+    return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
+                  static_cast<const A*>(scale), static_cast<T*>(d_logits));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,277 @@
+#include "fibers.h"
+
+#include <link.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+shim::Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;  // frames are wide under AddressSanitizer
+constexpr int kWarp = 32;
+
+enum class State { ready, at_warp, at_block, done };
+
+struct Fiber {
+  ucontext_t context;
+  void* stack;
+  void* asan_frames = nullptr;  // AddressSanitizer's own stack of a fiber that is not running
+  State state;
+  Primitive primitive;
+  unsigned mask, detail;
+  uint64_t value;
+  Lanes met;
+};
+
+class Block;
+Block* running = nullptr;
+
+const char* name_of(Primitive primitive) {
+  constexpr const char* kNames[] = {"a shuffle", "a vote", "__syncwarp"};
+  return kNames[static_cast<int>(primitive)];
+}
+
+// The fibers of a block; they are used again for each block of a grid.
+class Block {
+ public:
+  Block(int threads, uint64_t seed, const std::function<void()>& kernel)
+      : kernel_(kernel), random_(seed), fibers_(threads), order_(threads) {
+    std::iota(order_.begin(), order_.end(), 0);
+    for (Fiber& fiber : fibers_) {
+      fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (fiber.stack == MAP_FAILED) std::abort();
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::fiber_main, 0);
+    }
+    running = this;
+  }
+
+  ~Block() {
+    running = nullptr;
+    for (Fiber& fiber : fibers_) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
+      munmap(fiber.stack, kStackBytes);
+    }
+  }
+
+  // Runs all threads to their end; false when one failed.
+  bool run() {
+    for (Fiber& fiber : fibers_) fiber.state = State::ready;
+    size_t done = 0;
+    while (done < fibers_.size()) {
+      std::shuffle(order_.begin(), order_.end(), random_);
+      bool moved = false;
+      for (int i : order_) {
+        if (fibers_[i].state != State::ready) continue;
+        moved = true;
+        current_ = i;
+        threadIdx.x = static_cast<unsigned>(i);
+        switch_to(fibers_[i]);
+        if (!error.empty()) return false;
+        done += fibers_[i].state == State::done;
+        arrived(i);
+        if (!error.empty()) return false;
+      }
+      if (!moved) {
+        report_standstill();
+        return false;
+      }
+    }
+    return true;
+  }
+
+  Fiber& current() { return fibers_[current_]; }
+
+  // From a fiber to the scheduler; returns when the fiber is scheduled again.
+  void yield() {
+    Fiber& fiber = current();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&fiber.asan_frames, scheduler_stack_, scheduler_stack_size_);
+    swapcontext(&fiber.context, &scheduler_);
+    __sanitizer_finish_switch_fiber(fiber.asan_frames, nullptr, nullptr);
+#else
+    swapcontext(&fiber.context, &scheduler_);
+#endif
+  }
+
+  void set_error(int thread, const std::string& what) {
+    error = "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(thread) + ": " + what;
+  }
+
+  std::string error;
+
+ private:
+  static void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &running->scheduler_stack_, &running->scheduler_stack_size_);
+#endif
+    for (;;) {  // once for each block
+      running->kernel_();
+      running->current().state = State::done;
+      running->yield();
+    }
+  }
+
+  void switch_to(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* own_frames = nullptr;
+    __sanitizer_start_switch_fiber(&own_frames, fiber.stack, kStackBytes);
+    swapcontext(&scheduler_, &fiber.context);
+    __sanitizer_finish_switch_fiber(own_frames, nullptr, nullptr);
+#else
+    swapcontext(&scheduler_, &fiber.context);
+#endif
+  }
+
+  // A fiber has come to a stop: releases those who waited for it, or finds that they wait in vain.
+  void arrived(int thread) {
+    Fiber& fiber = fibers_[thread];
+    if (fiber.state == State::at_block) {
+      const auto waits = [](const Fiber& f) { return f.state == State::at_block; };
+      if (std::all_of(fibers_.begin(), fibers_.end(), waits)) {
+        for (Fiber& f : fibers_) f.state = State::ready;
+      }
+    } else if (fiber.state == State::at_warp) {
+      meet(thread);
+    }
+  }
+
+  void meet(int thread) {
+    Fiber& self = fibers_[thread];
+    const int first = thread / kWarp * kWarp;
+    if (!(self.mask >> (thread - first) & 1)) return set_error(thread, "is not in the mask that it gives");
+    bool all_here = true;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(self.mask >> lane & 1)) continue;
+      if (first + lane >= static_cast<int>(fibers_.size())) {
+        return set_error(thread, "the mask names lane " + std::to_string(lane) + ", which the block does not have");
+      }
+      const Fiber& other = fibers_[first + lane];
+      if (other.state == State::at_warp &&
+          (other.primitive != self.primitive || other.mask != self.mask || other.detail != self.detail)) {
+        return set_error(thread, std::string("stands at ") + name_of(self.primitive) + ", lane " +
+                                     std::to_string(lane) + " of its mask at " + name_of(other.primitive) +
+                                     " of another kind");
+      }
+      all_here = all_here && other.state == State::at_warp;
+    }
+    if (!all_here) return;
+    Lanes values{};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (self.mask >> lane & 1) values[lane] = fibers_[first + lane].value;
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(self.mask >> lane & 1)) continue;
+      fibers_[first + lane].met = values;
+      fibers_[first + lane].state = State::ready;
+    }
+  }
+
+  // No thread can go on: says for whom the first that waits, waits.
+  void report_standstill() {
+    for (size_t i = 0; i < fibers_.size(); ++i) {
+      if (fibers_[i].state == State::done) continue;
+      const bool warp = fibers_[i].state == State::at_warp;
+      for (size_t k = 0; k < fibers_.size(); ++k) {
+        const bool wanted = !warp || (k / kWarp == i / kWarp && fibers_[i].mask >> (k % kWarp) & 1);
+        if (!wanted || fibers_[k].state == fibers_[i].state) continue;
+        return set_error(static_cast<int>(i),
+                         std::string("waits at ") + (warp ? name_of(fibers_[i].primitive) : "__syncthreads") +
+                             " for thread " + std::to_string(k) + ", which " +
+                             (fibers_[k].state == State::done       ? "has exited"
+                              : fibers_[k].state == State::at_block ? "waits at __syncthreads"
+                                                                    : "waits for lanes of its warp"));
+      }
+    }
+  }
+
+  const std::function<void()>& kernel_;
+  std::mt19937_64 random_;
+  std::vector<Fiber> fibers_;
+  std::vector<int> order_;
+  ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_size_ = 0;
+  int current_ = 0;
+};
+
+// __shared__ variables are `static thread_local` (cuda_shim.h), so they are this module's thread-local storage and
+// nothing else is. All bits set: a NaN, a -1, a true that is not 1.
+void poison_shared_memory() {
+  const auto visit = [](dl_phdr_info* module, size_t, void*) {
+    const auto here = reinterpret_cast<ElfW(Addr)>(&poison_shared_memory);
+    const ElfW(Phdr)* storage = nullptr;
+    bool ours = false;
+    for (int i = 0; i < module->dlpi_phnum; ++i) {
+      const ElfW(Phdr)& part = module->dlpi_phdr[i];
+      const ElfW(Addr) start = module->dlpi_addr + part.p_vaddr;
+      ours |= part.p_type == PT_LOAD && here >= start && here < start + part.p_memsz;
+      if (part.p_type == PT_TLS) storage = &part;
+    }
+    if (!ours) return 0;
+    if (storage && module->dlpi_tls_data) std::memset(module->dlpi_tls_data, 0xff, storage->p_memsz);
+    return 1;
+  };
+  dl_iterate_phdr(visit, nullptr);
+}
+
+}  // namespace
+
+std::string run_grid(int64_t blocks, int threads, uint64_t seed, const std::function<void()>& kernel) {
+  Block block(threads, seed, kernel);
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx = {static_cast<unsigned>(i), 0, 0};
+    threadIdx = {0, 0, 0};
+    poison_shared_memory();
+    if (!block.run()) break;
+  }
+  return block.error;
+}
+
+Lanes meet_warp(Primitive primitive, unsigned mask, unsigned detail, uint64_t value) {
+  Fiber& fiber = running->current();
+  fiber.primitive = primitive;
+  fiber.mask = mask;
+  fiber.detail = detail;
+  fiber.value = value;
+  fiber.state = State::at_warp;
+  running->yield();
+  return running->current().met;
+}
+
+void meet_block() {
+  running->current().state = State::at_block;
+  running->yield();
+}
+
+int current_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+void fail(const char* what) {
+  running->set_error(static_cast<int>(threadIdx.x), what);
+  running->yield();
+  std::abort();  // a failed block is not scheduled again
+}
+
+}  // namespace shim

@@ -1,0 +1,180 @@
+// All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, a process of its own because those must be loaded
+// first: hostile shapes in heap blocks of exact size. Checks that nothing is touched that should not be, that every
+// result is written, and that the order of threads does not show; the values are held against the reference elsewhere.
+// With an argument: runs that one of the controls, which should then be stopped by a sanitizer.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+extern "C" {
+const char* control(const char*, uint64_t, int*);
+const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
+                      float*, bool*, void*, bool);
+const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool, int,
+                     void*, void*);
+const char* nce_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
+                              const void*, int64_t, bool, const void*, void*);
+const char* ups_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const int64_t*, const bool*,
+                     const void*, int64_t, bool, void*, void*);
+const char* ups_loss_backward(uint64_t, int64_t, int, const void*, const void*, int64_t, int64_t, int, const int64_t*,
+                              const bool*, const void*, int64_t, bool, const void*, void*);
+}
+
+namespace {
+
+constexpr int kBytesOf[] = {4, 2, 2, 8};  // of float32, float16, bfloat16, float64
+
+uint64_t random_state = 1;
+uint64_t random_bits() {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return random_state >> 33;
+}
+
+// A heap block of exactly so many bytes.
+class Bytes {
+ public:
+  explicit Bytes(int64_t n) : data_(std::make_unique<unsigned char[]>(n)), n_(n) { std::memset(get(), 0xa5, n); }
+  unsigned char* get() const { return data_.get(); }
+  bool operator==(const Bytes& other) const { return std::memcmp(get(), other.get(), n_) == 0; }
+
+ private:
+  std::unique_ptr<unsigned char[]> data_;
+  int64_t n_;
+};
+
+// Logits as random bits of their type: NaN, infinite, huge and subnormal ones among them, or moderate ones alone.
+Bytes logits_of(int dtype, int64_t n, bool wild) {
+  Bytes bytes(n * kBytesOf[dtype]);
+  for (int64_t i = 0; i < n; ++i) {
+    const float moderate = static_cast<float>(random_bits() % 16001) / 1000 - 8;
+    const uint64_t wild_bits = random_bits() << 33 ^ random_bits();
+    uint32_t bits;
+    std::memcpy(&bits, &moderate, 4);
+    const double wide = moderate;
+    const uint16_t small[] = {static_cast<uint16_t>(random_bits() % 0x4800), static_cast<uint16_t>(bits >> 16)};
+    const void* const choices[] = {&bits, &small[0], &small[1], &wide};
+    const void* from = wild && i % 7 == 0 ? &wild_bits : choices[dtype];
+    std::memcpy(bytes.get() + i * kBytesOf[dtype], from, kBytesOf[dtype]);
+  }
+  return bytes;
+}
+
+Bytes mask_of(int64_t rows, int64_t width, bool packed) {
+  Bytes bytes(rows * width * (packed ? 4 : 1));
+  for (int64_t i = 0; i < rows * width; ++i) {
+    const auto word = static_cast<uint32_t>(random_bits());
+    if (packed) {
+      std::memcpy(bytes.get() + 4 * i, &word, 4);
+    } else {
+      bytes.get()[i] = word % 3 == 0;
+    }
+  }
+  return bytes;
+}
+
+void expect(bool good, const std::string& what, const std::string& where) {
+  if (good) return;
+  std::fprintf(stderr, "%s: %s\n", where.c_str(), what.c_str());
+  std::exit(1);
+}
+
+template <class T>
+T* as(const Bytes& bytes, int64_t offset = 0) {
+  return reinterpret_cast<T*>(bytes.get() + offset);
+}
+
+void try_mc_select(int dtype, int passes, int64_t rows, int classes, bool packed, int offset, double temp_nl) {
+  const std::string where = "mc_select dtype " + std::to_string(dtype) + " [" + std::to_string(passes) + ", " +
+                            std::to_string(rows) + ", " + std::to_string(classes) + "] offset " +
+                            std::to_string(offset);
+  const double inf = std::numeric_limits<double>::infinity();
+  const double thresholds[] = {0.4, 0.2, passes > 1 ? 0.2 : inf, passes > 1 ? 0.05 : inf, temp_nl};
+  const int64_t row_stride = classes + offset, pass_stride = rows * row_stride + offset;
+  const int64_t needed = offset + (passes - 1) * pass_stride + (rows - 1) * row_stride + classes;
+  const Bytes logits = logits_of(dtype, needed, rows > 1);
+  const int64_t mask_bytes = packed ? rows * ((classes + 31) / 32) * 4 : rows * classes;
+  std::vector<std::vector<Bytes>> results;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    std::vector<Bytes>& r = results.emplace_back();
+    for (int64_t bytes : {8 * rows, 4 * rows, 4 * rows, rows, mask_bytes}) r.emplace_back(bytes);
+    const std::string error = mc_select(seed, dtype, as<void>(logits, offset * kBytesOf[dtype]), pass_stride,
+                                        row_stride, passes, rows, classes, thresholds, as<int64_t>(r[0]),
+                                        as<float>(r[1]), as<float>(r[2]), as<bool>(r[3]), as<void>(r[4]), packed);
+    expect(error.empty(), error, where);
+    for (int64_t i = 0; i < rows; ++i) {
+      expect(as<int64_t>(r[0])[i] >= -1 && as<int64_t>(r[0])[i] < classes, "label out of range", where);
+    }
+    for (int64_t i = 0; !packed && i < mask_bytes; ++i) expect(r[4].get()[i] <= 1, "negative not written", where);
+  }
+  for (int i = 0; i < 5; ++i) expect(results[0][i] == results[1][i], "the order of threads shows", where);
+}
+
+void try_losses(int dtype, int64_t rows, int classes, bool packed, int offset) {
+  const std::string where = "losses dtype " + std::to_string(dtype) + " [" + std::to_string(rows) + ", " +
+                            std::to_string(classes) + "] offset " + std::to_string(offset);
+  const int64_t stride = classes + offset, width = packed ? (classes + 31) / 32 : classes;
+  const int size = dtype == 3 ? 8 : 4;  // of the results
+  const Bytes logits = logits_of(dtype, offset + (rows - 1) * stride + classes, rows > 1);
+  const void* z = as<void>(logits, offset * kBytesOf[dtype]);
+  const Bytes mask = mask_of(rows, width, packed);
+  Bytes target(8 * rows), positive(rows), ones(8 * rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    as<int64_t>(target)[i] = static_cast<int64_t>(random_bits() % (classes + 2)) - 1;
+    positive.get()[i] = random_bits() % 2;
+    if (dtype == 3) as<double>(ones)[i] = 1;
+    if (dtype != 3) as<float>(ones)[i] = 1;
+  }
+  std::vector<std::vector<Bytes>> results;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    constexpr int64_t blocks = 3;  // at most, so that a block has several rows of every variant
+    std::vector<Bytes>& r = results.emplace_back();
+    const int64_t d_bytes = rows * classes * kBytesOf[dtype];
+    for (int64_t bytes : {rows * size, 1L * size, 1L * size, d_bytes, 1L * size, 2L * size, d_bytes}) {
+      r.emplace_back(bytes);
+    }
+    const auto run = [&](const char* error) { expect(*error == 0, error, where); };
+    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, 0, as<void>(r[0]),
+                 as<void>(r[1])));
+    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, 1, as<void>(r[2]),
+                 as<void>(r[1])));
+    run(nce_loss_backward(seed, blocks, dtype, as<void>(ones), 1, z, stride, rows, classes, as<void>(mask), width, packed,
+                          as<void>(r[1]), as<void>(r[3])));
+    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), as<bool>(positive), as<void>(mask), width,
+                 packed, as<void>(r[4]), as<void>(r[5])));
+    run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), z, stride, rows, classes, as<int64_t>(target),
+                          as<bool>(positive), as<void>(mask), width, packed, as<void>(r[5]), as<void>(r[6])));
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    expect(results[0][i] == results[1][i], "the order of threads shows in result " + std::to_string(i), where);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) {
+    const Bytes out(64 * sizeof(int));
+    std::puts(control(argv[1], 0, as<int>(out)));
+    return 0;
+  }
+  // One number of classes for each variant of the plans at least, and its edges; the types take turns.
+  const int some_classes[] = {1, 3, 4, 10, 13, 28, 33, 100, 112, 224, 257, 512, 1000, 2047, 2500};
+  int dtype = 0;
+  for (int classes : some_classes) {
+    const int64_t rows = classes > 224 ? 2 : 5;
+    for (bool packed : {false, true}) {
+      try_mc_select(dtype % 3, 3, rows, classes, packed, 0, 2.0);
+      try_mc_select(dtype % 3, 6, 1, classes, packed, 1 + dtype % 2, 3.0);
+      try_losses(dtype % 4, rows, classes, packed, dtype % 3);
+      ++dtype;
+    }
+  }
+  try_losses(0, 601, 10, true, 0);  // several blocks and a second launch
+  std::puts("clean");
+  return 0;
+}

@@ -22,7 +22,7 @@ OPS = ["mc_select", "nce_loss", "ups_loss"]
 # A module imports only from rooms to its left; the rooms of the second row import nothing above themselves.
 ORDER = ["reference", "ops", "selection", "engine", "rounds", "train"]
 BASE = {"seeds", "config", "models", "data"}
-EITHER = {"checkpoint", "report"}  # below rounds and train; above the base
+EITHER = {"checkpoint", "display", "report"}  # below rounds and train; above the base
 
 
 def imports_of(path: Path) -> set[str]:

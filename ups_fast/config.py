@@ -57,6 +57,11 @@ class ModelConfig:
         choices=("published", "fixed"),
     )
     activation: str = _key("mish", "Activation of a WRN; cnn13 has its own.", choices=("mish", "leaky_relu"))
+    bn_momentum: float = _key(
+        0.1,
+        "Momentum of batch-norm's statistics; the published WRN has 0.001, too slow for short runs.",
+        within="(0, 1]",
+    )
 
 
 @dataclass

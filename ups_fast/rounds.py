@@ -7,20 +7,17 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import TaskID
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from ups_fast.checkpoint import (
     Checkpoint,
@@ -33,10 +30,10 @@ from ups_fast.checkpoint import (
     save_model,
     write_arrays,
     write_atomic,
-    writing,
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import ImageSet, ResidentImages, stratified_split
+from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Supervision,
     batch_mix,
@@ -50,7 +47,6 @@ from ups_fast.engine import (
 from ups_fast.seeds import derive
 from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
 
-Row = dict[str, Any]  # one line of metrics.jsonl
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 
 
@@ -80,7 +76,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
         if job.state.round < cfg.train.rounds:
             with (
                 torch.backends.cudnn.flags(enabled=True, deterministic=True),
-                _Board(job.folder / "tb", job.epochs_done(), job.state.round) as job.board,
+                Board(job.folder / "tb", job.epochs_done(), job.state.round) as job.board,
                 job.progress,
             ):
                 while job.state.round < cfg.train.rounds:
@@ -93,7 +89,7 @@ class _Run:
     """One run: gives the config's values to the functions of `engine` and `selection`, keeps the folder."""
 
     stop: threading.Event
-    board: _Board
+    board: Board
 
     def __init__(self, cfg: Config, data: ImageSet, console: Console) -> None:
         self.cfg, self.data, self.console = cfg, data, console
@@ -116,7 +112,7 @@ class _Run:
         self.test_images = resident(data.test_images, flip=False, crop=0, cutout=0)
         self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
-        self.progress = _progress(console)
+        self.progress = progress_bar(console)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
@@ -374,76 +370,3 @@ def _stop_signal(console: Console) -> Iterator[threading.Event]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-class _Board:
-    """TensorBoard scalars: epochs/ over the epochs done since the run began, rounds/ over the rounds."""
-
-    def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
-        self.folder = folder
-        with writing(folder):
-            # What a killed process logged after its last checkpoint is logged again: hide the first copy.
-            self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
-            self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
-
-    def __enter__(self) -> _Board:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with writing(self.folder):
-            self.epochs.close()
-            self.rounds.close()
-
-    def add_epoch(self, epochs_done: int, values: Mapping[str, float]) -> None:
-        with writing(self.folder):
-            for name, value in values.items():
-                self.epochs.add_scalar(name, value, epochs_done)
-
-    def add_round(self, row: Row) -> None:
-        with writing(self.folder):
-            for name, value in row.items():
-                parts = value if isinstance(value, list) else [value]
-                for c, part in enumerate(parts):
-                    if part is not None and name != "round":
-                        tag = f"{name}/{c}" if isinstance(value, list) else name
-                        self.rounds.add_scalar(tag, part, row["round"])
-
-    def flush(self) -> None:
-        with writing(self.folder):
-            self.epochs.flush()
-            self.rounds.flush()
-
-
-def _progress(console: Console) -> Progress:
-    """A bar with loss, learning rate, images/s and time left; nothing where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[now]}"),
-        _ImagesPerSecond(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-class _ImagesPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
-
-
-HEADER = "round  test acc  positives   right   negatives   right    ECE  selected  seconds"
-
-
-def table_line(row: Row) -> str:
-    """A row under HEADER; "-" where not defined. `right` is accuracy, `selected` the ECE of the positives."""
-
-    def percent(key: str) -> str:
-        return "-" if row[key] is None else f"{100 * row[key]:.1f}%"
-
-    return (
-        f"{row['round']:>5}  {percent('test_acc'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "
-        f"{row['negatives']:>10,}  {percent('negative_acc'):>6}  {percent('ece'):>5}  "
-        f"{percent('ece_selected'):>8}  {row['seconds']:>7.1f}"
-    )

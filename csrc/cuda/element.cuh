@@ -1,4 +1,4 @@
-// How the kernels read logits: element types, aligned chunks, and the one fast function they need.
+// The elements of tensors: types, aligned chunks of logits, and two functions in their fast form.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,7 @@
 
 namespace ups::cuda {
 
-// What a kernel computes in: float32, but float64 for float64.
+// Kernels compute in float32, but in float64 for float64.
 __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -77,8 +77,8 @@ __device__ __forceinline__ void load_chunk(const T* from, int count, bool aligne
 }
 
 // 2^(x * scale) for x <= 0 < scale: one rounding of the product, then 2 ulp from one instruction (exp2f spends three
-// more on results below 2^-126, here 0). `volatile` and the product inside keep the compiler from holding on to a value,
-// and to its register, where computing it again is cheaper.
+// more on results below 2^-126, here 0). `volatile` and the product inside keep the compiler from holding on to a
+// value, and to its register, where computing it again is cheaper.
 __device__ __forceinline__ float fast_exp2(float x, float scale) {
 #ifdef UPS_FAST_SHIM
   return shim::exp2_approx(x * scale);

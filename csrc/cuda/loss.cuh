@@ -69,7 +69,7 @@ struct MergeSummaries {
   }
 };
 
-// The softmax of one row. All of it is NaN where a logit is NaN or the largest one is infinite.
+// The softmax of one row. Its probabilities are NaN where a logit is NaN or the largest one is infinite.
 template <class A>
 struct Softmax {
   A top;

@@ -10,8 +10,8 @@ namespace ups::cuda {
 
 inline Tensor checked_logits(const Tensor& logits) {
   check_dim("logits", logits, 2);
-  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= INT32_MAX,
-                  "logits must have 1 to 2^31 - 1 classes, got [", logits.size(0), ", ", logits.size(1), "]");
+  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxClasses, "logits must have 1 to ", kMaxClasses,
+                  " classes, got [", logits.size(0), ", ", logits.size(1), "]");
   return dense_rows(logits);
 }
 

@@ -4,7 +4,7 @@
 // The logits are read once (twice above 2048 classes) and only results are written, 13 bytes a row and the negative
 // mask: no probability, mean or std of a class ever exists in memory.
 //
-// Mapping: a team of 1 to 256 threads has a row, a thread keeps 4 to 16 of its classes in registers over all passes
+// Mapping: a team of 1 to 256 threads has a row, a thread keeps 4 to 14 of its classes in registers over all passes
 // (plan.h). Passes come in groups: the loads of a group are issued before the first is used, and its maxima, then its
 // sums, are reduced over the team together.
 #include <climits>
@@ -142,25 +142,23 @@ __device__ __forceinline__ void add_passes(float (*z)[kSlots], int done, const M
   }
   top = team.reduce(top, MaxEach{});
 
-  Floats<kGroup> sum_p = {};
-  Floats<kGroup> sum_q = {};
+  Floats<2 * kGroup> sums = {};  // of p, then of q
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       z[g][i] = exponentials.prepare(z[g][i], top.v[g]);
-      sum_p.v[g] = exponentials.add_p(sum_p.v[g], z[g][i]);
-      sum_q.v[g] = exponentials.add_q(sum_q.v[g], z[g][i]);
+      sums.v[g] = exponentials.add_p(sums.v[g], z[g][i]);
+      sums.v[kGroup + g] = exponentials.add_q(sums.v[kGroup + g], z[g][i]);
     }
   }
-  sum_p = team.reduce(sum_p, AddEach{});
-  sum_q = team.reduce(sum_q, AddEach{});
+  sums = team.reduce(sums, AddEach{});
 
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     if (done + g < a.passes) {
-      const float inv_p = inverse_sum(sum_p.v[g], top.v[g], a.classes);
-      const float inv_q = inverse_sum(sum_q.v[g], top.v[g], a.classes);
+      const float inv_p = inverse_sum(sums.v[g], top.v[g], a.classes);
+      const float inv_q = inverse_sum(sums.v[kGroup + g], top.v[g], a.classes);
       const float inv_k = fast_inverse(static_cast<float>(done + g + 1));
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) {
@@ -292,8 +290,10 @@ __global__ void __launch_bounds__(threads_of(kLanes), kResidentThreads / threads
     logits += kGroup * a.pass_stride;
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
+      float in_pass = 0.0f;  // a chain of its own for each pass
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) blemish = fmaf(z[g][i], 0.0f, blemish);
+      for (int i = 0; i < kSlots; ++i) in_pass = fmaf(z[g][i], 0.0f, in_pass);
+      blemish += in_pass;
     }
     if (a.temp_is_2) {
       add_passes<true, kGroup>(z, done, a, team, stats);
@@ -388,8 +388,8 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
                     inverse_sum(sums.sum_q, sums.top, a.classes)};
     }
   }
+  // A barrier too: `softmax` is complete.
   const unsigned spoiled = team.reduce(static_cast<unsigned>(blemish != 0.0f), BitOr{});
-  __syncthreads();  // all of `softmax` is there
 
   Best best = {-1.0f, 0.0f, INT_MAX, spoiled};
   for (int base = 0; base < a.classes; base += kStep) {
@@ -412,8 +412,8 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
     write_negative<kLanes, kWidth>(a, row, true, c, flags);
   }
 
+  // A barrier too: the flags of all classes are written, and now the label, known at last, is taken out.
   best = team.reduce(best, BetterOf{});
-  __syncthreads();  // the flags of all classes are written: now the label, known at last, is taken out
   if (threadIdx.x == 0) {
     write_row(a, row, best);
     if (!spoiled) clear_negative(a, row, best.c);
@@ -467,8 +467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cuda(const Tensor& 
   const int64_t P = logits.size(0), N = logits.size(1), C = logits.size(2);
   STD_TORCH_CHECK(logits.scalar_type() != ScalarType::Double,
                   "logits must be float32, float16 or bfloat16 on a CUDA device, got float64");
-  STD_TORCH_CHECK(P >= 1 && C >= 1 && C <= INT32_MAX,
-                  "logits must have at least one pass and 1 to 2^31 - 1 classes, got [", P, ", ", N, ", ", C, "]");
+  STD_TORCH_CHECK(P >= 1 && C >= 1 && C <= kMaxClasses, "logits must have at least one pass and 1 to ", kMaxClasses,
+                  " classes, got [", P, ", ", N, ", ", C, "]");
   const LaunchPlan plan = mc_select_plan(N, C);
   const McSelectVariant variant = kMcSelectVariants[plan.variant];
   STD_TORCH_CHECK(P <= (variant.chunks == 0 ? kMcSelectMaxLoopedPasses : INT32_MAX), "logits must have at most ",

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kLossMaxThreads)
 
 // d_loss is [N] with its stride, or [] with stride 0.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kLossThreads, kLossBlocksResident)
+__global__ void __launch_bounds__(kLossThreads, kLossResident)
     nce_loss_backward_rows(const NceRows<T> a, const Acc<T>* d_loss, int64_t d_loss_stride,
                            const Acc<T>* scale /* [] */, T* d_logits /* [N, C] */) {
   Team<kLanes> team;

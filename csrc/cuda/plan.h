@@ -8,6 +8,8 @@
 
 namespace ups::cuda {
 
+constexpr int kMaxClasses = 1 << 30;  // a class and a step over all of them fit an int
+
 struct LaunchPlan {
   int variant;     // index into the op's table below
   int lanes;       // threads that share one row
@@ -26,9 +28,8 @@ struct McSelectVariant {
 };
 
 constexpr McSelectVariant kMcSelectVariants[] = {
-    {4, 1, 2, 2},     {10, 1, 5, 2},    {14, 1, 7, 2},     {28, 2, 7, 2},
-    {56, 4, 7, 2},    {112, 8, 7, 2},   {224, 16, 7, 2},   {448, 32, 7, 2},
-    {512, 64, 2, 4},  {1024, 128, 2, 4}, {2048, 256, 2, 4}, {INT32_MAX, 512, 0, 4},
+    {4, 1, 2, 2},    {10, 1, 5, 2},   {14, 1, 7, 2},   {28, 2, 7, 2},     {56, 4, 7, 2},     {112, 8, 7, 2},
+    {224, 16, 7, 2}, {448, 32, 7, 2}, {512, 64, 2, 4}, {1024, 128, 2, 4}, {2048, 256, 2, 4}, {INT32_MAX, 512, 0, 4},
 };
 constexpr int kMcSelectMaxLoopedPasses = 1024;
 
@@ -41,9 +42,9 @@ struct LossVariant {
 constexpr LossVariant kLossVariants[] = {{32, 4}, {128, 16}, {1024, 32}, {INT32_MAX, 256}};
 
 constexpr int kLossThreads = 256;      // of a block
-constexpr int kLossBlocksResident = 4; // of a backward per multiprocessor at least, so that a thread may use 64 registers
+constexpr int kLossResident = 4;       // blocks of a backward per multiprocessor at least: a thread has 64 registers
 constexpr int kLossMaxThreads = 1024;  // of a block that does everything
-constexpr int kLossMaxTurns = 2;       // a single multiprocessor takes about 2 us for each
+constexpr int kLossMaxTurns = 2;       // of such a block; a multiprocessor is some 2 us busy with each
 constexpr int kLossMaxBlocks = 1024;   // 8 for each multiprocessor of a large GPU; as many partial sums to add up
 
 // Threads of a block of mc_select: those of one team, or of several small ones.
@@ -51,9 +52,9 @@ constexpr int threads_of(int lanes) { return lanes > 32 ? lanes : 128; }
 
 template <class Variant, std::size_t kCount>
 int find_variant(const Variant (&variants)[kCount], int64_t classes) {
-  int i = 0;
-  while (classes > variants[i].max_classes) ++i;  // the last one takes any int32
-  return i;
+  std::size_t i = 0;
+  while (i + 1 < kCount && classes > variants[i].max_classes) ++i;
+  return static_cast<int>(i);
 }
 
 // The kernel of a variant found at run time: kernel_of(std::integral_constant<int, i>) gives that of variant i.

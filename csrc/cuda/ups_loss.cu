@@ -30,8 +30,7 @@ struct UpsRows {
 };
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kLossMaxThreads)
-    ups_loss_rows(const UpsRows<T> a, const LossOutput<Acc<T>, 2> out) {
+__global__ void __launch_bounds__(kLossMaxThreads) ups_loss_rows(const UpsRows<T> a, const LossOutput<Acc<T>, 2> out) {
   using A = Acc<T>;
   Team<kLanes> team;
   GroupSums<A, 2> sums = {};
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kLossMaxThreads)
 }
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kLossThreads, kLossBlocksResident)
+__global__ void __launch_bounds__(kLossThreads, kLossResident)
     ups_loss_backward_rows(const UpsRows<T> a, const Acc<T>* d_loss /* [] */, const Acc<T>* scale /* [2] */,
                            T* d_logits /* [B, C] */) {
   using A = Acc<T>;
@@ -72,8 +71,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocksResident)
         store(d_row + c, weight * (c == t ? -softmax.not_p(p, c) : p));
       }
     } else {
-      const auto gradient =
-          nce_gradient(softmax, masked, a.negative, row, a.classes, *d_loss * scale[kNegative]);
+      const auto gradient = nce_gradient(softmax, masked, a.negative, row, a.classes, *d_loss * scale[kNegative]);
       for (int c = team.lane(); c < a.classes; c += kLanes) {
         store(d_row + c, gradient.at(to_acc(z[c]), c, a.negative.at(row, c)));
       }

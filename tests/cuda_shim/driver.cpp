@@ -65,8 +65,8 @@ void launch_plan(int op, int64_t rows, int64_t classes, int64_t* plan) {
 
 // thresholds: tau_p, tau_n, kappa_p, kappa_n, temp_nl
 const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass_stride, int64_t row_stride, int passes,
-                      int64_t rows, int classes, const double* thresholds, int64_t* label, float* confidence, float* std,
-                      bool* positive, void* negative, bool packed) {
+                      int64_t rows, int classes, const double* thresholds, int64_t* label, float* confidence,
+                      float* std, bool* positive, void* negative, bool packed) {
   const LaunchPlan plan = mc_select_plan(rows, classes);
   return with_type(dtype, [&](auto zero) -> std::string {
     using T = decltype(zero);
@@ -97,8 +97,9 @@ const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass
 }
 
 // reduction: 0 none, 1 mean, 2 sum
-const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows, int classes,
-                     const void* mask, int64_t mask_stride, bool packed, int reduction, void* loss, void* scale) {
+const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows,
+                     int classes, const void* mask, int64_t mask_stride, bool packed, int reduction, void* loss,
+                     void* scale) {
   const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -110,9 +111,9 @@ const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* l
   });
 }
 
-const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, int64_t d_loss_stride, const void* logits,
-                              int64_t row_stride, int64_t rows, int classes, const void* mask, int64_t mask_stride,
-                              bool packed, const void* scale, void* d_logits) {
+const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, int64_t d_loss_stride,
+                              const void* logits, int64_t row_stride, int64_t rows, int classes, const void* mask,
+                              int64_t mask_stride, bool packed, const void* scale, void* d_logits) {
   const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -123,29 +124,29 @@ const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
   });
 }
 
-const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows, int classes,
-                     const int64_t* target, const bool* positive, const void* negative, int64_t negative_stride,
-                     bool packed, void* loss, void* scale) {
+const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows,
+                     int classes, const int64_t* target, const bool* positive, const void* negative,
+                     int64_t negative_stride, bool packed, void* loss, void* scale) {
   const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const UpsRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, target, positive,
+    const UpsRows<T> args = {static_cast<const T*>(logits),      row_stride, rows, classes, target, positive,
                              {negative, negative_stride, packed}};
     const LossOutput<A, 2> out = {static_cast<A*>(loss), static_cast<A*>(scale), true, nullptr};
     return launch_loss(plan, seed, ups_loss_kernel<T>(plan.variant), out, args);
   });
 }
 
-const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, const void* logits, int64_t row_stride,
-                              int64_t rows, int classes, const int64_t* target, const bool* positive,
-                              const void* negative, int64_t negative_stride, bool packed, const void* scale,
-                              void* d_logits) {
+const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, const void* logits,
+                              int64_t row_stride, int64_t rows, int classes, const int64_t* target,
+                              const bool* positive, const void* negative, int64_t negative_stride, bool packed,
+                              const void* scale, void* d_logits) {
   const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const UpsRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, target, positive,
+    const UpsRows<T> args = {static_cast<const T*>(logits),      row_stride, rows, classes, target, positive,
                              {negative, negative_stride, packed}};
     return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
                   static_cast<const A*>(scale), static_cast<T*>(d_logits));

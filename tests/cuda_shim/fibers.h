@@ -1,9 +1,10 @@
 // Runs a CUDA kernel on the CPU: one block after another, each of its threads as a fiber.
 //
 // A fiber runs until it meets others: at a warp primitive it waits for the lanes of its mask, at a barrier for the
-// block. In between, fibers take turns in an order drawn from a seed, so that code which relies on an order (a missing
-// barrier, say) gives other results for other seeds. What cannot come to a good end is reported, not waited for: a
-// lane of the mask that has exited or stands at another primitive, a barrier that some threads never reach.
+// block. In between, a warp drawn from a seed runs ahead of all others as far as it can, its lanes in an order drawn
+// too, so that code which relies on an order (a missing barrier, say) gives other results for other seeds. What cannot
+// come to a good end is reported, not waited for: a lane of the mask that has exited or stands at another primitive, a
+// barrier that some threads never reach.
 //
 // This proves indexing and logic. It knows nothing of speed, of memory ordering, or of what a compiler for a GPU does.
 #pragma once

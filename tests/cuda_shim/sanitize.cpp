@@ -15,8 +15,8 @@ extern "C" {
 const char* control(const char*, uint64_t, int*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
-const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool, int,
-                     void*, void*);
+const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool, int, void*,
+                     void*);
 const char* nce_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
                               const void*, int64_t, bool, const void*, void*);
 const char* ups_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const int64_t*, const bool*,
@@ -142,10 +142,10 @@ void try_losses(int dtype, int64_t rows, int classes, bool packed, int offset) {
                  as<void>(r[1])));
     run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, 1, as<void>(r[2]),
                  as<void>(r[1])));
-    run(nce_loss_backward(seed, blocks, dtype, as<void>(ones), 1, z, stride, rows, classes, as<void>(mask), width, packed,
-                          as<void>(r[1]), as<void>(r[3])));
-    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), as<bool>(positive), as<void>(mask), width,
-                 packed, as<void>(r[4]), as<void>(r[5])));
+    run(nce_loss_backward(seed, blocks, dtype, as<void>(ones), 1, z, stride, rows, classes, as<void>(mask), width,
+                          packed, as<void>(r[1]), as<void>(r[3])));
+    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), as<bool>(positive), as<void>(mask),
+                 width, packed, as<void>(r[4]), as<void>(r[5])));
     run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), z, stride, rows, classes, as<int64_t>(target),
                           as<bool>(positive), as<void>(mask), width, packed, as<void>(r[5]), as<void>(r[6])));
   }

@@ -1,0 +1,89 @@
+"""What a run shows while it goes: the progress bar, the table, TensorBoard scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from ups_fast.checkpoint import writing
+
+Row = dict[str, Any]  # one line of metrics.jsonl
+
+
+class Board:
+    """TensorBoard scalars: epochs/ over the epochs done since the run began, rounds/ over the rounds."""
+
+    def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
+        self.folder = folder
+        with writing(folder):
+            # What a killed process logged after its last checkpoint is logged again: hide the first copy.
+            self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
+            self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with writing(self.folder):
+            self.epochs.close()
+            self.rounds.close()
+
+    def add_epoch(self, epochs_done: int, values: Mapping[str, float]) -> None:
+        with writing(self.folder):
+            for name, value in values.items():
+                self.epochs.add_scalar(name, value, epochs_done)
+
+    def add_round(self, row: Row) -> None:
+        with writing(self.folder):
+            for name, value in row.items():
+                parts = value if isinstance(value, list) else [value]
+                for c, part in enumerate(parts):
+                    if part is not None and name != "round":
+                        tag = f"{name}/{c}" if isinstance(value, list) else name
+                        self.rounds.add_scalar(tag, part, row["round"])
+
+    def flush(self) -> None:
+        with writing(self.folder):
+            self.epochs.flush()
+            self.rounds.flush()
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with loss, learning rate, images/s and time left; nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[now]}"),
+        _ImagesPerSecond(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
+
+
+HEADER = "round  test acc  positives   right   negatives   right    ECE  selected  seconds"
+
+
+def table_line(row: Row) -> str:
+    """A row under HEADER; "-" where not defined. `right` is accuracy, `selected` the ECE of the positives."""
+
+    def percent(key: str) -> str:
+        return "-" if row[key] is None else f"{100 * row[key]:.1f}%"
+
+    return (
+        f"{row['round']:>5}  {percent('test_acc'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "
+        f"{row['negatives']:>10,}  {percent('negative_acc'):>6}  {percent('ece'):>5}  "
+        f"{percent('ece_selected'):>8}  {row['seconds']:>7.1f}"
+    )

@@ -27,8 +27,8 @@ constexpr int kWholeBlock = 1024;  // a team of any number of warps
 //
 // `reduce` must be reached by every thread of the block together, with an `op` whose result does not depend on the
 // order of its two arguments. Every lane then gets the same bits, whatever the order in which warps run: lanes meet
-// in a butterfly, warps are folded in order. In a team of several warps it is a barrier too: what a thread wrote before,
-// all see after.
+// in a butterfly, warps are folded in order. In a team of several warps it is a barrier too: what a thread wrote
+// before, all see after.
 template <int kLanes>
 class Team {
  public:

@@ -3,16 +3,30 @@
 #pragma once
 
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+// Raises a RuntimeError of the message alone; torch's own check would put function, file and line before it.
+#define UPS_CHECK(condition, ...)                \
+  do {                                           \
+    if (!(condition)) ::ups::raise(__VA_ARGS__); \
+  } while (false)
+
 namespace ups {
+
+template <class... Parts>
+[[noreturn]] void raise(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -23,13 +37,13 @@ T* data(const Tensor& x) {
 }
 
 inline void check_dim(const char* name, const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+  UPS_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
 }
 inline void check_size(const char* name, const Tensor& x, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(x.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", x.size(dim));
+  UPS_CHECK(x.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ", x.size(dim));
 }
 inline void check_type(const char* name, const Tensor& x, ScalarType type, const char* type_name) {
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type_name, ", got another dtype");
+  UPS_CHECK(x.scalar_type() == type, name, " must be ", type_name, ", got another dtype");
 }
 
 // Itself if the last dimension is dense (any other strides are fine), else a contiguous copy.
@@ -56,7 +70,7 @@ void dispatch_logits(const Tensor& logits, const F& f) {
     case ScalarType::BFloat16:
       return f(c10::BFloat16{}, float{});
     default:
-      STD_TORCH_CHECK(false, "logits must be float32, float16, bfloat16 or float64, got another dtype");
+      UPS_CHECK(false, "logits must be float32, float16, bfloat16 or float64, got another dtype");
   }
 }
 

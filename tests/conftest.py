@@ -27,5 +27,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(
-                pytest.mark.skip(reason="needs a CUDA device: this kernel is not proved on a GPU here")
+                pytest.mark.skip(reason="needs a CUDA device: not proved on a GPU here")
             )

@@ -29,7 +29,7 @@ from ups_fast.models import build
 
 CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
 # What may change when a run goes on: where it runs, and where its (fingerprinted) data lie.
-FREE_KEYS = ("run_dir", "device", "checkpoint_seconds", "data.root")
+FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root")
 FORMAT, VERSION = "ups_fast checkpoint", 1
 
 
@@ -211,7 +211,12 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
     if (version := content.pop("version", None)) != VERSION:
         raise RunFolderError(f"{path} has version {version}, but this ups_fast reads version {VERSION}")
-    return Checkpoint(**content)
+    try:
+        return Checkpoint(**content)
+    except TypeError as error:
+        raise RunFolderError(
+            f"{path} does not hold what a checkpoint holds; move it away to start over"
+        ) from error
 
 
 def rebuild(about: Mapping[str, Any]) -> nn.Module:
@@ -236,7 +241,7 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
     """
     path = Path(run_dir) / MODEL
     if not path.exists():
-        why = "the first round is not done" if path.parent.is_dir() else "there is no such folder"
+        why = f"it has no {MODEL}" if path.parent.is_dir() else "there is no such folder"
         raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
     try:
         with safetensors.safe_open(path, "pt") as file:

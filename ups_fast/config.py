@@ -108,6 +108,11 @@ class Config:
         "", "Folder for everything the run writes; empty means runs/<name of the config file>."
     )
     device: str = _key("auto", "Where to compute: auto (cuda if there is one), cpu, cuda or cuda:N.")
+    threads: int = _key(
+        0,
+        "CPU threads; 0 leaves it to torch. Tiny images want 1: more only wait for each other.",
+        within="[0, inf]",
+    )
     checkpoint_seconds: float = _key(
         30.0,
         "Save at least this often, so that a killed run goes on; 0 saves after every step.",

@@ -66,10 +66,9 @@ def mc_select(
         return reference.mc_select(
             logits, tau_p=tau_p, tau_n=tau_n, kappa_p=kappa_p, kappa_n=kappa_n, temp_nl=temp_nl, packed=packed
         )
-    reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl)
-    return Selection(
-        *torch.ops.ups_fast.mc_select(logits.detach(), tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
-    )
+    reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
+    thresholds = float(tau_p), float(tau_n), float(kappa_p), float(kappa_n), float(temp_nl)
+    return Selection(*torch.ops.ups_fast.mc_select(logits.detach(), *thresholds, packed))
 
 
 def nce_loss(

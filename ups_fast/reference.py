@@ -7,6 +7,7 @@ Needs torch alone. Equations: Rizve et al., "In Defense of Pseudo-Labeling", ICL
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def mc_select(
     Raises:
         TypeError, ValueError: naming the argument and what it got.
     """
-    check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl)
+    check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
     z = logits.detach().to(_compute_dtype(logits))
     finite = z.isfinite().all(dim=-1).all(dim=0)
     p = torch.softmax(z, dim=-1)
@@ -130,13 +131,15 @@ def ups_loss(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor)
                 f"target must lie in [0, {n_classes}) in positive rows, got {target[bad][0].item()} "
                 f"in row {int(bad.nonzero()[0])}"
             )
+    g = unpack_mask(negative, n_classes) if negative.dtype == torch.int32 else negative
+    active = g.any(dim=-1) & ~positive
+    z = torch.where((positive | active)[:, None], z, 0)  # a NaN in a row that counts for nothing stays there
     safe = target.clamp(0, n_classes - 1)
     ce = torch.logsumexp(z, dim=-1) - z.gather(-1, safe[:, None])[:, 0]
     ce = torch.where((target >= 0) & (target < n_classes), ce, math.nan)
     ce_mean = torch.where(positive, ce, 0).sum() / positive.sum().clamp(min=1)
 
-    nce, active = _nce_rows(z, negative)
-    active = active & ~positive
+    nce, _ = _nce_rows(z, g)
     nce_mean = torch.where(active, nce, 0).sum() / active.sum().clamp(min=1)
     return ce_mean + nce_mean
 
@@ -161,6 +164,7 @@ def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """NCE of each row (0 where its mask is empty) and which rows have a mask: [N], bool [N]."""
     z = logits.to(_compute_dtype(logits))
     g = unpack_mask(mask, z.shape[-1]) if mask.dtype == torch.int32 else mask
+    z = torch.where(g.any(dim=-1)[:, None], z, 0)
     log_not_p = torch.log(torch.clamp(1 - torch.softmax(z, dim=-1), NCE_EPS, 1.0))
     loss = -torch.where(g, log_not_p, 0).sum(dim=-1) / (g.sum(dim=-1, dtype=z.dtype) + NCE_EPS)
     return loss, g.any(dim=-1)
@@ -195,7 +199,7 @@ def _check_rows(name: str, x: Tensor, logits: Tensor) -> None:
 
 
 def _check_number(name: str, x: float, low: float, high: float) -> None:
-    if not isinstance(x, (int, float)) or isinstance(x, bool):
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not low <= x <= high:  # also catches NaN
         raise ValueError(f"{name} must lie in [{low}, {high}], got {x}")
@@ -220,7 +224,7 @@ def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
 
 
 def check_mc_select(
-    logits: Tensor, tau_p: float, tau_n: float, kappa_p: float, kappa_n: float, temp_nl: float
+    logits: Tensor, tau_p: float, tau_n: float, kappa_p: float, kappa_n: float, temp_nl: float, packed: bool
 ) -> None:
     """Raise the error of the first `mc_select` argument that is not as documented."""
     _check_logits(logits, "[P, N, C]")
@@ -231,6 +235,8 @@ def check_mc_select(
     _check_number("kappa_p", kappa_p, 0.0, math.inf)
     _check_number("kappa_n", kappa_n, 0.0, math.inf)
     _check_number("temp_nl", temp_nl, 1e-3, 1e3)
+    if not isinstance(packed, bool):
+        raise TypeError(f"packed must be True or False, got {packed!r}")
     if tau_n > tau_p:
         raise ValueError(f"tau_n must not exceed tau_p = {tau_p}, got {tau_n}")
     if logits.shape[0] == 1 and not (math.isinf(kappa_p) and math.isinf(kappa_n)):

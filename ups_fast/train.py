@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(cfg: config.Config) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     device = config.pick_device(cfg.device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
     console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place})")

@@ -43,7 +43,7 @@ Mask::Mask(const char* name, const Tensor& mask, int64_t n_rows, int64_t n_class
       packed(mask.scalar_type() == ScalarType::Int),
       data(owner.data_ptr()),
       stride(owner.stride(0)) {
-  STD_TORCH_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
+  UPS_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
   check_size(name, mask, 0, n_rows);
   check_size(name, mask, 1, packed ? (n_classes + 31) / 32 : n_classes);
 }
@@ -60,8 +60,8 @@ LossCall::LossCall(const Tensor& logits_in, Mask mask_in, const Tensor* target_i
   const int64_t* const classes = data<const int64_t>(target);
   for (int64_t i = 0; i < N; ++i) {
     if (!data<const bool>(*positive_in)[i * positive_in->stride(0)]) continue;
-    STD_TORCH_CHECK(classes[i] >= 0 && classes[i] < C, "target must lie in [0, ", C, ") in positive rows, got ",
-                    classes[i], " in row ", i);
+    UPS_CHECK(classes[i] >= 0 && classes[i] < C, "target must lie in [0, ", C, ") in positive rows, got ", classes[i],
+              " in row ", i);
     kind[i] = RowKind::positive;
   }
 }

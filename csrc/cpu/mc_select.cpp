@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cpu(const Tensor& l
   check_dim("logits", logits_in, 3);
   const Tensor logits = dense_rows(logits_in);
   const int64_t P = logits.size(0), N = logits.size(1), C = logits.size(2);
-  STD_TORCH_CHECK(P >= 1 && C >= 1, "logits must have at least one pass and one class, got [", P, ", ", N, ", ", C,
-                  "]");
+  UPS_CHECK(P >= 1 && C >= 1, "logits must have at least one pass and one class, got [", P, ", ", N, ", ", C, "]");
 
   auto result = new_selection(logits, packed);
   auto& [label, confidence, std, positive, negative] = result;

@@ -44,8 +44,8 @@ inline cudaStream_t current_stream(int32_t device) {
     return torch_cuda ? reinterpret_cast<GetStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(get_stream != nullptr && get_stream(device, &stream) == 0,
-                  "torch does not tell its current CUDA stream (is libtorch_cuda.so loaded?)");
+  UPS_CHECK(get_stream != nullptr && get_stream(device, &stream) == 0,
+            "torch does not tell its current CUDA stream (is libtorch_cuda.so loaded?)");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -56,12 +56,11 @@ void launch(const char* op, void (*kernel)(Params...), const LaunchPlan& plan, c
   const cudaStream_t stream = current_stream(logits.get_device_index());
   kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads), 0, stream>>>(args...);
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
+  UPS_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 inline void check_beside(const char* name, const Tensor& x, const Tensor& logits) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == logits.get_device_index(), name,
-                  " must be on the logits' device");
+  UPS_CHECK(x.is_cuda() && x.get_device_index() == logits.get_device_index(), name, " must be on the logits' device");
 }
 
 }  // namespace ups::cuda

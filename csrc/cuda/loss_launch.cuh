@@ -10,15 +10,15 @@ namespace ups::cuda {
 
 inline Tensor checked_logits(const Tensor& logits) {
   check_dim("logits", logits, 2);
-  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxClasses, "logits must have 1 to ", kMaxClasses,
-                  " classes, got [", logits.size(0), ", ", logits.size(1), "]");
+  UPS_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxClasses, "logits must have 1 to ", kMaxClasses,
+            " classes, got [", logits.size(0), ", ", logits.size(1), "]");
   return dense_rows(logits);
 }
 
 inline Tensor checked_mask(const char* name, const Tensor& mask, const Tensor& logits) {
   const bool packed = mask.scalar_type() == ScalarType::Int;
   check_dim(name, mask, 2);
-  STD_TORCH_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
+  UPS_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
   check_size(name, mask, 0, logits.size(0));
   check_size(name, mask, 1, packed ? ceil_div(logits.size(1), 32) : logits.size(1));
   check_beside(name, mask, logits);
@@ -35,7 +35,7 @@ inline Tensor checked_rows(const char* name, const Tensor& x, ScalarType type, c
 }
 
 inline void check_values(const char* name, const Tensor& x, const Tensor& logits) {
-  STD_TORCH_CHECK(x.scalar_type() == compute_type(logits), name, " must have the dtype of the loss, got another");
+  UPS_CHECK(x.scalar_type() == compute_type(logits), name, " must have the dtype of the loss, got another");
   check_beside(name, x, logits);
 }
 

@@ -465,15 +465,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cuda(const Tensor& 
   check_dim("logits", logits_in, 3);
   const Tensor logits = dense_rows(logits_in);
   const int64_t P = logits.size(0), N = logits.size(1), C = logits.size(2);
-  STD_TORCH_CHECK(logits.scalar_type() != ScalarType::Double,
-                  "logits must be float32, float16 or bfloat16 on a CUDA device, got float64");
-  STD_TORCH_CHECK(P >= 1 && C >= 1 && C <= kMaxClasses, "logits must have at least one pass and 1 to ", kMaxClasses,
-                  " classes, got [", P, ", ", N, ", ", C, "]");
+  UPS_CHECK(logits.scalar_type() != ScalarType::Double,
+            "logits must be float32, float16 or bfloat16 on a CUDA device, got float64");
+  UPS_CHECK(P >= 1 && C >= 1 && C <= kMaxClasses, "logits must have at least one pass and 1 to ", kMaxClasses,
+            " classes, got [", P, ", ", N, ", ", C, "]");
   const LaunchPlan plan = mc_select_plan(N, C);
   const McSelectVariant variant = kMcSelectVariants[plan.variant];
-  STD_TORCH_CHECK(P <= (variant.chunks == 0 ? kMcSelectMaxLoopedPasses : INT32_MAX), "logits must have at most ",
-                  kMcSelectMaxLoopedPasses, " passes with ", C, " classes on a CUDA device, got [", P, ", ", N, ", ", C,
-                  "]");
+  UPS_CHECK(P <= (variant.chunks == 0 ? kMcSelectMaxLoopedPasses : INT32_MAX), "logits must have at most ",
+            kMcSelectMaxLoopedPasses, " passes with ", C, " classes on a CUDA device, got [", P, ", ", N, ", ", C, "]");
 
   const auto result = new_selection(logits, packed);
   if (N == 0) return result;

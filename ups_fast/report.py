@@ -241,8 +241,9 @@ def _draw_calibration(axes: Axes, labelling: Labelling, truth: Tensor) -> None:
             x, y = bins.confidence.numpy(), bins.accuracy.numpy()  # NaN, and so not drawn, in an empty bin
             filled = share > 0
             how: Any = {"color": colour, "marker": marker}
-            axes.plot(x[filled], y[filled], ms=4, lw=1.5, label=f"{name}: ECE {ece(bins):.3f}", **how)
-            axes.scatter(x, y, 160 * np.sqrt(share), ec="white", lw=0.8, zorder=3, clip_on=False, **how)
+            axes.plot(x[filled], y[filled], lw=0.8, alpha=0.5, color=colour)  # thin: a bin may hold one image
+            axes.scatter(x, y, 15 + 200 * share, lw=0, zorder=3, clip_on=False, **how)
+            axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
     _title(axes, "Is the confidence deserved?", "On the dashed line it is; larger points are more images")
     if axes.get_legend_handles_labels()[0]:
         _legend(axes)

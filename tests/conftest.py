@@ -26,6 +26,4 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(
-                pytest.mark.skip(reason="needs a CUDA device: not proved on a GPU here")
-            )
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: not proved on a GPU here"))

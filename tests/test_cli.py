@@ -19,12 +19,9 @@ from ups_fast.config import KEYS
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
-TINY = ["model.name=wrn-10-1", "train.epochs=1", "train.first_epochs=1", "select.passes=2", "select.tau_p=0"]
-TINY += [
-    "select.tau_n=0",
-    "select.kappa_p=inf",
-    "device=cpu",
-]  # all samples are positive, so that rounds differ
+TINY = ["model.name=wrn-10-1", "train.epochs=1", "train.first_epochs=1", "select.passes=2", "device=cpu"]
+# With these all samples are positive, so that the rounds differ.
+TINY += ["select.tau_p=0", "select.tau_n=0", "select.kappa_p=inf", "select.balance_rounds=0"]
 FILES = ["checkpoint.pt", "config.yaml", "metrics.jsonl", "model.safetensors", "pseudo_labels.csv"]
 FILES += ["report.html", "report.png", "selection.npz", "split.npz"]
 

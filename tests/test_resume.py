@@ -444,7 +444,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.* no such folder"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="it has no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors"):
         load_model(tmp_path)
     folder = shutil.copytree(killed, tmp_path / "run")
     file = folder / "model.safetensors"

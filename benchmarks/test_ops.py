@@ -1,9 +1,11 @@
-"""The three ops against their reference, eager and under torch.compile, on the same inputs: `make bench`."""
+"""The ops against their reference, eager and under torch.compile, on the same inputs: `make bench`."""
 
 from __future__ import annotations
 
+import published
 import pytest
 import torch
+from PIL import Image
 
 import ups_fast
 from ups_fast import reference
@@ -28,7 +30,7 @@ def measure(benchmark, group, name, call, device):
         return result
 
     benchmark.group, benchmark.extra_info["implementation"] = group, name
-    benchmark.pedantic(timed, warmup_rounds=5, rounds=20 if name == "reference, eager" else 100)
+    benchmark.pedantic(timed, warmup_rounds=5, rounds=100 if name.endswith(("fast", "compiled")) else 20)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -66,3 +68,27 @@ def test_nce_loss(benchmark, device, b, c, name):
     loss = implementation(name, "nce_loss")
     call = lambda: torch.autograd.grad(loss(logits, mask), logits)  # noqa: E731
     measure(benchmark, f"nce_loss forward + backward {device} B={b} C={c}", name, call, device)
+
+
+# The whole published chain, 32x32, on one CPU thread against the same chain in Pillow on one; a GPU row stands alone.
+@pytest.mark.parametrize("name", ["published, Pillow", "reference, Pillow", "ups_fast"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_augment(benchmark, device, name):
+    n = 512 if device == "cpu" else 50_000
+    if device != "cpu" and name != "ups_fast":
+        pytest.skip("Pillow has no GPU")
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, device=device)
+    index = torch.randperm(n, device=device)
+    pictures = [Image.fromarray(image.numpy()) for image in images] if name.startswith("published") else []
+    chain = published.training_transform(mean, std)
+    function = ups_fast.augment if name == "ups_fast" else reference.augment
+    kwargs = {"policy": "published", "seed": 0, "epoch": 0, "mean": mean, "std": std}
+
+    def call():
+        return torch.stack([chain(p) for p in pictures]) if pictures else function(images, index, **kwargs)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    measure(benchmark, f"augment {device}, 1 thread, {n} images", name, call, device)
+    torch.set_num_threads(threads)

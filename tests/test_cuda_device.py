@@ -58,7 +58,16 @@ def gradient(f, z: Tensor) -> Tensor:
 
 def test_the_kernels_serve_this_device():
     assert ups_fast.backend()["cuda"].startswith("fused kernels")
-    for op in ("mc_select", "nce_loss", "nce_loss_backward", "ups_loss", "ups_loss_backward"):
+    ops = (
+        "mc_select",
+        "nce_loss",
+        "nce_loss_backward",
+        "ups_loss",
+        "ups_loss_backward",
+        "augment",
+        "augment_plan",
+    )
+    for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ups_fast::{op}", "CUDA")
 
 

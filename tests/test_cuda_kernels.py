@@ -19,9 +19,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from test_augment import VALUES, assert_equal, hostile_images
 from torch import Tensor
 
-from ups_fast import reference
+from ups_fast import ops, reference
+from ups_fast.policy import POLICIES, Policy, normalization, randaugment, tables
 from ups_fast.reference import Selection, pack_mask
 
 inf, nan = math.inf, math.nan
@@ -72,7 +74,7 @@ def compiled(request, name: str, sources: list[str], flags: list[str]) -> Path:
     if shutil.which(CXX[0]) is None:
         pytest.skip(f"no C++ compiler ({CXX[0]}): the CUDA kernels are not proved here")
     digest = hashlib.sha256(repr((CXX, sources, FLAGS, flags)).encode())
-    for path in sorted([*SHIM.glob("*"), *CSRC.glob("cuda/*"), *CSRC.glob("math/*")]):
+    for path in sorted([*SHIM.glob("*"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *CSRC.glob("math/*")]):
         digest.update(path.name.encode() + path.read_bytes())
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("cuda_shim") if cache else request.getfixturevalue("tmp_path_factory").mktemp("shim")
@@ -223,10 +225,91 @@ class Kernels:
         results.check()
         return d_logits
 
+    def augment(
+        self, images: Tensor, index: Tensor, policy: Policy, plan: Tensor | None = None, *, seed=0
+    ) -> Tensor:
+        """Seed 3 and epoch 1; pixels / 255 as float32 [B, H, W, C]."""
+        n, h, w, c = images.shape
+        table = tables(policy, h, w, c, images.device)
+        norm = normalization((0.0,) * c, (1.0,) * c, torch.float32, images.device)
+        results = Results()
+        out = results.new((len(index), h, w, c), torch.float32)
+        settings = torch.tensor(table.settings, dtype=torch.int32)
+        nothing = torch.empty(0)  # its data pointer is null
+        self.call(
+            "augment", seed, images, n, h, w, c, index, len(index), table.variants, len(table.variants),
+            table.operations, len(table.operations), table.blends, norm, torch.tensor([3, 1]),
+            nothing if plan is None else plan, settings, out,
+        )  # fmt: skip
+        results.check()
+        return out
+
+    def augment_plan(self, index: Tensor, policy: Policy, h: int, w: int, *, seed=0) -> Tensor:
+        table = tables(policy, h, w, 3, index.device)
+        results = Results()
+        plan = results.new((len(index), 3 * policy.n_ops + 11), torch.int32)
+        settings = torch.tensor(table.settings, dtype=torch.int32)
+        self.call(
+            "augment_plan_draws", seed, index, len(index), table.variants, len(table.variants), table.operations,
+            len(table.operations), torch.tensor([3, 1]), h, w, settings, plan,
+        )  # fmt: skip
+        results.check()
+        return plan
+
 
 @pytest.fixture(scope="module")
 def kernels(request) -> Kernels:
     return Kernels(compiled(request, "shim.so", LIBRARY, ["-O1", "-fPIC", "-shared"]))
+
+
+# augment -------------------------------------------------------------------------------------------------------------
+
+
+def check_augment(kernels: Kernels, images: Tensor, policy: Policy, *, seed=0) -> None:
+    c = images.shape[3]
+    index = torch.arange(len(images)).flip(0)
+    kwargs = {"policy": policy, "seed": 3, "epoch": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
+    want = ops.augment(images, index, **kwargs).permute(0, 2, 3, 1)
+    assert_equal(kernels.augment(images, index, policy, seed=seed), want)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", VALUES)
+def test_augment_by_each_operation(kernels, name, channels):
+    for size in ((8, 8), (9, 31), (1, 1), (33, 5)):
+        policy = Policy(ops=((name, VALUES[name]),), n_ops=2)
+        check_augment(kernels, hostile_images(14, *size, channels), policy)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_augment_by_the_whole_chain(kernels, policy, channels):
+    """Whatever the order of threads: a missing barrier would give other pixels for some."""
+    for seed in range(3):
+        check_augment(kernels, hostile_images(40, 32, 32, channels), POLICIES[policy], seed=seed)
+    longer = Policy(randaugment(21), 9, True, 3, (1, 1, 1), 50)
+    check_augment(kernels, hostile_images(12, 64, 17, channels), longer)
+
+
+def test_augment_draws_the_plans(kernels):
+    index = torch.tensor([0, 1, 2**31, 2**40 + 3, *range(200)])
+    for policy in POLICIES.values():
+        want = reference.augment_plan(index, policy=policy, size=(40, 9), seed=3, epoch=1).draws
+        assert torch.equal(kernels.augment_plan(index, policy, 40, 9), want)
+        images = hostile_images(6, 40, 9, 3)
+        plan = want[4:10]
+        drawn = kernels.augment(images, index[4:10], policy)
+        assert torch.equal(kernels.augment(images, torch.arange(6), policy, plan), drawn)
+
+
+def test_augment_traps_what_it_cannot_do(kernels):
+    images, policy = hostile_images(4, 8, 8, 3), Policy(randaugment(4), 3)
+    with pytest.raises(AssertionError, match="traps"):
+        kernels.augment(images, torch.tensor([0, 4]), policy)
+    plan = reference.augment_plan(torch.arange(4), policy=policy, size=8, seed=0, epoch=0)
+    plan.variant[2, 1] = 21
+    with pytest.raises(AssertionError, match="traps"):
+        kernels.augment(images, torch.arange(4), policy, plan.draws)
 
 
 # mc_select -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """UPS, fast: uncertainty-aware pseudo-label selection for semi-supervised learning.
 
-`mc_select`, `nce_loss` and `ups_loss` are the fused ops; `reference` holds their specification in plain PyTorch.
+`mc_select`, `nce_loss`, `ups_loss` and `augment` are the fused ops; `reference` holds their specification.
 `python -m ups_fast.train CONFIG` runs the whole method, and `load_model` gives its trained network back.
 """
 
@@ -9,11 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 from . import reference
-from .ops import backend, mc_select, nce_loss, ups_loss
+from .ops import augment, augment_plan, backend, mc_select, nce_loss, ups_loss
+from .policy import AugmentPlan, Policy
 from .reference import Selection
 
 __version__ = "0.1.0"
-__all__ = ["Selection", "backend", "load_model", "mc_select", "nce_loss", "reference", "ups_loss"]
+__all__ = [
+    "AugmentPlan",
+    "Policy",
+    "Selection",
+    "augment",
+    "augment_plan",
+    "backend",
+    "load_model",
+    "mc_select",
+    "nce_loss",
+    "reference",
+    "ups_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .policy import AugmentPlan, Policy, normalization, tables
 from .reference import Selection
 
 try:
@@ -45,6 +47,16 @@ _lib.define(
 _lib.define(
     "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor negative, Tensor scale)"
     " -> Tensor d_logits",
+    tags=_tags,
+)
+_lib.define(
+    "augment(Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends, Tensor norm,"
+    " Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> Tensor",
+    tags=_tags,
+)
+_lib.define(
+    "augment_plan(Tensor index, Tensor variants, Tensor operations, Tensor seed, Tensor epoch, int height, int width,"
+    " int[] settings) -> Tensor",
     tags=_tags,
 )
 
@@ -95,7 +107,75 @@ def ups_loss(
     return torch.ops.ups_fast.ups_loss(logits, target, positive, negative)[0]
 
 
-for _function in (mc_select, nce_loss, ups_loss):
+def augment_plan(
+    index: Tensor,  # int64 [B]
+    *,
+    policy: str | Policy,
+    size: int | tuple[int, int],
+    seed: int | Tensor,
+    epoch: int | Tensor,
+) -> AugmentPlan:
+    if not _has_kernels(index):
+        return reference.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
+    found, (height, width) = reference.check_augment_plan(index, policy, size, seed, epoch)
+    table = tables(found, height, width, 3, index.device)
+    draws = torch.ops.ups_fast.augment_plan(
+        index,
+        table.variants,
+        table.operations,
+        *_counters(seed, epoch, index.device),
+        height,
+        width,
+        table.settings,
+    )
+    return AugmentPlan(draws, found, (height, width))
+
+
+def augment(
+    images: Tensor,  # uint8 [N, H, W, C]
+    index: Tensor,  # int64 [B]
+    *,
+    policy: str | Policy,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    plan: AugmentPlan | None = None,
+) -> Tensor:
+    if not _has_kernels(images):
+        return reference.augment(
+            images, index, policy=policy, seed=seed, epoch=epoch, mean=mean, std=std, dtype=dtype, plan=plan
+        )
+    found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan)
+    device = images.device
+    table = tables(found, *images.shape[1:], device)
+    norm = normalization(tuple(mean), tuple(std), dtype, device)
+    draws = None if plan is None else plan.draws
+    out = torch.ops.ups_fast.augment(
+        images,
+        index,
+        table.variants,
+        table.operations,
+        table.blends,
+        norm,
+        *_counters(seed, epoch, device),
+        draws,
+        table.settings,
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as tensors, written on the device, so that nothing waits for a copy."""
+
+    def tensor(x: int | Tensor) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device)
+
+    return tensor(seed), tensor(epoch)
+
+
+for _function in (mc_select, nce_loss, ups_loss, augment_plan, augment):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
 
 
@@ -168,6 +248,16 @@ def _(logits, mask, reduction):
 def _(logits, target, positive, negative):
     dtype = _compute_dtype(logits)
     return logits.new_empty((), dtype=dtype), logits.new_empty(2, dtype=dtype)
+
+
+@torch.library.register_fake("ups_fast::augment", lib=_lib)
+def _(images, index, variants, operations, blends, norm, seed, epoch, plan, settings):
+    return norm.new_empty(index.shape + images.shape[1:])
+
+
+@torch.library.register_fake("ups_fast::augment_plan", lib=_lib)
+def _(index, variants, operations, seed, epoch, height, width, settings):
+    return index.new_empty((index.shape[0], 3 * settings[0] + 11), dtype=torch.int32)
 
 
 @torch.library.register_fake("ups_fast::nce_loss_backward", lib=_lib)

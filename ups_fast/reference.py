@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference_augment import augment, augment_plan, check_augment, check_augment_plan, replay  # noqa: F401
+
 NCE_EPS = 1e-7
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

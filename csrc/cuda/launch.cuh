@@ -49,12 +49,11 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Launches on the current stream of the device that `logits` is on, which must be the current device.
+// Launches on the current stream of the device that `on` is on, which must be the current device.
 template <class... Params, class... Args>
-void launch(const char* op, void (*kernel)(Params...), const LaunchPlan& plan, const Tensor& logits,
-            const Args&... args) {
-  const cudaStream_t stream = current_stream(logits.get_device_index());
-  kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads), 0, stream>>>(args...);
+void launch(const char* op, void (*kernel)(Params...), const LaunchPlan& plan, const Tensor& on, const Args&... args) {
+  const cudaStream_t stream = current_stream(on.get_device_index());
+  kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads), plan.shared, stream>>>(args...);
   const cudaError_t error = cudaGetLastError();
   UPS_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
 }

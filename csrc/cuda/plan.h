@@ -15,6 +15,7 @@ struct LaunchPlan {
   int lanes;       // threads that share one row
   int threads;     // per block
   int64_t blocks;  // grid
+  int shared = 0;  // bytes of shared memory whose size is chosen at launch
 };
 
 // mc_select: a lane keeps `chunks` chunks of `width` neighbouring classes in registers over all passes, and a chunk is
@@ -98,5 +99,12 @@ inline LaunchPlan loss_backward_plan(int64_t rows, int64_t classes) {
   const int64_t blocks = ceil_div(rows * lanes, kLossThreads);
   return {i, lanes, kLossThreads, blocks < INT32_MAX ? blocks : INT32_MAX};
 }
+
+// augment: a block per image; more threads for more pixels, but no more than keep several blocks on a multiprocessor.
+inline LaunchPlan augment_plan(int64_t images, int64_t pixels, size_t canvas_bytes) {
+  const int threads = pixels <= 256 ? 64 : pixels <= 2048 ? 128 : 256;
+  return {0, threads, threads, images, static_cast<int>(canvas_bytes)};
+}
+inline LaunchPlan draw_plan(int64_t images) { return {0, 1, 128, ceil_div(images, 128)}; }
 
 }  // namespace ups::cuda

@@ -97,6 +97,13 @@ T __ldg(const T* from) {
 inline void __syncthreads() { shim::meet_block(); }
 inline void __syncwarp(unsigned mask = ~0u) { shim::meet_warp(shim::Primitive::sync_warp, mask, 0, 0); }
 
+// Fibers change only at meeting points, so a plain read and write is atomic.
+inline int atomicAdd(int* to, int x) { return (*to += x) - x; }
+inline void atomicMin(int* to, int x) { *to = std::min(*to, x); }
+inline void atomicMax(int* to, int x) { *to = std::max(*to, x); }
+
+inline void __trap() { shim::fail("traps"); }
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const shim::Lanes votes = shim::meet_warp(shim::Primitive::vote, mask, 0, predicate != 0);
   unsigned ballot = 0;

@@ -6,6 +6,7 @@
 
 #include "cuda_shim.h"
 
+#include "../../csrc/cuda/augment.cu"
 #include "../../csrc/cuda/mc_select.cu"
 #include "../../csrc/cuda/nce_loss.cu"
 #include "../../csrc/cuda/ups_loss.cu"
@@ -28,7 +29,7 @@ const char* with_type(int dtype, F f) {
 
 template <class... Params, class... Args>
 std::string launch(const LaunchPlan& plan, uint64_t seed, void (*kernel)(Params...), const Args&... args) {
-  return shim::run_grid(plan.blocks, plan.threads, seed, [&] { kernel(args...); });
+  return shim::run_grid(plan.blocks, plan.threads, seed, [&] { kernel(args...); }, plan.shared);
 }
 
 // As loss_launch.cuh does it. `partials` is this function's own, of exact size.
@@ -151,6 +152,47 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
     return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
                   static_cast<const A*>(scale), static_cast<T*>(d_logits));
   });
+}
+
+// As torch.ops.ups_fast.augment, to float32. `plan` may be null.
+const char* augment(uint64_t seed, const uint8_t* images, int64_t N, int H, int W, int C, const int64_t* index,
+                    int64_t B, const void* variants, int n_variants, const int32_t* operations, int n_operations,
+                    const uint8_t* blends, const uint32_t* norm, const int64_t* seed_and_epoch, const int32_t* plan,
+                    const ups::AugmentSettings* settings, uint32_t* out) {
+  const ups::DrawArgs draw = {index,
+                              static_cast<const ups::Variant*>(variants),
+                              n_variants,
+                              operations,
+                              n_operations,
+                              seed_and_epoch,
+                              seed_and_epoch + 1,
+                              0,
+                              H,
+                              W,
+                              *settings};
+  const ups::AugmentArgs<uint32_t> args = {draw, images, N, blends, norm, plan, out};
+  const LaunchPlan where = augment_plan(B, int64_t{H} * W, ups::canvas_bytes(H, W, C, settings->n_ops).total);
+  report = C == 1 ? launch(where, seed, augment_block<1, uint32_t>, args)
+                  : launch(where, seed, augment_block<3, uint32_t>, args);
+  return report.c_str();
+}
+
+const char* augment_plan_draws(uint64_t seed, const int64_t* index, int64_t B, const void* variants, int n_variants,
+                               const int32_t* operations, int n_operations, const int64_t* seed_and_epoch, int H, int W,
+                               const ups::AugmentSettings* settings, int32_t* plan) {
+  const ups::DrawArgs draw = {index,
+                              static_cast<const ups::Variant*>(variants),
+                              n_variants,
+                              operations,
+                              n_operations,
+                              seed_and_epoch,
+                              seed_and_epoch + 1,
+                              0,
+                              H,
+                              W,
+                              *settings};
+  report = launch(draw_plan(B), seed, augment_plan_rows, draw, B, plan);
+  return report.c_str();
 }
 
 }  // extern "C"

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -272,14 +273,19 @@ void poison_shared_memory() {
 
 }  // namespace
 
-std::string run_grid(int64_t blocks, int threads, uint64_t seed, const std::function<void()>& kernel) {
+uint8_t* dynamic_memory = nullptr;
+
+std::string run_grid(int64_t blocks, int threads, uint64_t seed, const std::function<void()>& kernel, size_t shared) {
   Block block(threads, seed, kernel);
+  const std::unique_ptr<uint8_t[]> memory(new uint8_t[shared]);  // of exact size, so that a sanitizer sees its end
+  dynamic_memory = memory.get();
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   for (int64_t i = 0; i < blocks; ++i) {
     blockIdx = {static_cast<unsigned>(i), 0, 0};
     threadIdx = {0, 0, 0};
     poison_shared_memory();
+    if (shared) std::memset(dynamic_memory, 0xff, shared);
     if (!block.run()) break;
   }
   return block.error;
@@ -300,6 +306,8 @@ void meet_block() {
   running->current().state = State::at_block;
   running->yield();
 }
+
+uint8_t* dynamic_shared() { return dynamic_memory; }
 
 int current_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -20,9 +21,10 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// A kernel with its arguments bound, for every thread of a grid of `blocks` blocks of `threads` threads. Returns what
-// went wrong, or an empty string.
-std::string run_grid(int64_t blocks, int threads, uint64_t seed, const std::function<void()>& kernel);
+// A kernel with its arguments bound, for every thread of a grid of `blocks` blocks of `threads` threads with `shared`
+// bytes of dynamic shared memory. Returns what went wrong, or an empty string.
+std::string run_grid(int64_t blocks, int threads, uint64_t seed, const std::function<void()>& kernel,
+                     size_t shared = 0);
 
 // The rest is called by kernels.
 
@@ -35,6 +37,8 @@ Lanes meet_warp(Primitive primitive, unsigned mask, unsigned detail, uint64_t va
 void meet_block();
 
 int current_lane();
+
+uint8_t* dynamic_shared();
 
 // Ends the launch with an error of the current thread.
 [[noreturn]] void fail(const char* what);

@@ -11,7 +11,12 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/augment.h"
+
 extern "C" {
+const char* augment(uint64_t, const uint8_t*, int64_t, int, int, int, const int64_t*, int64_t, const void*, int,
+                    const int32_t*, int, const uint8_t*, const uint32_t*, const int64_t*, const int32_t*,
+                    const ups::AugmentSettings*, uint32_t*);
 const char* control(const char*, uint64_t, int*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
@@ -154,6 +159,36 @@ void try_losses(int dtype, int64_t rows, int classes, bool packed, int offset) {
   }
 }
 
+// Every operation, drawn often; an affine one that turns and shifts, so that it looks outside the image.
+void try_augment(int H, int W, int C) {
+  const std::string where = "augment " + std::to_string(H) + "x" + std::to_string(W) + "x" + std::to_string(C);
+  constexpr int kKinds = 8, n = 12;
+  std::vector<ups::Variant> variants(kKinds);
+  std::vector<int32_t> operations;
+  for (int kind = 0; kind < kKinds; ++kind) {
+    variants[kind] = {static_cast<ups::Operation>(kind), {}, {}};
+    for (uint8_t& value : variants[kind].lookup) value = static_cast<uint8_t>(random_bits());
+    operations.insert(operations.end(), {kind, 1});
+  }
+  const int32_t affine[] = {50000, 40000, -(3 << 16), -40000, 50000, 4 << 16}, fill[] = {5 << 15, 5, 1, 2, 3};
+  std::memcpy(variants[3].value, affine, sizeof affine);
+  std::memcpy(variants[7].value, fill, sizeof fill);
+  const int crop = (H < W ? H : W) - 1;
+  const ups::AugmentSettings settings = {7, 1, crop, 16, {0, 0, 0}, {2 * ups::kOne, 2 * ups::kOne, 2 * ups::kOne}};
+  Bytes images(int64_t{n} * H * W * C), blends(65536), norm(C * 256 * 4), index(n * 8), counter(16);
+  for (int64_t i = 0; i < int64_t{n} * H * W * C; ++i) images.get()[i] = static_cast<uint8_t>(random_bits());
+  for (int i = 0; i < n; ++i) as<int64_t>(index)[i] = n - 1 - i;
+  std::vector<Bytes> results;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    const Bytes& out = results.emplace_back(int64_t{n} * H * W * C * 4);
+    const std::string error =
+        augment(seed, images.get(), n, H, W, C, as<int64_t>(index), n, variants.data(), kKinds, operations.data(),
+                kKinds, blends.get(), as<uint32_t>(norm), as<int64_t>(counter), nullptr, &settings, as<uint32_t>(out));
+    expect(error.empty(), error, where);
+  }
+  expect(results[0] == results[1], "the order of threads shows", where);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -175,6 +210,10 @@ int main(int argc, char** argv) {
     }
   }
   try_losses(0, 601, 10, true, 0);  // several blocks and a second launch
+  const int sizes[][2] = {{1, 1}, {8, 8}, {2, 9}, {33, 16}};
+  for (const auto& [H, W] : sizes) {
+    for (int C : {1, 3}) try_augment(H, W, C);
+  }
   std::puts("clean");
   return 0;
 }

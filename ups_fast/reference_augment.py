@@ -1,0 +1,297 @@
+"""The specification of `augment` and `augment_plan`: the published chain in Pillow and NumPy, image by image.
+
+Bit for bit what Pillow 10 to 13 computes on x86-64. Two exceptions are ours: Posterize to 0 bits, which Pillow refuses
+since 13, and the colour of CutoutAbs on grey images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ups_fast.policy import FILL, JITTER_ORDERS, ONE, AugmentPlan, Policy, find_policy, luma, variant_names
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FRAME, JITTER, CUTOUT = 1 << 16, (1 << 16) + 1, (1 << 16) + 2  # what is drawn; 0, 1, ... are the operations
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox 4x32-10 (Salmon et al., SC 2011): four random words of 32 bits, a function of the arguments alone."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def augment_plan(
+    index: Tensor,
+    *,
+    policy: str | Policy,
+    size: int | tuple[int, int],
+    seed: int | Tensor,
+    epoch: int | Tensor,
+) -> AugmentPlan:
+    """What `augment` draws for each image: the same numbers, so that anyone can replay an image.
+
+    A draw is a function of seed, epoch, sample id and what it is for (Philox 4x32-10): it does not depend on the
+    batch, its order, the device or the process.
+
+    Args:
+        index: [B] int64, sample ids of the batch.
+        policy: a `Policy`, or a name: ``published`` (the UPS code's chain, whose Posterize keeps 0 bits, a black
+            image), ``ups`` (the same, at least one bit kept), ``weak`` (flip, crop by 4), ``none``.
+        size: height and width of the images, or the side of square ones, 1 to 2048 pixels.
+        seed: integer of 0 .. 2^63 - 1, or an int64 tensor [] on the device of `index`.
+        epoch: integer of 0 .. 2^32 - 1, or an int64 tensor [] or [B] on the device of `index`, of which the lower 32
+            bits count. One for each row lets a sample that occurs twice be augmented in two ways.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+    """
+    policy, (height, width) = check_augment_plan(index, policy, size, seed, epoch)
+    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [epoch] * len(index)
+    rows = [
+        _drawn(sample, policy, height, width, int(seed), each)
+        for sample, each in zip(index.tolist(), epochs, strict=True)
+    ]
+    draws = torch.tensor(rows, dtype=torch.int32).view(len(rows), 3 * policy.n_ops + 11)
+    return AugmentPlan(draws.to(index.device), policy, (height, width))
+
+
+def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, epoch: int) -> list[int]:
+    def words(what: int) -> tuple[int, int, int, int]:
+        halves = [number >> shift & 0xFFFFFFFF for number in (sample, seed) for shift in (0, 32)]
+        return philox((halves[0], halves[1], epoch & 0xFFFFFFFF, what), (halves[2], halves[3]))
+
+    def between(word: int, low: int, high: int) -> int:
+        return low + (word * (high - low + 1) >> 32)
+
+    def corner(word: int, length: int, side: float) -> int:
+        return max(0, (word * (length << 16) >> 32) - round(side / 2 * 65536)) >> 16
+
+    plan = []
+    names = variant_names(policy)
+    for i in range(policy.n_ops):
+        first, second, down, right = words(i)
+        name, values = policy.ops[between(first, 0, len(policy.ops) - 1)]
+        value = values[between(second, 0, len(values) - 1)]
+        side = value if name == "CutoutAbs" else None
+        plan += [
+            names.index((name, value)),
+            0 if side is None else corner(down, height, side),
+            0 if side is None else corner(right, width, side),
+        ]
+    word = words(FRAME)
+    plan += [between(word[0], 0, 1) if policy.flip else 0]
+    plan += [between(each, -policy.crop, policy.crop) for each in word[1:3]]
+    plan += [between(word[3], 0, 5)]
+    for each, x in zip(words(JITTER), policy.jitter, strict=False):
+        plan += [between(each, -int(-(1 - x) * ONE // 1), int((1 + x) * ONE // 1))]
+    word = words(CUTOUT)
+    half = between(word[0], 1, policy.cutout) // 2 if policy.cutout else 0
+    y, x = between(word[1], 0, height - 1), between(word[2], 0, width - 1)
+    return [*plan, max(0, y - half), max(0, x - half), min(height, y + half), min(width, x + half)]
+
+
+def augment(
+    images: Tensor,
+    index: Tensor,
+    *,
+    policy: str | Policy,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    plan: AugmentPlan | None = None,
+) -> Tensor:
+    """A batch gathered from a resident data set, augmented and normalised, in the order of `Policy`.
+
+    Before it is normalised, an image is bit for bit what Pillow makes of it.
+
+    Args:
+        images: [N, H, W, C] uint8, C = 1 or 3, contiguous. On a GPU two copies of an image and 12 kB must fit into
+            the shared memory of a block: up to 96x96 pixels with 3 channels.
+        index: [B] int64, on the device of `images`; which images, and the ids that they draw by.
+        policy, seed, epoch: as in `augment_plan`.
+        mean, std: of each channel, for pixels in [0, 1]; std above 0.
+        dtype: of the result: float32, float16 or bfloat16. Computed in float32 and rounded once.
+        plan: what to do instead of what would be drawn, made by `augment_plan` for the same policy and size.
+
+    Returns:
+        [B, C, H, W] of `dtype`, channels last in memory, on the device of `images`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got. An index out of range raises a RuntimeError on the
+        CPU and ends the CUDA context on a GPU, as torch's own indexing does.
+    """
+    policy = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan)
+    height, width = images.shape[1:3]
+    plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, epoch=epoch)
+    rows = [replay(images[sample], plan, i) for i, sample in enumerate(index.tolist())]
+    pixels = torch.stack(rows) if rows else images[:0].cpu()
+    out = ((pixels.to(torch.float32) / 255 - torch.tensor(mean)) / torch.tensor(std)).to(dtype)
+    for image, (top, left, bottom, right) in zip(out, plan.cutout.tolist(), strict=True):
+        image[top:bottom, left:right] = 0
+    return out.permute(0, 3, 1, 2).to(images.device)
+
+
+def replay(
+    image: Tensor,  # uint8 [H, W, C]
+    plan: AugmentPlan,
+    row: int,
+) -> Tensor:  # uint8 [H, W, C]
+    """One image through Pillow as `plan` has drawn it for row `row`, before it is normalised."""
+    import numpy as np
+    from PIL import Image
+
+    grey = image.shape[2] == 1
+    picture = Image.fromarray((image[:, :, 0] if grey else image).cpu().numpy())
+    for name, value, corner in plan.operations(row):
+        picture = operate(picture, name, value, corner)
+    picture = _flipped_and_cropped(picture, bool(plan.flip[row]), *plan.crop[row].tolist())
+    factors = [number / ONE for number in plan.jitter[row].tolist()]
+    for what in JITTER_ORDERS[plan.jitter_order[row]]:
+        picture = operate(picture, ("Brightness", "Contrast", "Color")[what], factors[what])
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[:, :, None] if grey else pixels
+
+
+def operate(picture: Image.Image, name: str, value: float, corner: tuple[int, int] = (0, 0)) -> Image.Image:
+    """One operation of a policy, with its value; `corner` is the top and left of a CutoutAbs."""
+    from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+    def moved(*matrix: float) -> Image.Image:
+        return picture.transform(picture.size, Image.Transform.AFFINE, matrix)
+
+    if name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, name)(picture).enhance(value)
+    if name == "AutoContrast":
+        return ImageOps.autocontrast(picture)
+    if name == "Equalize":
+        return ImageOps.equalize(picture)
+    if name == "Invert":
+        return ImageOps.invert(picture)
+    if name == "Rotate":
+        return picture.rotate(value)
+    if name == "ShearX":
+        return moved(1, value, 0, 0, 1, 0)
+    if name == "ShearY":
+        return moved(1, 0, 0, value, 1, 0)
+    if name == "TranslateX":
+        return moved(1, 0, value, 0, 1, 0)
+    if name == "TranslateY":
+        return moved(1, 0, 0, 0, 1, value)
+    if name == "Posterize":
+        kept = -(1 << (8 - int(value)))
+        return picture.point([level & kept & 255 for level in range(256)] * len(picture.getbands()))
+    if name == "Solarize":
+        return ImageOps.solarize(picture, value)  # type: ignore[arg-type]
+    if name == "SolarizeAdd":
+        added = [max(0, min(255, int(level + value))) for level in range(256)]
+        return ImageOps.solarize(picture.point(added * len(picture.getbands())), 128)
+    assert name == "CutoutAbs", name
+    picture = picture.copy()
+    top, left = corner
+    box = left, top, min(picture.width, left + value), min(picture.height, top + value)
+    ImageDraw.Draw(picture).rectangle(box, FILL if picture.mode == "RGB" else luma(*FILL))
+    return picture
+
+
+def _flipped_and_cropped(picture: Image.Image, flip: bool, down: int, right: int) -> Image.Image:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if flip:
+        picture = ImageOps.mirror(picture)
+    pixels = np.asarray(picture)
+    pad = max(abs(down), abs(right))
+    padded = np.pad(pixels, ((pad, pad), (pad, pad)) + ((0, 0),) * (pixels.ndim - 2), mode="reflect")
+    height, width = pixels.shape[:2]
+    top, left = pad + down, pad + right
+    return Image.fromarray(padded[top : top + height, left : left + width])
+
+
+def check_augment_plan(
+    index: Tensor, policy: str | Policy, size: int | tuple[int, int], seed: int | Tensor, epoch: int | Tensor
+) -> tuple[Policy, tuple[int, int]]:
+    """The policy and size meant; raises the error of the first argument that is not as documented."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index must be a tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise TypeError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
+    policy = find_policy(policy)
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or not all(isinstance(side, int) and 1 <= side <= 2048 for side in both):
+        raise ValueError(f"size must be height and width in 1..2048, got {size}")
+    if policy.crop >= min(both):
+        raise ValueError(f"policy.crop must be below the image size {both[0]}x{both[1]}, got {policy.crop}")
+    _check_counter("seed", seed, 63, index)
+    _check_counter("epoch", epoch, 32, index)
+    return policy, both
+
+
+def _check_counter(name: str, value: int | Tensor, bits: int, index: Tensor) -> None:
+    if isinstance(value, Tensor):
+        shapes = ([], [len(index)]) if name == "epoch" else ([],)
+        if value.dtype != torch.int64 or list(value.shape) not in shapes or value.device != index.device:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(
+                f"{name} must be an int or an int64 tensor {wanted} on {index.device}, got {value.dtype} "
+                f"{list(value.shape)} on {value.device}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{name} must be an integer of 0 .. 2^{bits} - 1, got {value!r}")
+
+
+def check_augment(
+    images: Tensor,
+    index: Tensor,
+    policy: str | Policy,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    plan: AugmentPlan | None,
+) -> Policy:
+    """The policy meant; raises the error of the first argument that is not as documented."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise TypeError(
+            f"images must be uint8 [N, H, W, C] with C = 1 or 3, got {images.dtype} {list(images.shape)}"
+        )
+    if not images.is_contiguous():
+        raise ValueError(f"images must be contiguous, got strides {images.stride()}")
+    height, width, channels = images.shape[1:]
+    policy, size = check_augment_plan(index, policy, (height, width), seed, epoch)
+    if index.device != images.device:
+        raise ValueError(f"index must be on the device of images, {images.device}, got {index.device}")
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"mean and std must have {channels} values, got mean={mean} and std={std}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std must be above 0, got {std}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if plan is not None:
+        if not isinstance(plan, AugmentPlan):
+            raise TypeError(f"plan must be an AugmentPlan, got {type(plan).__name__}")
+        if plan.policy != policy or plan.size != size:
+            raise ValueError(
+                f"plan must be of this policy and of size {size}, got {plan.policy}, {plan.size}"
+            )
+        if len(plan.draws) != len(index) or plan.draws.device != index.device:
+            raise ValueError(
+                f"plan must have a row for each of {len(index)} indices on {index.device}, got "
+                f"{len(plan.draws)} on {plan.draws.device}"
+            )
+    return policy

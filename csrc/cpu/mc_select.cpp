@@ -33,6 +33,7 @@ using c10::Half;
 template <class S, class T>
 struct McSelectArgs {
   const S* logits;  // [P, N, C], the last dimension dense
+  const S* end;     // behind the last of them
   int64_t stride_p, stride_n;
   int64_t P, C;
   Thresholds<T> t;
@@ -82,9 +83,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cpu(const Tensor& l
     using S = decltype(storage);
     using T = decltype(compute);
     mc_select_typed<S, T>(
-        {data<const S>(logits), logits.stride(0), logits.stride(1), P, C,
-         make_thresholds<T>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, P), nullptr, data<int64_t>(label),
-         data<T>(confidence), data<T>(std), data<bool>(positive), negative.data_ptr(), packed},
+        {data<const S>(logits), data<const S>(logits) + (P - 1) * logits.stride(0) + (N - 1) * logits.stride(1) + C,
+         logits.stride(0), logits.stride(1), P, C, make_thresholds<T>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, P),
+         nullptr, data<int64_t>(label), data<T>(confidence), data<T>(std), data<bool>(positive), negative.data_ptr(),
+         packed},
         N);
   });
   return result;

@@ -43,10 +43,17 @@ struct McSelectBlock {
     const S* const from = a.logits + pass * a.stride_p + row * a.stride_n;
     V* const z = exps + pass * k_count * kExps;
     if constexpr (rows_in_lanes) {
-      T* const lanes = reinterpret_cast<T*>(z);
-      for (int64_t lane = 0; lane < L; ++lane) {
-        const S* const one_row = from + (lane < n_rows ? lane : 0) * a.stride_n;
-        for (int64_t c = 0; c < a.C; ++c) lanes[c * kExps * L + lane] = static_cast<T>(one_row[c]);
+      for (int64_t first = 0; first < a.C; first += L) {
+        const int64_t n = a.C - first < L ? a.C - first : L;
+        V square[L];
+        for (int64_t lane = 0; lane < L; ++lane) {
+          const S* const classes = from + (lane < n_rows ? lane : 0) * a.stride_n + first;
+          // What follows the classes is read too, where there is something, and left alone.
+          square[lane] =
+              classes + L <= a.end ? load_logits(classes, T{}) : load_logits_tail<T>(classes, static_cast<int>(n));
+        }
+        transpose<T>(square);
+        for (int64_t k = 0; k < n; ++k) z[(first + k) * kExps] = square[k];
       }
     } else {
       const int64_t full = a.C / L;

@@ -83,6 +83,33 @@ UPS_HD Vec<T> rotate(Vec<T> v, std::integer_sequence<int, i...>) {
 #endif
 }
 
+// Of two vectors: lane i has a's lane i, or b's lane i - step where bit `step` of i is set; or the other way round,
+// a's lane i + step or b's lane i: the two halves of a step of transpose().
+template <class T, int step, bool upper, int... i>
+UPS_HD Vec<T> merge(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, (i & step ? L + i : i + step)...)
+               : __builtin_shufflevector(a, b, (i & step ? L + i - step : i)...);
+#else
+  return upper ? __builtin_shuffle(a, b, Int<T>{(i & step ? L + i : i + step)...})
+               : __builtin_shuffle(a, b, Int<T>{(i & step ? L + i - step : i)...});
+#endif
+}
+
+// Lane j of vector i changes places with lane i of vector j.
+template <class T, int step = kLanes<T> / 2>
+UPS_HD void transpose(Vec<T>* square) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & step) continue;
+    const Vec<T> a = square[i], b = square[i + step];
+    square[i] = merge<T, step, false>(a, b, lanes);
+    square[i + step] = merge<T, step, true>(a, b, lanes);
+  }
+  if constexpr (step > 1) transpose<T, step / 2>(square);
+}
+
 // The maximum / sum over the lanes, in every lane; in a fixed order.
 template <class T, int step = kLanes<T> / 2>
 UPS_HD Vec<T> lanes_max(Vec<T> v) {

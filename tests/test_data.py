@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ups_fast.data import ImageSet, ResidentImages, load_set, stratified_split
+from ups_fast.policy import Policy
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -36,7 +37,13 @@ def resident(
     channels = images.shape[-1]
     mean = mean or (0.4, 0.5, 0.6)[:channels]
     std = std or (0.2, 0.25, 0.3)[:channels]
-    return ResidentImages(images, mean=mean, std=std, device=device, flip=flip, crop=crop, cutout=cutout)
+    policy = Policy(flip=flip, crop=crop, cutout=cutout)
+    return ResidentImages(images, mean=mean, std=std, device=device, policy=policy)
+
+
+def drawn(data: ResidentImages, index: Tensor, seed: int) -> Tensor:
+    """Each row in another epoch, so that equal indices are augmented apart."""
+    return data.augmented(index, seed=seed, epoch=torch.arange(len(index), device=index.device))
 
 
 def seeded(seed: int, device: str = "cpu") -> torch.Generator:
@@ -128,7 +135,7 @@ def test_clean_only_normalises(device, channels, height, width, index):
 
 def test_without_augmentation_a_batch_is_clean():
     data, index = resident(random_images(5, 8, 8, 3)), torch.tensor([4, 1, 1])
-    assert torch.equal(data.augmented(index, seeded(0)), data.clean(index))
+    assert torch.equal(drawn(data, index, 0), data.clean(index))
 
 
 def candidates(image: Tensor, crop: int, flips: tuple[bool, ...]) -> dict[tuple[bool, int, int], Tensor]:
@@ -143,16 +150,18 @@ def candidates(image: Tensor, crop: int, flips: tuple[bool, ...]) -> dict[tuple[
     return out
 
 
-def ways_taken(data: ResidentImages, batch: int, generator: torch.Generator) -> Tensor:
+def ways_taken(data: ResidentImages, batch: int) -> Tensor:
     """For `batch` draws of each image: bool [ways, images * batch], the flips and crops that give it."""
     n, height, width, channels = data.images.shape
     index = torch.arange(n, device=data.images.device).repeat_interleave(batch)
-    images = data.augmented(index, generator)
+    images = drawn(data, index, 1)
     assert images.shape == (len(index), channels, height, width) and images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
     clean, taken = data.clean(torch.arange(n, device=data.images.device)), []
     for i in range(n):
-        ways = candidates(clean[i], data.crop, (False, True) if data.flip else (False,)).values()
+        ways = candidates(
+            clean[i], data.policy.crop, (False, True) if data.policy.flip else (False,)
+        ).values()
         taken.append(torch.stack([(images[index == i] == way).flatten(1).all(1) for way in ways]))
     return torch.cat(taken, 1).cpu()
 
@@ -164,10 +173,9 @@ def ways_taken(data: ResidentImages, batch: int, generator: torch.Generator) -> 
 )
 def test_flip_and_crop_are_even(device, channels, height, width, crop, flip):
     """Each output is exactly one flip and crop of its own image; every one is drawn, equally often."""
-    generator = seeded(1, device)
     data = resident(random_images(3, height, width, channels), device=device, flip=flip, crop=crop)
     n_ways = (1 + flip) * (2 * crop + 1) ** 2
-    taken = ways_taken(data, 12 * n_ways, generator)
+    taken = ways_taken(data, 12 * n_ways)
     assert (taken.sum(0) == 1).all()
     # Each way is expected 36 times with a standard error of at most 6, and may be 5 of those away.
     assert taken.sum(1).min() > 6 and taken.sum(1).max() < 66
@@ -180,15 +188,14 @@ def test_flip_and_crop_are_even(device, channels, height, width, crop, flip):
 )
 def test_crop_up_to_the_largest(device, channels, height, width, crop, flip):
     """Reflected by almost its own size an image repeats: several crops may be equal, none is foreign."""
-    generator = seeded(1, device)
     data = resident(random_images(3, height, width, channels), device=device, flip=flip, crop=crop)
-    assert ways_taken(data, 40, generator).any(0).all()
+    assert ways_taken(data, 40).any(0).all()
 
 
 def test_images_of_a_batch_draw_apart_from_each_other():
     """One image many times over: all but the few that meet by chance come out different."""
     data = resident(random_images(1, 16, 16, 1), flip=True, crop=4, cutout=8)
-    batch = data.augmented(torch.zeros(256, dtype=torch.int64), seeded(0))
+    batch = drawn(data, torch.zeros(256, dtype=torch.int64), 0)
     assert len({image.numpy().tobytes() for image in batch}) > 240
 
 
@@ -198,10 +205,9 @@ def test_images_of_a_batch_draw_apart_from_each_other():
 )
 def test_cutout_geometry(device, height, width, cutout):
     """Every hole is one of the squares that a loop cuts, and big samples show every one of those."""
-    generator = seeded(2, device)
     data = resident(torch.full((1, height, width, 3), 255, dtype=torch.uint8), device=device, cutout=cutout)
     n_ways = height * width * (cutout // 2 + 1)
-    batch = data.augmented(torch.zeros(40 * n_ways, dtype=torch.int64, device=device), generator).cpu()
+    batch = drawn(data, torch.zeros(40 * n_ways, dtype=torch.int64, device=device), 2).cpu()
     clean = data.clean(torch.zeros(1, dtype=torch.int64, device=device)).cpu()
     hole = (batch == 0).all(1)
     assert torch.equal(
@@ -217,12 +223,12 @@ def test_cutout_geometry(device, height, width, cutout):
                 expected[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = True
                 key = expected.tobytes()
                 weight[key] = weight.get(key, 0) + 1 / (cutout * height * width)
-    drawn: dict[bytes, int] = {}
+    seen: dict[bytes, int] = {}
     for h in hole.numpy():
-        drawn[h.tobytes()] = drawn.get(h.tobytes(), 0) + 1
-    assert set(drawn) <= set(weight)
+        seen[h.tobytes()] = seen.get(h.tobytes(), 0) + 1
+    assert set(seen) <= set(weight)
     for key, p in weight.items():
-        assert abs(drawn.get(key, 0) - p * len(hole)) <= 6 * (p * len(hole)) ** 0.5 + 6
+        assert abs(seen.get(key, 0) - p * len(hole)) <= 6 * (p * len(hole)) ** 0.5 + 6
 
 
 def test_cutout_comes_last():
@@ -231,31 +237,30 @@ def test_cutout_comes_last():
     data = resident(columns, flip=True, crop=3, cutout=6, mean=(0.9,), std=(0.1,))
     clean = data.clean(torch.zeros(1, dtype=torch.int64))[0]
     ways = torch.stack(list(candidates(clean, 3, (False, True)).values()))
-    for image in data.augmented(torch.zeros(64, dtype=torch.int64), seeded(4)):
+    for image in drawn(data, torch.zeros(64, dtype=torch.int64), 4):
         hole = image == 0
         assert ((ways == image) | hole).flatten(1).all(1).any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_generator_alone_decides(device):
+def test_seed_and_epoch_alone_decide(device):
     data = resident(random_images(9, 12, 10, 3), device=device, flip=True, crop=3, cutout=5)
     index = torch.tensor([0, 8, 4, 4, 1], device=device)
-    first = data.augmented(index, seeded(7, device))
+    first = data.augmented(index, seed=7, epoch=0)
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert torch.equal(first, data.augmented(index, seeded(7, device)))
+    assert torch.equal(first, data.augmented(index, seed=7, epoch=0))
     assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, data.augmented(index, seeded(8, device)))
-    generator = seeded(7, device)
-    assert torch.equal(first, data.augmented(index, generator))
-    assert not torch.equal(first, data.augmented(index, generator))  # it goes on, it does not start again
+    assert torch.equal(first[2], first[3])
+    assert not torch.equal(first, data.augmented(index, seed=8, epoch=0))
+    assert not torch.equal(first, data.augmented(index, seed=7, epoch=1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("n", [0, 1])
 def test_small_batches(channels, n):
     data = resident(random_images(2, 8, 8, channels), flip=True, crop=2, cutout=3)
-    batch = data.augmented(torch.zeros(n, dtype=torch.int64), seeded(0))
+    batch = drawn(data, torch.zeros(n, dtype=torch.int64), 0)
     assert batch.shape == (n, channels, 8, 8) and batch.dtype == torch.float32
 
 
@@ -265,7 +270,7 @@ def test_the_stored_images_stay_as_they_were():
     before = wide.clone()
     data = resident(images, flip=True, crop=2, cutout=8)
     assert torch.equal(data.clean(torch.arange(4)), resident(images.clone()).clean(torch.arange(4)))
-    data.augmented(torch.arange(4), seeded(0))
+    drawn(data, torch.arange(4), 0)
     assert torch.equal(wide, before) and torch.equal(data.images, images)
 
 
@@ -274,21 +279,19 @@ def test_no_host_synchronisation():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     data = resident(random_images(4, 8, 8, 3), flip=True, crop=2, cutout=3)
-    generator = seeded(0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         index = torch.zeros(5, dtype=torch.int64)
-        assert data.augmented(index, generator).shape == data.clean(index).shape == (5, 3, 8, 8)
+        assert data.augmented(index, seed=0, epoch=0).shape == data.clean(index).shape == (5, 3, 8, 8)
 
 
 @pytest.mark.gpu
 def test_no_host_synchronisation_on_a_gpu():
-    generator = seeded(0, "cuda")
     data = resident(random_images(4, 8, 8, 3), device="cuda", flip=True, crop=2, cutout=3)
     index = torch.zeros(5, dtype=torch.int64, device="cuda")
-    data.augmented(index, generator)
+    data.augmented(index, seed=0, epoch=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        data.augmented(index, generator)
+        data.augmented(index, seed=0, epoch=0)
         data.clean(index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -299,9 +302,9 @@ def test_no_host_synchronisation_on_a_gpu():
     [
         (torch.zeros(2, 8, 8, 3), {}, TypeError, r"images must be uint8 .* torch.float32 \[2, 8, 8, 3\]"),
         (random_images(2, 8, 8, 1)[..., 0], {}, TypeError, r"images must be uint8 .* \[2, 8, 8\]"),
-        (random_images(2, 8, 9, 1), {"crop": 8}, ValueError, "crop must be .* below .* 8x9, got 8"),
-        (random_images(2, 9, 8, 1), {"crop": -1}, ValueError, "crop must be .*, got -1"),
-        (random_images(2, 8, 8, 1), {"cutout": -2}, ValueError, "cutout must be at least 0, got -2"),
+        (random_images(2, 8, 9, 1), {"crop": 8}, ValueError, "policy.crop must be below the image size 8x9, got 8"),
+        (random_images(2, 9, 8, 1), {"crop": -1}, ValueError, "policy.crop must be .*, got -1"),
+        (random_images(2, 8, 8, 1), {"cutout": -2}, ValueError, "policy.cutout must be .*, got -2"),
         (random_images(2, 8, 8, 3), {"mean": (0.5,)}, ValueError, r"mean and std must have 3 .*\(0.5,\)"),
         (random_images(2, 8, 8, 1), {"std": (0.0,)}, ValueError, r"std must be above 0, got \(0.0,\)"),
         (random_images(2, 8, 8, 1), {"std": (float("nan"),)}, ValueError, r"std must be .*, got \(nan,\)"),

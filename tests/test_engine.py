@@ -11,8 +11,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ups_fast import engine, reference
 from ups_fast.data import ResidentImages
-from ups_fast.engine import Mix, batch_mix, epoch_plan, evaluate, expand, lr_at, set_lr, supervise, train_step
+from ups_fast.engine import (
+    Mix,
+    batch_mix,
+    epoch_plan,
+    evaluate,
+    expand,
+    lr_at,
+    occurrences,
+    set_lr,
+    supervise,
+    train_step,
+)
 from ups_fast.models import build
+from ups_fast.policy import Policy
 from ups_fast.selection import Labelling
 
 
@@ -206,16 +218,17 @@ def test_train_step_against_one_written_out() -> None:
 
 def test_train_step_never_waits_for_the_device() -> None:
     """A fake tensor has no values: reading one on the host, as .item() or `if tensor` do, raises."""
-    with FakeTensorMode():
+    pixels = torch.zeros(20, 8, 8, 1, dtype=torch.uint8)
+    policy = Policy(flip=True, crop=1, cutout=2)
+    images = ResidentImages(pixels, mean=(0.5,), std=(0.5,), device="cpu", policy=policy)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.3)
-        pixels = torch.zeros(20, 8, 8, 1, dtype=torch.uint8)
-        images = ResidentImages(pixels, mean=(0.5,), std=(0.5,), device="cpu", flip=True, crop=1, cutout=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
         positive, target = torch.zeros(12, dtype=torch.bool), torch.zeros(20, dtype=torch.int64)
         negative = torch.zeros(20, 1, dtype=torch.int32)
         for _ in range(2):
             index = torch.zeros(12, dtype=torch.int64)
-            batch = images.augmented(index, torch.Generator())
+            batch = images.augmented(index, seed=0, epoch=0)
             loss = train_step(model, optimizer, batch, target[index], positive, negative[index])
         assert loss.shape == ()
         with pytest.raises(DataDependentOutputException):
@@ -236,7 +249,7 @@ class Reader(nn.Module):
 
 def evaluate_pixels(pixels: list[int], labels: list[int]) -> engine.Evaluation:
     images = torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 1, 1)
-    resident = ResidentImages(images, mean=(0.0,), std=(1.0,), device="cpu", flip=False, crop=0, cutout=0)
+    resident = ResidentImages(images, mean=(0.0,), std=(1.0,), device="cpu")
     return evaluate(Reader(), resident, torch.tensor(labels, dtype=torch.int64), batch_size=3)
 
 
@@ -251,7 +264,9 @@ def test_evaluate_is_without_dropout_and_leaves_the_model_training() -> None:
     torch.manual_seed(0)
     model = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.5).train()
     pixels = torch.randint(0, 256, (9, 8, 8, 1), generator=generator()).to(torch.uint8)
-    images = ResidentImages(pixels, mean=(0.5,), std=(0.5,), device="cpu", flip=True, crop=1, cutout=2)
+    images = ResidentImages(
+        pixels, mean=(0.5,), std=(0.5,), device="cpu", policy=Policy(flip=True, crop=1, cutout=2)
+    )
     first, second = (evaluate(model, images, torch.zeros(9, dtype=torch.int64)) for _ in range(2))
     assert torch.equal(first.confidence, second.confidence)
     assert model.training
@@ -259,3 +274,14 @@ def test_evaluate_is_without_dropout_and_leaves_the_model_training() -> None:
         probability = torch.softmax(model.eval()(images.clean(torch.arange(9))), dim=1)
     assert torch.allclose(first.confidence, probability.max(dim=1).values, atol=1e-6)
     assert torch.equal(first.correct, probability.argmax(dim=1) == 0)
+
+
+def test_occurrences_count_what_came_before() -> None:
+    plan = torch.tensor([[5, 2, 5], [5, 7, 2], [2, 5, 0]])
+    assert occurrences(plan).tolist() == [[0, 0, 1], [2, 0, 1], [2, 3, 0]]
+    assert occurrences(torch.zeros(0, 4, dtype=torch.int64)).shape == (0, 4)
+    long = torch.randint(0, 50, (40, 30), generator=generator())
+    seen: dict[int, int] = {}
+    for sample, count in zip(long.flatten().tolist(), occurrences(long).flatten().tolist(), strict=True):
+        assert count == seen.get(sample, 0)
+        seen[sample] = count + 1

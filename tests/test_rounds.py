@@ -162,7 +162,7 @@ def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
     assert not model.training
     mean, std = model.mean, model.std
     train, test = (
-        ResidentImages(images, mean=mean, std=std, device="cpu", flip=False, crop=0, cutout=0)
+        ResidentImages(images, mean=mean, std=std, device="cpu")
         for images in (data.train_images, data.test_images)
     )
     again = label(
@@ -271,11 +271,20 @@ def test_every_epoch_and_step_has_random_numbers_of_its_own(
         asked.append((seed, *path))
         return derive(seed, *path)
 
+    drawn: list[tuple[int, int, int]] = []  # seed, epoch and sample of each augmented image
+    augmented = ResidentImages.augmented
+
+    def watched(self: ResidentImages, index: torch.Tensor, *, seed: int, epoch: torch.Tensor) -> torch.Tensor:
+        drawn.extend(zip([seed] * len(index), epoch.tolist(), index.tolist(), strict=True))
+        return augmented(self, index, seed=seed, epoch=epoch)
+
     monkeypatch.setattr(rounds, "derive", recorded)
+    monkeypatch.setattr(ResidentImages, "augmented", watched)
     run(tiny_config(tmp_path, seed=5, train__rounds=1, train__first_batch_size=2, train__first_epochs=4))
     assert len(set(asked)) == len(asked), "no stream is drawn twice"
-    steps = [(5, "augment", 0, epoch, step) for epoch in range(4) for step in range(3)]
-    assert [path for path in asked if path[1] == "augment"] == steps
+    assert [path for path in asked if path[1] == "augment"] == [(5, "augment", 0)]
+    assert len(set(drawn)) == len(drawn) == 4 * 3 * 2, "no image is augmented twice by the same numbers"
+    assert [epoch & 0xFFFFF for _, epoch, _ in drawn] == [epoch for epoch in range(4) for _ in range(6)]
     assert {(5, "epoch", 0, epoch) for epoch in range(4)} < set(asked)
     # The seed that dropout's generator was last given.
     dropout = [derive(5, "dropout", 0, epoch) for epoch in range(4) for step in range(3)]

@@ -31,7 +31,7 @@ INF = math.inf
 def resident(images: Tensor) -> ResidentImages:
     channels = images.shape[3]
     mean, std = (0.0,) * channels, (1.0,) * channels
-    return ResidentImages(images, mean=mean, std=std, device="cpu", flip=False, crop=0, cutout=0)
+    return ResidentImages(images, mean=mean, std=std, device="cpu")
 
 
 class Scripted(nn.Module):
@@ -185,9 +185,9 @@ def test_labelling_is_never_in_bfloat16(net: nn.Module, images: ResidentImages) 
 
 def test_labelling_and_balance_never_wait_for_the_device() -> None:
     """A fake tensor has no values: reading one on the host, as .item() or `if tensor` do, raises."""
-    with FakeTensorMode():
+    images = resident(torch.zeros(9, 8, 8, 1, dtype=torch.uint8))
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = build("wrn-10-1", n_classes=40, channels=1, size=8, dropout=0.3)
-        images = resident(torch.zeros(9, 8, 8, 1, dtype=torch.uint8))
         got = label(model, images, torch.arange(9), passes=3, batch_size=4, balanced=True)
     assert got.positive.shape == (9,) and got.negative.shape == (9, 2)
 

@@ -106,6 +106,19 @@ def epoch_plan(positives: Tensor, negatives: Tensor, mix: Mix, generator: torch.
     return torch.cat(rows, dim=1)
 
 
+def occurrences(plan: Tensor) -> Tensor:
+    """How often each sample of an epoch's plan has come before: of the same shape, 0 for the first time.
+
+    An expanded list brings a sample several times an epoch: counted apart, each is augmented in another way.
+    """
+    flat = plan.flatten()
+    order = flat.argsort(stable=True)
+    ordered = flat[order]
+    counts = torch.empty_like(flat)
+    counts[order] = torch.arange(len(flat), device=flat.device) - torch.searchsorted(ordered, ordered)
+    return counts.view(plan.shape)
+
+
 def _shuffled(group: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` samples of `group` [n] in the order of as many permutations as that takes."""
     if count == 0:

@@ -40,13 +40,18 @@ from ups_fast.engine import (
     epoch_plan,
     evaluate,
     lr_at,
+    occurrences,
     set_lr,
     supervise,
     train_step,
 )
+from ups_fast.policy import Policy
 from ups_fast.seeds import derive
 from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
 
+EPOCH_BITS = (
+    20  # of the number by which an image's augmentation is drawn; above them, how often it came before
+)
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 
 
@@ -105,11 +110,9 @@ class _Run:
         }
         rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
-        augment = cfg.data
-        self.train_images = resident(
-            data.train_images, flip=augment.flip, crop=augment.crop, cutout=augment.cutout
-        )
-        self.test_images = resident(data.test_images, flip=False, crop=0, cutout=0)
+        policy = Policy(flip=cfg.data.flip, crop=cfg.data.crop, cutout=cfg.data.cutout)
+        self.train_images = resident(data.train_images, policy=policy)
+        self.test_images = resident(data.test_images)
         self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
@@ -145,7 +148,7 @@ class _Run:
             self._say(f"round {state.round}: {mix.note}")
         total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
         positive = mix.positive(self.device)
-        augment = torch.Generator(self.device)
+        seed = self._seed("augment")
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
         model, optimizer = self._network()
@@ -153,6 +156,7 @@ class _Run:
         while state.epoch < epochs:
             before = state.epoch * mix.steps
             plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
+            draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
             plan = plan.to(self.device)
             if state.step == 0:
                 torch.manual_seed(self._seed("dropout", state.epoch))
@@ -160,9 +164,8 @@ class _Run:
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup)
                 set_lr(optimizer, lr)
-                augment.manual_seed(self._seed("augment", state.epoch, step))
                 index = plan[step]
-                images = self.train_images.augmented(index, augment)
+                images = self.train_images.augmented(index, seed=seed, epoch=draw[step])
                 target, negative = told.target[index], told.negative[index]
                 state.loss += train_step(model, optimizer, images, target, positive, negative)
                 state.step = step + 1

@@ -63,10 +63,18 @@ def test_help_explains_every_key_in_80_columns(capsys):
         ([DIGITS, "--seed=1"], "unrecognized arguments: --seed=1; keys are written as key=value"),
         ([DIGITS, "sed=1"], "unknown key 'sed' (did you mean seed?)"),
         ([DIGITS, "select.tau_n=0.8"], "select.tau_n must not exceed select.tau_p"),
-        ([DIGITS, "data.n_labels=41"], "n_labels must be a positive multiple of the 10 classes, got 41"),
+        (
+            [DIGITS, "data.n_labels=41"],
+            "error: data.n_labels: n_labels must be a positive multiple of the 10 classes, got 41",
+        ),
         ([DIGITS, "data.n_labels=5000"], "n_labels must be at most the 1437 training images, got 5000"),
-        ([DIGITS, "model.name=cnn13"], "12"),
-        ([DIGITS, "model.name=vgg"], "vgg"),
+        ([DIGITS, "data.crop=8"], "error: data.crop: crop must be at least 0 and below the image size 8x8"),
+        ([DIGITS, "model.name=cnn13"], "error: model.name: size: cnn13 needs images from 12x12, got 8x8"),
+        ([DIGITS, "model.name=vgg"], "error: model.name: model name must be 'cnn13' or 'wrn-d-k'"),
+        ([DIGITS, "model.name=wrn-11-2"], "error: model.name: depth of a WRN must be 6n + 4"),
+        ([DIGITS, "model.name=wrn-1000002-2"], "depth at most 1000 and width in [1, 100], got 1000002 and 2"),
+        ([DIGITS, "model.name=wrn-10-100000"], "depth at most 1000 and width in [1, 100], got 10 and 100000"),
+        ([DIGITS, f"run_dir={'x' * 300}"], "could not be written: File name too long"),
         ([DIGITS, "data.name=npz", "data.n_labels=0", "data.root=missing.npz"], "missing.npz"),
     ],
 )
@@ -78,7 +86,15 @@ def test_what_the_user_can_mend_is_one_sentence(capsys, monkeypatch, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA is full")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        torch.OutOfMemoryError("CUDA is full"),
+        MemoryError("Unable to allocate 9 EiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
 )
 def test_a_full_machine_is_one_sentence(capsys, monkeypatch, error):
     monkeypatch.setattr(rounds, "run", lambda *_, **__: (_ for _ in ()).throw(error))

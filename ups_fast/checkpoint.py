@@ -93,7 +93,9 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     Raises RunFolderError: it is not a folder, holds files but no run, is in use by another process, or its
     config.yaml contradicts `config` in more than FREE_KEYS.
     """
-    if folder.exists() and not folder.is_dir():
+    with writing(folder):  # a name may be too long
+        there = folder.exists()
+    if there and not folder.is_dir():
         raise RunFolderError(f"run_dir must be a folder, but {folder} is a file")
     known = folder / CONFIG
     if not known.exists() and any(not _is_ours(path) for path in folder.glob("*")):

@@ -103,14 +103,17 @@ class _Run:
             "mean": data.mean,
             "std": data.std,
         }
-        rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        with _blame("model.name"):
+            rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
         augment = cfg.data
-        self.train_images = resident(
-            data.train_images, flip=augment.flip, crop=augment.crop, cutout=augment.cutout
-        )
+        with _blame("data.crop"):
+            self.train_images = resident(
+                data.train_images, flip=augment.flip, crop=augment.crop, cutout=augment.cutout
+            )
         self.test_images = resident(data.test_images, flip=False, crop=0, cutout=0)
-        self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
+        with _blame("data.n_labels"):
+            self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
 
@@ -337,6 +340,15 @@ class _Run:
 
     def _stream(self, stream: str, *path: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(stream, *path))
+
+
+@contextmanager
+def _blame(key: str) -> Iterator[None]:
+    """Says which key of the config led to a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:

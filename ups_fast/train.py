@@ -53,8 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: lower train.batch_size or select.batch_size: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
+            raise
+        advice = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
+        print(f"error: memory is used up: {advice} ({text or 'no more is known'})", file=sys.stderr)
         return 2
     return 0
 

@@ -112,6 +112,29 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         train.main([DIGITS])
 
 
+def test_a_report_that_cannot_be_written_says_that_the_run_is_complete(capsys, tmp_path):
+    folder = tmp_path / "run"
+    words = [DIGITS, *TINY, "train.rounds=1", f"run_dir={folder}"]
+    assert train.main(words) == 0
+    (folder / "pseudo_labels.csv").unlink()
+    (folder / "pseudo_labels.csv").mkdir()
+    capsys.readouterr()
+    said = refusal(capsys, *words)
+    assert (
+        "the run is complete, but its report is not" in said and "the same command makes the report" in said
+    )
+
+
+def test_ctrl_c_while_torch_is_imported_is_quiet():
+    process = start(DIGITS)
+    libraries = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in libraries.read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

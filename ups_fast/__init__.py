@@ -14,7 +14,7 @@ try:
     from .ops import backend, mc_select, nce_loss, ups_loss
     from .reference import Selection
 except KeyboardInterrupt:
-    if sys.argv[0] == "-m":  # `python -m ups_fast.train` is on its way, and torch takes its time
+    if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
         sys.exit(130)
     raise
 

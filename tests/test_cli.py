@@ -63,10 +63,18 @@ def test_help_explains_every_key_in_80_columns(capsys):
         ([DIGITS, "--seed=1"], "unrecognized arguments: --seed=1; keys are written as key=value"),
         ([DIGITS, "sed=1"], "unknown key 'sed' (did you mean seed?)"),
         ([DIGITS, "select.tau_n=0.8"], "select.tau_n must not exceed select.tau_p"),
-        ([DIGITS, "data.n_labels=41"], "n_labels must be a positive multiple of the 10 classes, got 41"),
+        (
+            [DIGITS, "data.n_labels=41"],
+            "error: data.n_labels: n_labels must be a positive multiple of the 10 classes, got 41",
+        ),
         ([DIGITS, "data.n_labels=5000"], "n_labels must be at most the 1437 training images, got 5000"),
-        ([DIGITS, "model.name=cnn13"], "12"),
-        ([DIGITS, "model.name=vgg"], "vgg"),
+        ([DIGITS, "data.crop=8"], "error: data.crop: policy.crop must be below the image size 8x8"),
+        ([DIGITS, "model.name=cnn13"], "error: model.name: size: cnn13 needs images from 12x12, got 8x8"),
+        ([DIGITS, "model.name=vgg"], "error: model.name: model name must be 'cnn13' or 'wrn-d-k'"),
+        ([DIGITS, "model.name=wrn-11-2"], "error: model.name: depth of a WRN must be 6n + 4"),
+        ([DIGITS, "model.name=wrn-1000002-2"], "depth at most 1000 and width in [1, 100], got 1000002 and 2"),
+        ([DIGITS, "model.name=wrn-10-100000"], "depth at most 1000 and width in [1, 100], got 10 and 100000"),
+        ([DIGITS, f"run_dir={'x' * 300}"], "could not be written: File name too long"),
         ([DIGITS, "data.name=npz", "data.n_labels=0", "data.root=missing.npz"], "missing.npz"),
     ],
 )
@@ -78,7 +86,15 @@ def test_what_the_user_can_mend_is_one_sentence(capsys, monkeypatch, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA is full")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        torch.OutOfMemoryError("CUDA is full"),
+        MemoryError("Unable to allocate 9 EiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
 )
 def test_a_full_machine_is_one_sentence(capsys, monkeypatch, error):
     monkeypatch.setattr(rounds, "run", lambda *_, **__: (_ for _ in ()).throw(error))
@@ -94,6 +110,29 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(data, "load_set", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         train.main([DIGITS])
+
+
+def test_a_report_that_cannot_be_written_says_that_the_run_is_complete(capsys, tmp_path):
+    folder = tmp_path / "run"
+    words = [DIGITS, *TINY, "train.rounds=1", f"run_dir={folder}"]
+    assert train.main(words) == 0
+    (folder / "pseudo_labels.csv").unlink()
+    (folder / "pseudo_labels.csv").mkdir()
+    capsys.readouterr()
+    said = refusal(capsys, *words)
+    assert (
+        "the run is complete, but its report is not" in said and "the same command makes the report" in said
+    )
+
+
+def test_ctrl_c_while_torch_is_imported_is_quiet():
+    process = start(DIGITS)
+    libraries = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in libraries.read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):

@@ -637,7 +637,7 @@ def u8(*shape: int) -> np.ndarray:
     [
         ({"x_test": None, "y_test": None}, r"lacks x_test, y_test; it has x_labeled, y_labeled, x_unlabeled"),
         ({"y_unlabelled": np.zeros(5, int)}, r"has y_unlabelled; known arrays are x_.* and y_unlabeled$"),
-        ({"x_test": np.array([None, 1, 2, 3])}, r"\.npz' at x_test: .*llow_pickle"),
+        ({"x_test": np.array([None, 1, 2, 3])}, r"\.npz' at x_test: it holds Python objects$"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.float32)}, r"^x_labeled must be .* float32 \[6, 8, 9, 3\]"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.int8)}, r"^x_labeled must be uint8 .* int8 \[6, 8, 9, 3\]"),
         ({"x_unlabeled": u8(5, 8, 9, 4)}, r"^x_unlabeled must be uint8 .*, got uint8 \[5, 8, 9, 4\]"),
@@ -655,7 +655,7 @@ def u8(*shape: int) -> np.ndarray:
         ({"y_labeled": np.zeros(5, int)}, r"^y_labeled must have one label .* of x_labeled, got 5 for 6"),
         ({"y_unlabeled": np.zeros(6, int)}, r"^y_unlabeled must have one .* x_unlabeled, got 6 for 5"),
         ({"y_labeled": np.array([0, 1, -1, 1, 0, 0])}, r"^y_labeled must be at least 0, got -1"),
-        ({"y_labeled": np.array([0, 1, 2, 1, 0, 2**64 - 1], np.uint64)}, r"^y_labeled must be at least 0"),
+        ({"y_labeled": np.array([0, 1, 2, 1, 0, 2**64 - 1], np.uint64)}, r"most .*, got 18446744073709551615$"),
         ({"y_test": np.array([0, 1, -1, 1])}, r"^y_test must be at least 0, got -1"),
         ({"y_unlabeled": np.array([0, 1, -2, 1, 0])}, r"^y_unlabeled must be at least -1, got -2"),
         ({"y_labeled": np.array([0, 1, 3, 1, 0, 5])}, r"every class of 0\.\.5, got none of class 2, 4$"),
@@ -689,5 +689,6 @@ def test_npz_that_is_no_npz(content, tmp_path):
         path.write_bytes({**contents, "cut": bytes(whole[:900]), "flipped": bytes(whole)}[content])
     with pytest.raises(
         ValueError, match=r"^data\.root must be an \.npz file of plain arrays, got '.*mine\.npz'"
-    ):
+    ) as caught:
         load_set("npz", str(path))
+    assert "allow_pickle" not in str(caught.value)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import ups_fast
 from ups_fast import reference
@@ -281,6 +282,61 @@ def test_second_derivative_is_refused():
         d_logits.sum().backward()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forward_mode_and_torch_func_agree_with_the_reference(dtype, compiled):
+    logits, target, positive, negative = batch(9, 5, dtype=dtype)
+    tangent = batch(9, 5, dtype=dtype, seed=1)[0]
+
+    def transforms(module):
+        losses = [lambda z, r=r: module.nce_loss(z, negative, reduction=r) for r in ("none", "mean", "sum")]
+        losses.append(lambda z: module.ups_loss(z, target, positive, negative))
+        return lambda z, t: [
+            *(torch.func.jvp(loss, (z,), (t,)) for loss in losses),
+            *(torch.func.grad(loss)(z) for loss in losses[1:]),
+        ]
+
+    fused = torch.compile(transforms(ups_fast)) if compiled else transforms(ups_fast)
+    want = transforms(reference)(logits.double(), tangent.double())
+    step = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
+    torch.testing.assert_close(fused(logits, tangent), want, rtol=step, atol=step, check_dtype=False)
+
+
+def test_gradients_of_each_sample():
+    logits, target, positive, negative = batch(6, 5, dtype=torch.float64)
+    args = logits.view(2, 3, 5), target.view(2, 3), positive.view(2, 3), negative.view(2, 3, 5)
+    got = torch.func.vmap(torch.func.grad(ups_fast.ups_loss))(*args)
+    one_by_one = [torch.func.grad(reference.ups_loss)(*parts) for parts in zip(*args, strict=True)]
+    torch.testing.assert_close(got, torch.stack(one_by_one))
+
+
+def test_dual_numbers():
+    logits, target, positive, negative = batch(6, 5, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, logits)
+        for name, rest in (("nce_loss", (negative,)), ("ups_loss", (target, positive, negative))):
+            got, want = (getattr(module, name)(dual, *rest) for module in (ups_fast, reference))
+            torch.testing.assert_close(*(forward_ad.unpack_dual(loss).tangent for loss in (got, want)))
+
+
+def test_second_derivative_is_refused_in_every_mode():
+    logits, _, _, negative = batch(4, 5)
+
+    def loss(z):
+        return ups_fast.nce_loss(z, negative)
+
+    def gradient(z):
+        return torch.func.grad(loss)(z)
+
+    for second in (
+        lambda: torch.func.jacrev(gradient)(logits),
+        lambda: torch.func.jvp(gradient, (logits,), (logits,)),
+        lambda: torch.func.grad(lambda z: torch.func.jvp(loss, (z,), (z,))[1])(logits),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            second()
+
+
 Z, M = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool)
 T, P = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
 BAD = [
@@ -305,6 +361,9 @@ BAD = [
         "reduction must be 'mean', 'sum' or 'none', got 'avg'",
     ),
     ("nce_loss", (Z, M.to("meta")), {}, ValueError, "mask must be on the logits' device cpu, got meta"),
+    ("nce_loss", (Z.to_sparse(), M), {}, TypeError, "logits must be a dense tensor .* got layout sparse_coo"),
+    ("nce_loss", (Z, M.to_sparse()), {}, TypeError, "mask must be a dense tensor .* got layout sparse_coo"),
+    ("ups_loss", (Z, T.to_sparse(), P, M), {}, TypeError, "target must be a dense tensor .* got layout"),
     ("ups_loss", (Z, T.int(), P, M), {}, TypeError, "target must be int64, got int32"),
     ("ups_loss", (Z, T[:2], P, M), {}, ValueError, "target must have 3 rows"),
     ("ups_loss", (Z, T, P.float(), M), {}, TypeError, "positive must be bool, got float32"),

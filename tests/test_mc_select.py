@@ -234,6 +234,9 @@ def test_no_gradient_and_no_change_of_input():
     before = z.detach().clone()
     got = ups_fast.mc_select(z)
     assert not got.confidence.requires_grad and torch.equal(z.detach(), before)
+    for function in (ups_fast.mc_select, reference.mc_select):
+        _, tangent = torch.func.jvp(lambda z, f=function: f(z).confidence, (before,), (before,))
+        assert not tangent.any()
 
 
 BAD = [
@@ -252,6 +255,9 @@ BAD = [
     ({"kappa_p": nan}, ValueError, r"kappa_p must lie in \[0.0, inf\], got nan"),
     ({"kappa_n": -1.0}, ValueError, "kappa_n must lie in"),
     ({"temp_nl": 0.0}, ValueError, "temp_nl must lie in"),
+    ({"tau_p": 10**400}, ValueError, r"tau_p must lie in \[0.0, 1.0\], got a number that no float holds"),
+    ({"kappa_p": 10**5000}, ValueError, "kappa_p must lie in .* got a number that no float holds"),
+    ({"logits": torch.zeros(2, 3, 4).to_sparse()}, TypeError, "dense tensor .* got layout sparse_coo"),
     ({"temp_nl": "2"}, TypeError, "temp_nl must be a number, got str"),
 ]
 
@@ -261,6 +267,13 @@ def test_bad_arguments(arguments, error, sentence):
     for function in (ups_fast.mc_select, reference.mc_select):
         with pytest.raises(error, match=sentence):
             function(**{"logits": torch.zeros(2, 3, 4), **arguments})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("p", [2, 10])
+def test_no_samples_are_no_reason_to_warn(p):
+    for function in (ups_fast.mc_select, reference.mc_select):
+        assert function(torch.zeros(p, 0, 4)).std.shape == (0,)
 
 
 def test_reference_matches_oracle():

@@ -247,6 +247,20 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoint.pt").exists(), "not even this step was waited for"
 
 
+def test_a_signal_that_the_parent_ignores_stays_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with rounds._stop_signal(Console(file=io.StringIO())) as stop:
+            interrupt()
+            assert not stop.is_set() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            terminate()
+            assert stop.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_are_given_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     rounds.run(settings(tmp_path, train__rounds=1), tiny_set(), console=Console(file=io.StringIO()))
@@ -378,6 +392,59 @@ def test_a_damaged_or_foreign_checkpoint(
     assert str(file) in refused(folder, sentence)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"round": "a"}, "a part or its type"),
+        ({"round": True}, "round, epoch or step"),
+        ({"step": -1}, "round, epoch or step"),
+        ({"round": 2}, "rows"),
+        ({"rows": [{}]}, "a part or its type"),
+        ({"rows": None}, "a part or its type"),
+        ({"labelling": None}, "labelling"),
+        ({"labelling": {"index": torch.zeros(3)}}, "a part or its type"),
+        ({"unlabeled": torch.arange(3)}, "labelling"),
+        ({"labeled": torch.zeros(3)}, "labeled or unlabeled"),
+        ({"labeled": "abc"}, "a part or its type"),
+        ({"seconds": float("nan")}, "seconds or loss"),
+        ({"loss": 0.5}, "a part or its type"),
+        ({"optimizer": None}, "model or optimizer"),
+        ({"model": None, "optimizer": None}, "model or optimizer"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself(
+    changes: dict[str, Any], wrong: str, killed: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
+    state = checkpoint.load_checkpoint(folder)
+    assert state is not None
+    checkpoint.save_checkpoint(folder, replace(state, **changes))
+    refused(folder, f"{wrong} cannot be right; move it away to start over")
+
+
+def test_a_checkpoint_beyond_the_last_round(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    state = checkpoint.load_checkpoint(folder)
+    assert state is not None
+    n = state.round
+    checkpoint.save_checkpoint(folder, replace(state, round=n + 1, rows=[*state.rows, {"round": n}]))
+    refused(folder, f"stands in round {n + 1}, epoch 0, which this config does not have")
+
+
+def test_a_finished_run_makes_its_files_again_but_for_the_network(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    lost = ("selection.npz", "split.npz", "metrics.jsonl", "model.safetensors")
+    for name in lost:
+        (folder / name).unlink()
+    console = Console(file=io.StringIO(), width=1000)
+    rounds.run(settings(folder, checkpoint_seconds=RARELY), tiny_set(), console=console)
+    for name in lost[:-1]:
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert "model.safetensors is gone, and only a new run can make it again" in console.file.getvalue()
+
+
 def test_another_config(killed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
     sentence = refused(folder, "another config", train__lr=0.1, select__tau_p=0.9)
@@ -393,6 +460,12 @@ def test_a_config_that_lacks_a_key_or_cannot_be_read(killed: Path, tmp_path: Pat
     assert "train.lr is 0.05 and was absent" in refused(folder, "another config")
     (folder / "config.yaml").write_text("{[")
     refused(folder, "config.yaml is damaged")
+    (folder / "config.yaml").write_text("- 1\n- 2\n")
+    refused(folder, r"config.yaml is damaged: it is not a mapping")
+    (folder / "config.yaml").write_text("")
+    refused(folder, r"its config\.yaml, which says of which run, is gone or has no keys: put it back")
+    (folder / "config.yaml").unlink()
+    refused(folder, r"its config\.yaml, which says of which run, is gone or has no keys: put it back")
 
 
 def test_where_and_how_often_may_change(killed: Path, tmp_path: Path, uninterrupted: Path) -> None:
@@ -448,8 +521,22 @@ def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
         load_model(tmp_path)
     folder = shutil.copytree(killed, tmp_path / "run")
     file = folder / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors holds no trained network: it is a file"):
+        load_model(file)
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
+        load_model(folder, "gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device=cuda needs a GPU"):
+            load_model(folder, device=torch.device("cuda"))
     whole = file.read_bytes()
-    assert not load_model(folder).training
+    model = load_model(folder)
+    assert not model.training
+    about = {"model": asdict(settings(folder).model), "size": model.size, "classes": model.classes}
+    checkpoint.save_model(folder, model, {**about, "channels": model.channels, "std": model.std})
+    with pytest.raises(
+        RunFolderError, match=r"is damaged or no network of ups_fast: its metadata lack 'mean'"
+    ):
+        load_model(folder)
     for damage in (truncated, lambda content: b"", foreign):
         file.write_bytes(damage(whole))
         with pytest.raises(RunFolderError, match=r"model\.safetensors is damaged"):

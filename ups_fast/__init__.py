@@ -6,12 +6,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from . import reference
-from .ops import augment, augment_plan, backend, mc_select, nce_loss, ups_loss
-from .policy import AugmentPlan, Policy
-from .reference import Selection
+try:
+    from . import reference
+    from .ops import augment, augment_plan, backend, mc_select, nce_loss, ups_loss
+    from .policy import AugmentPlan, Policy
+    from .reference import Selection
+except KeyboardInterrupt:
+    if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
+        sys.exit(130)
+    raise
 
 __version__ = "0.1.0"
 __all__ = [

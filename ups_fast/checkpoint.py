@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ups_fast.config import pick_device
 from ups_fast.data import ImageSet
 from ups_fast.models import build
+from ups_fast.selection import Labelling
 
 CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
 # What may change when a run goes on: where it runs, and where its (fingerprinted) data lie.
@@ -93,11 +96,13 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     Raises RunFolderError: it is not a folder, holds files but no run, is in use by another process, or its
     config.yaml contradicts `config` in more than FREE_KEYS.
     """
-    if folder.exists() and not folder.is_dir():
+    with writing(folder):  # a name may be too long
+        there = folder.exists()
+    if there and not folder.is_dir():
         raise RunFolderError(f"run_dir must be a folder, but {folder} is a file")
     known = folder / CONFIG
     if not known.exists() and any(not _is_ours(path) for path in folder.glob("*")):
-        raise RunFolderError(f"run_dir={folder} holds files but no run of ups_fast: choose another folder")
+        raise _no_run(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "ab")  # noqa: SIM115 (closed by the with that follows)
@@ -122,16 +127,25 @@ def _is_ours(path: Path) -> bool:
     return path in (path.with_name(LOCK), _tmp(path.with_name(CONFIG)))
 
 
+def _no_run(folder: Path) -> RunFolderError:
+    if not (folder / CHECKPOINT).exists():
+        return RunFolderError(f"run_dir={folder} holds files but no run of ups_fast: choose another folder")
+    return RunFolderError(
+        f"run_dir={folder} has a {CHECKPOINT}, but its {CONFIG}, which says of which run, is gone or has no keys: "
+        "put it back, or choose another folder"
+    )
+
+
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     try:
-        there = dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
+        tree = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:
         raise RunFolderError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    here = dict(_flat(config))
+    if not isinstance(tree, dict):
+        raise RunFolderError(f"{path} is damaged: it is not a mapping of keys to values")
+    here, there = dict(_flat(config)), dict(_flat(tree))
     if not here.keys() & there.keys():
-        raise RunFolderError(
-            f"run_dir={path.parent} holds files but no run of ups_fast: choose another folder"
-        )
+        raise _no_run(path.parent)
     differing = [
         f"{key} is {here.get(key, 'absent')} and was {there.get(key, 'absent')}"
         for key in {**here, **there}
@@ -194,7 +208,8 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint of `folder`, on the host; None where there is none yet.
 
-    Raises RunFolderError where it is damaged (check sums are compared), foreign or of another version.
+    Raises RunFolderError where it is damaged (check sums are compared), foreign, of another version, or where its
+    parts contradict each other.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -212,11 +227,36 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     if (version := content.pop("version", None)) != VERSION:
         raise RunFolderError(f"{path} has version {version}, but this ups_fast reads version {VERSION}")
     try:
-        return Checkpoint(**content)
-    except TypeError as error:
+        state = Checkpoint(**content)
+        wrong = _misfit(state)
+    except Exception:  # as above
+        wrong = "a part or its type"
+    if wrong:
         raise RunFolderError(
-            f"{path} does not hold what a checkpoint holds; move it away to start over"
-        ) from error
+            f"{path} is no state of a run: {wrong} cannot be right; move it away to start over"
+        )
+    return state
+
+
+def _misfit(state: Checkpoint) -> str:
+    """The first parts of a checkpoint that do not fit the others; "" if all do. A wrong type may raise anything."""
+    counts = state.round, state.epoch, state.step
+    tables = vars(Labelling(**state.labelling)).values() if state.labelling else ()
+    fits = {
+        "round, epoch or step": all(type(count) is int and count >= 0 for count in counts),
+        "seconds or loss": math.isfinite(state.seconds) and state.loss.ndim == 0,
+        "train_loss": math.isfinite(state.train_loss or 0),
+        "labeled or unlabeled": all(
+            x.dtype == torch.int64 and x.ndim == 1 for x in (state.labeled, state.unlabeled)
+        ),
+        "rows": [row["round"] for row in state.rows] == list(range(len(state.rows)))
+        and len(state.rows) == state.round,
+        "labelling": bool(tables) == (state.round > 0)
+        and all(len(x) == len(state.unlabeled) for x in tables),
+        "model or optimizer": bool(state.model) == bool(state.optimizer)
+        and (bool(state.model) or state.epoch == state.step == 0),
+    }
+    return next((parts for parts, fit in fits.items() if not fit), "")
 
 
 def rebuild(about: Mapping[str, Any]) -> nn.Module:
@@ -237,11 +277,16 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
     It takes float32 [B, channels, H, W], pixels normalised as (pixel / 255 - mean) / std, and returns logits
     [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), mean, std.
 
-    Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged.
+    device  as in a config: auto, cpu, cuda or cuda:N
+
+    Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged, ValueError where
+    there is no such device.
     """
+    device = pick_device(str(device))
     path = Path(run_dir) / MODEL
     if not path.exists():
         why = f"it has no {MODEL}" if path.parent.is_dir() else "there is no such folder"
+        why = "it is a file" if path.parent.is_file() else why
         raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -249,8 +294,9 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = rebuild(about)
         model.load_state_dict(weights)
+        for name in ("classes", "channels", "size", "mean", "std"):
+            setattr(model, name, about[name])
     except Exception as error:  # whatever a stranger's bytes may cause
-        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {error}") from error
-    for name in ("classes", "channels", "size", "mean", "std"):
-        setattr(model, name, about[name])
+        why = f"its metadata lack {error}" if isinstance(error, KeyError) else str(error)
+        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {why}") from error
     return model.to(device).eval()

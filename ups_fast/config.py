@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -40,7 +41,7 @@ class DataConfig:
     flip: bool = _key(False, "Mirror half of the training images left to right.")
     crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, inf]")
     cutout: int = _key(
-        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, inf]"
+        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, 10000]"
     )
 
 
@@ -66,12 +67,12 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    rounds: int = _key(6, "Rounds in all; round 0 learns from the labels alone.", within="[1, inf]")
-    epochs: int = _key(30, "Epochs in each round.", within="[1, inf]")
-    batch_size: int = _key(128, "Images in a batch.", within="[1, inf]")
-    first_epochs: int = _key(0, "Epochs in round 0; 0 means as many as train.epochs.", within="[0, inf]")
+    rounds: int = _key(6, "Rounds in all; round 0 learns from the labels alone.", within="[1, 10000]")
+    epochs: int = _key(30, "Epochs in each round.", within="[1, 1000000]")
+    batch_size: int = _key(128, "Images in a batch.", within="[1, 1000000]")
+    first_epochs: int = _key(0, "Epochs in round 0; 0 means as many as train.epochs.", within="[0, 1000000]")
     first_batch_size: int = _key(
-        0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, inf]"
+        0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, 1000000]"
     )
     lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, inf)")
     momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
@@ -93,12 +94,14 @@ class SelectConfig:
     passes: int = _key(
         10,
         "Passes with dropout over each image; 1 switches uncertainty off (both kappas inf).",
-        within="[1, inf]",
+        within="[1, 10000]",
     )
     balance_rounds: int = _key(
         0, "How many of the first rounds cut their positives to equal numbers per class.", within="[0, inf]"
     )
-    batch_size: int = _key(512, "Images in a labelling batch; affects memory and speed.", within="[1, inf]")
+    batch_size: int = _key(
+        512, "Images in a labelling batch; affects memory and speed.", within="[1, 1000000]"
+    )
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Config:
     threads: int = _key(
         0,
         "CPU threads; 0 leaves it to torch. Tiny images want 1: more only wait for each other.",
-        within="[0, inf]",
+        within="[0, 1024]",
     )
     checkpoint_seconds: float = _key(
         30.0,
@@ -183,10 +186,11 @@ def validate(cfg: Config) -> None:
         value = _get(cfg, name)
         if key.choices and value not in key.choices:
             raise ValueError(
-                f"{name} must be one of {', '.join(key.choices)}, got {value!r}{_hint(value, key.choices)}"
+                f"{name} must be one of {', '.join(key.choices)}, "
+                f"got {_said(value)}{_hint(value, key.choices)}"
             )
         if key.within and not _inside(value, key.within):
-            raise ValueError(f"{name} must be {_words(key.within)}, got {value}")
+            raise ValueError(f"{name} must be {_words(key.within)}, got {_said(value)}")
 
     select, train = cfg.select, cfg.train
     if select.tau_n > select.tau_p:
@@ -259,14 +263,21 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
         raise FileNotFoundError(f"there is no config file {path}{hint}")
+    if path.is_dir():
+        raise ValueError("a config must be a file, and this is a folder")
     try:
-        tree = _plain(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text)
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            got = "a list" if isinstance(root, yaml.SequenceNode) else _said(root.value)
+            raise ValueError(f"a config must be a mapping of keys to values, got {got}")
+        _refuse_odd_numbers(text)
+        tree = _plain(OmegaConf.create(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from None
+        where = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
+        raise ValueError(f"this is not valid YAML: {where}") from None
     except (OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"this is not a readable config: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise ValueError("a config must be a mapping of keys to values, got a list")
     flat: dict[str, Any] = {}
     for key, value in _flatten(tree):
         if key in flat:
@@ -288,13 +299,27 @@ def _parse(word: str) -> tuple[str, Any]:
     """One "key=value" word of the command line."""
     name, equals, raw = word.partition("=")
     if not equals:
-        raise ValueError(f"expected key=value, got {word!r}{_hint(name, KEYS)}")
+        raise ValueError(f"expected key=value, got {_said(word)}{_hint(name, KEYS)}")
     if name in KEYS and KEYS[name].type is str:
         return name, raw  # text stands as it was typed: run_dir=010 is not the number 8
     try:
+        _refuse_odd_numbers(raw)
         return name, _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
     except yaml.YAMLError:
         return name, raw  # the check of the type says what is wrong with it
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _refuse_odd_numbers(text: str) -> None:
+    """YAML reads 010 as the octal 8 and 12:30 as the sexagesimal 750, which nobody means."""
+    for event in yaml.parse(text):
+        plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+        if plain and re.fullmatch(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)", event.value):
+            raise ValueError(
+                f"a number must have no leading zeros or colons, got {_said(event.value)} "
+                "(where it is meant as text, put it in quotes)"
+            )
 
 
 def _plain(node: Any) -> Any:
@@ -306,13 +331,17 @@ def _merge(merged: Any, values: Mapping[str, Any]) -> None:
         if name in _GROUPS:
             member = next(key for key in KEYS if key.startswith(f"{name}."))
             raise ValueError(
-                f"{name} is a group of keys, such as {member}, and has no value itself, got {value!r}"
+                f"{name} is a group of keys, such as {member}, and has no value itself, got {_said(value)}"
             )
         if name not in KEYS:
-            raise ValueError(f"unknown key {name!r}{_hint(name, KEYS)}")
+            raise ValueError(f"unknown key {_said(name)}{_hint(name, [*KEYS, *_GROUPS])}")
         kind = KEYS[name].type
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{name} must not hold a NUL character, got {_said(value)}")
         if isinstance(value, str) and ("${" in value or value == "???"):
-            raise ValueError(f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {value!r}")
+            raise ValueError(
+                f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {_said(value)}"
+            )
         # OmegaConf would turn 8 into "8" and 5 into true without a word; 1 and 0 may be true and false.
         strict = {str: isinstance(value, str), bool: value in (True, False, *_BOOL_WORDS)}
         try:
@@ -320,15 +349,22 @@ def _merge(merged: Any, values: Mapping[str, Any]) -> None:
                 raise ValueError
             OmegaConf.update(merged, name, value)
         except (OmegaConfBaseException, ValueError):
-            got = "nothing" if value is None else repr(value)
+            got = "nothing" if value is None else _said(value)
             raise ValueError(f"{name} must be {_NOUN[kind]}, got {got}") from None
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:
-    """ " (did you mean ...?)" for the nearest valid name, or for the full name of an abbreviated key."""
-    tails = [key for key in valid if key.rpartition(".")[2] == name]
-    near = tails[:1] or difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    """ " (did you mean ...?)" for the nearest valid name, or the one whose last part is nearest."""
+    names = {key.rpartition(".")[2]: key for key in reversed(list(valid))}
+    names |= {key: key for key in valid}
+    near = difflib.get_close_matches(name[:100], names, n=1)
+    return f" (did you mean {names[near[0]]}?)" if near else ""
+
+
+def _said(value: Any) -> str:
+    """A value in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _get(cfg: Config, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The fused ops: schemas, fake kernels, autograd and public functions. The only file that imports `_C`.
+"""The fused ops: schemas, fake kernels, derivatives and public functions. The only file that imports `_C`.
 
 Every op has a twin of the same name and arguments in `ups_fast.reference`, which also documents it; a device without
 kernels is served by that twin, and `backend()` says so. Needs torch alone.
@@ -78,8 +78,7 @@ def mc_select(
         return reference.mc_select(
             logits, tau_p=tau_p, tau_n=tau_n, kappa_p=kappa_p, kappa_n=kappa_n, temp_nl=temp_nl, packed=packed
         )
-    reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
-    thresholds = float(tau_p), float(tau_n), float(kappa_p), float(kappa_n), float(temp_nl)
+    thresholds = reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
     return Selection(*torch.ops.ups_fast.mc_select(logits.detach(), *thresholds, packed))
 
 
@@ -270,29 +269,89 @@ def _(d_loss, logits, target, positive, negative, scale):
     return logits.new_empty(logits.shape)
 
 
-# Autograd. The backward ops read the logits again and recompute the softmax: less memory traffic than a gradient kept
-# from the forward pass and scaled, and nothing is saved that was not there. `scale` holds the weights of the rows.
+# Derivatives. The backward ops read the logits again and recompute the softmax: less memory traffic than a gradient
+# kept from the forward pass and scaled, and nothing is saved that was not there. `scale` holds the weights of the rows.
 
 
-def _save(ctx, inputs, output):
-    scale = output[1]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), scale)
-    ctx.mark_non_differentiable(scale)
+class _Op(torch.autograd.Function):
+    """An op above its kernels, for autograd, forward mode and the transforms of torch.func.
+
+    torch.library.register_autograd would serve the first alone, and give forward mode a silent 0.
+    """
+
+    op: Any
+
+    @classmethod
+    def forward(cls, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():  # the dispatcher goes on below this function
+            return cls.op(*inputs)
+
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        """Sample by sample."""
+        pairs = list(zip(inputs, in_dims, strict=True))
+        samples = [
+            cls.op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(map(torch.stack, zip(*samples, strict=True))), (0, 0)
 
 
-def _nce_loss_grad(ctx, d_loss, _):
-    return torch.ops.ups_fast.nce_loss_backward(d_loss, *ctx.saved_tensors), None, None
+class _Loss(_Op):
+    backward_op: Any
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        loss, scale = output
+        tensors = *(x for x in inputs if isinstance(x, Tensor)), scale
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(scale)
+        ctx.shape, ctx.others = loss.shape, len(inputs) - 1
+
+    @classmethod
+    def backward(cls, ctx, d_loss, _):
+        return cls.backward_op(d_loss, *ctx.saved_tensors), *(None,) * ctx.others
+
+    @classmethod
+    def jvp(cls, ctx, tangent, *_):
+        scale = ctx.saved_tensors[-1]
+        d_logits = cls.backward_op(scale.new_ones(ctx.shape), *ctx.saved_tensors)
+        rows = (d_logits.to(scale.dtype) * tangent).sum(dim=-1)  # a row's loss depends on its logits alone
+        return (rows if ctx.shape else rows.sum()), None
 
 
-def _ups_loss_grad(ctx, d_loss, _):
-    return torch.ops.ups_fast.ups_loss_backward(d_loss, *ctx.saved_tensors), None, None, None
+class _LossBackward(_Op):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the losses of ups_fast have no second derivative; use ups_fast.reference for one")
+
+    jvp = backward
 
 
-def _no_double_backward(ctx, d_d_logits):
-    raise RuntimeError("the losses of ups_fast have no second derivative; use ups_fast.reference for one")
+def _register(name: str, base: type[_Op], **ops: Any) -> Any:
+    """Puts a subclass of `base` above the kernels of the op `name`, which it returns."""
+    op = getattr(torch.ops.ups_fast, name).default
+    function: Any = type(name, (base,), {"op": op, **ops})
+
+    def forward(ctx, *inputs):
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    # torch.func needs the two apart; autograd takes them in one, which is 10 us faster.
+    joined = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
+    plain: Any = type(name, (function,), joined)
+    _lib.impl(name, lambda *inputs: plain.apply(*inputs), "Autograd")
+    _lib.impl(name, lambda *inputs: function.apply(*inputs), "FuncTorchDynamicLayerFrontMode")
+    return op
 
 
-torch.library.register_autograd("ups_fast::nce_loss", _nce_loss_grad, setup_context=_save, lib=_lib)
-torch.library.register_autograd("ups_fast::ups_loss", _ups_loss_grad, setup_context=_save, lib=_lib)
-torch.library.register_autograd("ups_fast::nce_loss_backward", _no_double_backward, lib=_lib)
-torch.library.register_autograd("ups_fast::ups_loss_backward", _no_double_backward, lib=_lib)
+for _name in ("nce_loss", "ups_loss"):
+    _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _LossBackward))

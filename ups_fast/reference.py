@@ -50,7 +50,7 @@ def mc_select(
     - negative class c: ``mean q_c < tau_n`` and ``std q_c < kappa_n`` and ``c != l``
 
     A sample with a NaN or infinite logit in any pass is selected for nothing. P = 1 (no uncertainty) needs both
-    kappas infinite; the std is then 0.
+    kappas infinite; the std is then 0. The results are constants to every kind of differentiation.
 
     Args:
         logits: [P, N, C] float32, float16, bfloat16 or float64; any strides. P >= 1, N >= 0, C >= 1.
@@ -62,7 +62,9 @@ def mc_select(
     Raises:
         TypeError, ValueError: naming the argument and what it got.
     """
-    check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
+    tau_p, tau_n, kappa_p, kappa_n, temp_nl = check_mc_select(
+        logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed
+    )
     z = logits.detach().to(_compute_dtype(logits))
     finite = z.isfinite().all(dim=-1).all(dim=0)
     p = torch.softmax(z, dim=-1)
@@ -174,7 +176,8 @@ def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _std_over_passes(x: Tensor) -> Tensor:
     """Unbiased std over dim 0; 0 for a single pass, where it is undefined and unused."""
-    return x.std(dim=0) if x.shape[0] > 1 else torch.zeros_like(x[0])
+    # std itself warns where there is nothing to average.
+    return x.std(dim=0) if x.shape[0] > 1 and x.numel() else torch.zeros_like(x[0])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -187,6 +190,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _check_tensor(name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor {shape}, got layout {layout}")
     if x.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
     if x.dtype not in dtypes:
@@ -200,11 +206,16 @@ def _check_rows(name: str, x: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must have {logits.shape[-2]} rows like logits, got {list(x.shape)}")
 
 
-def _check_number(name: str, x: float, low: float, high: float) -> None:
+def _check_number(name: str, x: float, low: float, high: float) -> float:
     if not isinstance(x, numbers.Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    try:
+        x = float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got a number that no float holds") from None
     if not low <= x <= high:  # also catches NaN
         raise ValueError(f"{name} must lie in [{low}, {high}], got {x}")
+    return x
 
 
 def _check_logits(logits: Tensor, shape: str) -> None:
@@ -227,16 +238,16 @@ def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
 
 def check_mc_select(
     logits: Tensor, tau_p: float, tau_n: float, kappa_p: float, kappa_n: float, temp_nl: float, packed: bool
-) -> None:
-    """Raise the error of the first `mc_select` argument that is not as documented."""
+) -> tuple[float, float, float, float, float]:
+    """Raise the error of the first `mc_select` argument that is not as documented; the thresholds as floats."""
     _check_logits(logits, "[P, N, C]")
     if logits.shape[0] == 0:
         raise ValueError(f"logits must hold at least one pass, got {list(logits.shape)}")
-    _check_number("tau_p", tau_p, 0.0, 1.0)
-    _check_number("tau_n", tau_n, 0.0, 1.0)
-    _check_number("kappa_p", kappa_p, 0.0, math.inf)
-    _check_number("kappa_n", kappa_n, 0.0, math.inf)
-    _check_number("temp_nl", temp_nl, 1e-3, 1e3)
+    tau_p = _check_number("tau_p", tau_p, 0.0, 1.0)
+    tau_n = _check_number("tau_n", tau_n, 0.0, 1.0)
+    kappa_p = _check_number("kappa_p", kappa_p, 0.0, math.inf)
+    kappa_n = _check_number("kappa_n", kappa_n, 0.0, math.inf)
+    temp_nl = _check_number("temp_nl", temp_nl, 1e-3, 1e3)
     if not isinstance(packed, bool):
         raise TypeError(f"packed must be True or False, got {packed!r}")
     if tau_n > tau_p:
@@ -246,6 +257,7 @@ def check_mc_select(
             "kappa_p and kappa_n must both be inf with a single pass, because one pass has no std to hold them "
             f"against; got kappa_p = {kappa_p}, kappa_n = {kappa_n}"
         )
+    return tau_p, tau_n, kappa_p, kappa_n, temp_nl
 
 
 def check_nce_loss(logits: Tensor, mask: Tensor, reduction: str) -> None:

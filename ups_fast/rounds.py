@@ -20,6 +20,8 @@ from rich.progress import TaskID
 from torch import Tensor, nn
 
 from ups_fast.checkpoint import (
+    CHECKPOINT,
+    MODEL,
     Checkpoint,
     RunFolderError,
     fingerprint,
@@ -108,12 +110,15 @@ class _Run:
             "mean": data.mean,
             "std": data.std,
         }
-        rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        with _blame("model.name"):
+            rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
         policy = Policy(flip=cfg.data.flip, crop=cfg.data.crop, cutout=cfg.data.cutout)
-        self.train_images = resident(data.train_images, policy=policy)
+        with _blame("data.crop"):
+            self.train_images = resident(data.train_images, policy=policy)
         self.test_images = resident(data.test_images)
-        self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
+        with _blame("data.n_labels"):
+            self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
 
@@ -124,16 +129,28 @@ class _Run:
             now, then = self.state.data, found.data
             raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
         self.state = state = found or self.state
+        rounds = self.cfg.train.rounds
+        if state.round > rounds or state.epoch > self._budget(state.round)[0]:
+            raise RunFolderError(
+                f"{self.folder / CHECKPOINT} stands in round {state.round}, epoch {state.epoch}, which this config "
+                "does not have; move it away to start over"
+            )
         write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
         self._write_rows()
+        if state.labelling:
+            self._write_selection(state.labelling)
         self._say(
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
         )
-        at = "all rounds are done" if state.round == self.cfg.train.rounds else "a new run"
-        if found and state.round < self.cfg.train.rounds:
+        at = "all rounds are done" if state.round == rounds else "a new run"
+        if found and state.round < rounds:
             at = f"going on from round {state.round}, epoch {state.epoch}"
         self._say(f"{self.folder}: {at}")
+        if state.round == rounds and not (self.folder / MODEL).exists():
+            self._say(
+                f"{MODEL} is gone, and only a new run can make it again: choose another run_dir for that"
+            )
         self._say(HEADER)
         for row in state.rows:
             self._say(table_line(row))
@@ -191,7 +208,7 @@ class _Run:
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
         }
         save_model(self.folder, model, self.about)
-        write_arrays(self.folder / "selection.npz", {**vars(labelling), "truth": self._truth()})
+        self._write_selection(vars(labelling))
         self.board.add_round(row)
         state.rows.append(row)
         state.labelling = dict(vars(labelling))
@@ -320,6 +337,9 @@ class _Run:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.state.rows)
         write_atomic(self.folder / "metrics.jsonl", lines.encode())
 
+    def _write_selection(self, labelling: dict[str, Tensor]) -> None:
+        write_arrays(self.folder / "selection.npz", {**labelling, "truth": self._truth()})
+
     def _truth(self) -> Tensor:
         return self.data.train_labels[self.state.unlabeled]
 
@@ -340,6 +360,15 @@ class _Run:
 
     def _stream(self, stream: str, *path: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(stream, *path))
+
+
+@contextmanager
+def _blame(key: str) -> Iterator[None]:
+    """Says which key of the config led to a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
@@ -366,7 +395,10 @@ def _stop_signal(console: Console) -> Iterator[threading.Event]:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    # What the parent has ignored, as nohup and some shells do for background jobs, stays ignored.
+    signals = [
+        each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN
+    ]
     before = {each: signal.signal(each, ask) for each in signals}
     try:
         yield stop

@@ -11,11 +11,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-from rich.console import Console
+try:
+    import torch
+    from rich.console import Console
 
-import ups_fast
-from ups_fast import config
+    import ups_fast
+    from ups_fast import config
+except KeyboardInterrupt:  # in the first seconds: nothing has been done, and nothing needs to be said
+    if __name__ == "__main__":
+        sys.exit(130)
+    raise
 
 DESCRIPTION = """\
 Train a classifier from few labels and many unlabelled images by UPS.
@@ -53,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: lower train.batch_size or select.batch_size: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
+            raise
+        advice = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
+        print(f"error: memory is used up: {advice} ({text or 'no more is known'})", file=sys.stderr)
         return 2
     return 0
 
@@ -76,10 +85,14 @@ def _train(cfg: config.Config) -> None:
     data = load_set(cfg.data.name, cfg.data.root)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
-    report.write_pseudo_labels(table, result.labelling, data.classes)
-    png, page = report.write_report(
-        result.folder, result.rows, result.labelling, result.truth, cfg, data.classes
-    )
+    try:
+        report.write_pseudo_labels(table, result.labelling, data.classes)
+        png, page = report.write_report(
+            result.folder, result.rows, result.labelling, result.truth, cfg, data.classes
+        )
+    except (ValueError, OSError) as error:
+        again = "once that is mended, the same command makes the report without training again"
+        raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 

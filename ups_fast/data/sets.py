@@ -297,16 +297,17 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     place = ""
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with file:
+        with open(path, "rb") as start:
+            if start.read(2) != b"PK":  # np.load would advise to unpickle
+                raise ValueError("it is not an .npz archive")
+        with np.load(path, allow_pickle=False) as file:
             for key in file.files:
                 place = f" at {key}"
                 arrays[key] = np.asarray(file[key])
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        why = "it holds Python objects" if "allow_pickle" in str(error) else error
         raise ValueError(
-            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {error}"
+            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {why}"
         ) from error
     if lacking := [key for key in _NPZ_ARRAYS if key not in arrays]:
         raise ValueError(
@@ -340,7 +341,8 @@ def _npz_labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: 
         raise ValueError(
             f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n_images}"
         )
-    labels = array.astype(np.int64)
-    if labels.min() < lowest:
-        raise ValueError(f"{key} must be at least {lowest}, got {labels.min()}")
-    return torch.from_numpy(labels)
+    if array.min() < lowest:
+        raise ValueError(f"{key} must be at least {lowest}, got {array.min()}")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{key} must be at most 2**63 - 1, got {array.max()}")
+    return torch.from_numpy(array.astype(np.int64))

@@ -29,7 +29,7 @@ def build(
 ) -> nn.Module:
     """A freshly initialised network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
-    name         "wrn-d-k" with d = 6n + 4 (such as "wrn-28-2"), or "cnn13"
+    name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"
     channels     1 or 3
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
                  The network then takes any size from that minimum on.
@@ -58,7 +58,7 @@ def build(
     model: CNN13 | WideResNet
     if name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
-    elif match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+    elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):
         model = WideResNet(
             int(match[1]),
             int(match[2]),

@@ -87,13 +87,15 @@ class WideResNet(nn.Module):
         activation: str,
         bn_momentum: float,
     ) -> None:
+        if depth > 1000 or not 1 <= width <= 100:
+            raise ValueError(
+                f"a WRN must have depth at most 1000 and width in [1, 100], got {depth} and {width}"
+            )
         blocks_per_stage, rest = divmod(depth - 4, 6)
         if rest or blocks_per_stage < 1:
             below, above = depth - rest, depth - rest + 6
             near = f"{below} or {above}" if below >= 10 else f"{max(above, 10)}"
             raise ValueError(f"depth of a WRN must be 6n + 4 with n >= 1, got {depth}; nearest: {near}")
-        if width < 1:
-            raise ValueError(f"width of a WRN must be at least 1, got {width}")
         super().__init__()
 
         blocks = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from ups_fast import ops, reference
-from ups_fast.policy import FILL, ONE, OPERATIONS, POLICIES, Policy, blend_table, randaugment
+from ups_fast.policy import FILL, ONE, OPERATIONS, POLICIES, PUBLISHED, Policy, blend_table, parse_ops, randaugment
 from ups_fast.reference_augment import operate, philox
 
 VALUES = {  # of each operation, with the awkward ones
@@ -35,6 +35,7 @@ VALUES = {  # of each operation, with the awkward ones
     "CutoutAbs": (5.33, 0, 0.5, 1, 40),
     "TranslateX": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
     "TranslateY": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
+    "Gamma": (0.01, 0.6, 1, 1.6, 100),
 }
 
 
@@ -232,7 +233,7 @@ def test_draws_are_spread_as_they_should_be():
         assert (counts - values.numel() * share).abs().max() <= bound
 
     names = [name for name, _ in plan.names]
-    position = torch.tensor([list(OPERATIONS).index(name) for name in names])
+    position = torch.tensor([PUBLISHED.index(name) for name in names])
     uniform(position[plan.variant], 0, 15)
     signed = plan.variant[(plan.variant == 3) | (plan.variant == 4)]
     assert names[3] == names[4] == "Rotate"
@@ -398,6 +399,30 @@ def test_bad_arguments_are_named(changed, sentence):
 def test_impossible_policies_are_named(fields, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Policy(**fields)
+
+
+def test_ops_from_words():
+    assert parse_ops("") == parse_ops("  ") == ()
+    assert parse_ops("ups") == randaugment(4)
+    assert parse_ops("published") == randaugment(4, least_bits=0)
+    text = "TranslateX -1 0 1,Invert,  Gamma .6 1.6"
+    assert parse_ops(text) == (("TranslateX", (-1, 0, 1)), ("Invert", (0,)), ("Gamma", (0.6, 1.6)))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Blur 1", "policy.ops must be of AutoContrast"),
+        ("Rotate 4, ", "policy.ops must be of AutoContrast"),
+        ("Rotate four", "Rotate must be followed by numbers, got 'Rotate four'"),
+        ("Rotate", "Rotate must have values in -360..360, got ()"),
+        ("Rotate 4 nan", "Rotate must have values in -360..360"),
+        ("Gamma 0", "Gamma must have values in 0.01..100"),
+    ],
+)
+def test_impossible_words_are_named(text, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_ops(text)
 
 
 def test_nothing_to_do():

@@ -68,6 +68,7 @@ def test_help_explains_every_key_in_80_columns(capsys):
             "error: data.n_labels: n_labels must be a positive multiple of the 10 classes, got 41",
         ),
         ([DIGITS, "data.n_labels=5000"], "n_labels must be at most the 1437 training images, got 5000"),
+        ([DIGITS, "data.ops=Blur 1"], "error: data.ops: policy.ops must be of AutoContrast, Equalize"),
         ([DIGITS, "data.crop=8"], "error: data.crop: policy.crop must be below the image size 8x8"),
         ([DIGITS, "model.name=cnn13"], "error: model.name: size: cnn13 needs images from 12x12, got 8x8"),
         ([DIGITS, "model.name=vgg"], "error: model.name: model name must be 'cnn13' or 'wrn-d-k'"),

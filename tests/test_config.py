@@ -331,6 +331,7 @@ def test_paper_configs_are_the_published_settings(name, n_labels, first_batch, b
     assert (cfg.data.flip, cfg.data.crop, cfg.data.cutout) == (True, 4, 16)
     assert (cfg.model.name, cfg.model.dropout, cfg.model.preact) == ("cnn13", 0.3, "published")
     train = cfg.train
+    assert (cfg.data.ops, cfg.data.n_ops, cfg.data.jitter, train.cosine) == ("published", 3, 0.4, 7 / 16)
     assert (train.rounds, train.epochs, train.batch_size, train.first_epochs) == (20, 1024, 128, 0)
     assert (train.lr, train.momentum, train.weight_decay, train.warmup_epochs) == (0.03, 0.9, 0.0, 0.0)
     assert (train.first_batch_size, cfg.select.balance_rounds) == (first_batch, balance)

@@ -176,6 +176,8 @@ def test_lr_by_hand() -> None:
     assert lr_at(50, 100, lr=0.03) == pytest.approx(0.03 * math.cos(7 * math.pi / 32))
     assert lr_at(5, 100, lr=0.03, warmup=10) == pytest.approx(0.015)
     assert lr_at(300, 100, lr=0.03) == 0.0, "never below 0"
+    assert lr_at(50, 100, lr=0.03, cosine=0.5) == pytest.approx(0.03 * math.sqrt(0.5))
+    assert lr_at(99, 100, lr=0.03, cosine=0.5) < 0.0005 < lr_at(99, 100, lr=0.03)
 
 
 # One step.

@@ -11,9 +11,9 @@ from typing import Any
 
 try:
     from . import reference
-    from .ops import augment, augment_plan, backend, mc_select, nce_loss, ups_loss
+    from .ops import augment, augment_plan, backend, counter_dropout, mc_select, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
-    from .reference import Selection
+    from .reference import Selection, dropout_keys
 except KeyboardInterrupt:
     if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
         sys.exit(130)
@@ -27,6 +27,8 @@ __all__ = [
     "augment",
     "augment_plan",
     "backend",
+    "counter_dropout",
+    "dropout_keys",
     "load_model",
     "mc_select",
     "nce_loss",

@@ -40,8 +40,17 @@ class DataConfig:
     )
     flip: bool = _key(False, "Mirror half of the training images left to right.")
     crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, inf]")
+    ops: str = _key(
+        "",
+        "RandAugment's operations: published, ups (the same, never a black image), or names with the values that "
+        "each draws from, such as 'TranslateX -1 1, Rotate -9 9'; empty is off.",
+    )
+    n_ops: int = _key(3, "So many of data.ops are drawn for each training image.", within="[0, 64]")
+    jitter: float = _key(
+        0.0, "Brightness, contrast and saturation change by factors of up to 1 -+ this.", within="[0, 1]"
+    )
     cutout: int = _key(
-        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, 10000]"
+        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, 2048]"
     )
 
 
@@ -77,6 +86,11 @@ class TrainConfig:
     lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, inf)")
     momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
     weight_decay: float = _key(5e-4, "Weight decay of SGD; the published runs have 0.", within="[0, inf)")
+    cosine: float = _key(
+        7 / 16,
+        "The learning rate falls as cos(cosine pi t), t from 0 to 1: published 0.4375, to 0.195 of it; 0.5, to 0.",
+        within="(0, 0.5]",
+    )
     warmup_epochs: float = _key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
 
 

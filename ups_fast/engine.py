@@ -127,12 +127,12 @@ def _shuffled(group: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return group[torch.cat(runs)[:count]]
 
 
-def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0) -> float:
-    """The learning rate of a step in 0..total-1: linear over `warmup`, then lr * max(0, cos(7/16 pi t))."""
+def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0, cosine: float = 7 / 16) -> float:
+    """The learning rate of a step in 0..total-1: linear over `warmup`, then lr * max(0, cos(cosine pi t))."""
     if step < warmup:
         return lr * step / warmup
     t = (step - warmup) / max(1, total - warmup)
-    return lr * max(0.0, math.cos(7 / 16 * math.pi * t))
+    return lr * max(0.0, math.cos(cosine * math.pi * t))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -49,6 +49,7 @@ _lib.define(
     " -> Tensor d_logits",
     tags=_tags,
 )
+_lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor", tags=_tags)
 _lib.define(
     "augment(Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends, Tensor norm,"
     " Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> Tensor",
@@ -104,6 +105,19 @@ def ups_loss(
         return reference.ups_loss(logits, target, positive, negative)
     reference.check_ups_loss(logits, target, positive, negative)
     return torch.ops.ups_fast.ups_loss(logits, target, positive, negative)[0]
+
+
+def counter_dropout(
+    x: Tensor,  # [B, C, ...]
+    keys: Tensor,  # int32 [B]
+    *,
+    p: float,
+    layer: int = 0,
+) -> Tensor:
+    if torch.compiler.is_compiling() or not _has_kernels(x):
+        return reference.counter_dropout(x, keys, p=p, layer=layer)  # fuses with its neighbours
+    reference.check_counter_dropout(x, keys, p, layer)
+    return torch.ops.ups_fast.counter_dropout(x, keys, float(p), layer)
 
 
 def augment_plan(
@@ -174,7 +188,7 @@ def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> 
     return tensor(seed), tensor(epoch)
 
 
-for _function in (mc_select, nce_loss, ups_loss, augment_plan, augment):
+for _function in (mc_select, nce_loss, ups_loss, counter_dropout, augment_plan, augment):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
 
 
@@ -247,6 +261,11 @@ def _(logits, mask, reduction):
 def _(logits, target, positive, negative):
     dtype = _compute_dtype(logits)
     return logits.new_empty((), dtype=dtype), logits.new_empty(2, dtype=dtype)
+
+
+@torch.library.register_fake("ups_fast::counter_dropout", lib=_lib)
+def _(x, keys, p, layer):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("ups_fast::augment", lib=_lib)
@@ -335,6 +354,25 @@ class _LossBackward(_Op):
     jvp = backward
 
 
+class _Dropout(_Op):
+    """Linear in x: the gradient and the tangent take the same mask."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, keys, ctx.p, ctx.layer = inputs
+        ctx.save_for_backward(keys)
+        ctx.save_for_forward(keys)
+
+    @classmethod
+    def backward(cls, ctx, d_y):
+        (keys,) = ctx.saved_tensors
+        return cls.op(d_y, keys, ctx.p, ctx.layer), None, None, None
+
+    @classmethod
+    def jvp(cls, ctx, tangent, *_):
+        return cls.op(tangent, *ctx.saved_tensors, ctx.p, ctx.layer)
+
+
 def _register(name: str, base: type[_Op], **ops: Any) -> Any:
     """Puts a subclass of `base` above the kernels of the op `name`, which it returns."""
     op = getattr(torch.ops.ups_fast, name).default
@@ -355,3 +393,4 @@ def _register(name: str, base: type[_Op], **ops: Any) -> Any:
 
 for _name in ("nce_loss", "ups_loss"):
     _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _LossBackward))
+_register("counter_dropout", _Dropout)

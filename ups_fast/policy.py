@@ -46,6 +46,7 @@ class Policy:
     ShearX, ShearY        pixels per pixel
     TranslateX/Y          pixels
     CutoutAbs             side of a square of colour (125, 123, 114), its luma on grey images, centre anywhere
+    Gamma                 exponent of pixels in [0, 1]; not among the published operations
     ====================  ============================================================================
 
     Raises ValueError that names the field.
@@ -93,7 +94,9 @@ OPERATIONS = {  # in the order of the published list, with the range of their va
     "CutoutAbs": (0, 1e4),
     "TranslateX": _ANY,
     "TranslateY": _ANY,
+    "Gamma": (0.01, 100),
 }
+PUBLISHED = tuple(OPERATIONS)[:16]
 _RANGES = {  # of the published RandAugment, from magnitude 0 to 30; where it has a sign, either is as likely
     "Rotate": (0, 30, True),
     "Posterize": (0, 4, False),
@@ -117,12 +120,32 @@ def randaugment(magnitude: float, *, least_bits: int = 1) -> tuple[tuple[str, tu
     Posterize keeps at least `least_bits` bits: 0 is what the published code does up to magnitude 7, a black image.
     """
     ops = []
-    for name in OPERATIONS:
+    for name in PUBLISHED:
         low, high, signed = _RANGES.get(name, (0, 0, False))
         value = magnitude / 30 * (high - low) + low
         if name == "Posterize":
             value = max(least_bits, int(value))
         ops.append((name, (value, -value) if signed else (value,)))
+    return tuple(ops)
+
+
+def parse_ops(text: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """`Policy.ops` from words: "published", "ups", or "TranslateX -1 1, Gamma 0.6 1.6"; "" is no operation.
+
+    Raises ValueError that says what is wrong.
+    """
+    if text in ("published", "ups"):
+        return POLICIES[text].ops
+    ops = []
+    for part in text.split(",") if text.strip() else []:
+        name, *words = part.split() or [""]
+        if not words and OPERATIONS.get(name) == (0, 0):
+            words = ["0"]  # it has no value
+        try:
+            ops.append((name, tuple(map(float, words))))
+        except ValueError:
+            raise ValueError(f"{name} must be followed by numbers, got {part.strip()!r}") from None
+    Policy(ops=tuple(ops))  # raises where a name or a value is impossible
     return tuple(ops)
 
 
@@ -296,6 +319,8 @@ def _variant(name: str, value: float, height: int, width: int, channels: int, fa
         lookup = _solarized((lookup + value).clamp(0, 255).to(torch.int64), 128)
     elif name == "Brightness":
         lookup = blend_table(value)[0]
+    elif name == "Gamma":
+        lookup = torch.tensor(gamma_levels(value))
     elif name in ("Color", "Contrast", "Sharpness"):
         kind = {"Color": _COLOR, "Contrast": _CONTRAST, "Sharpness": _SHARPNESS}[name]
         if value not in factors:
@@ -315,6 +340,11 @@ def _variant(name: str, value: float, height: int, width: int, channels: int, fa
 
 def _solarized(lookup: Tensor, threshold: float) -> Tensor:
     return torch.where(lookup < threshold, lookup, 255 - lookup)
+
+
+def gamma_levels(exponent: float) -> list[int]:
+    """The new value of each pixel value 0..255, rounded to nearest."""
+    return [int(255 * (level / 255) ** exponent + 0.5) for level in range(256)]
 
 
 def luma(red: int, green: int, blue: int) -> int:

@@ -148,6 +148,59 @@ def ups_loss(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor)
     return ce_mean + nce_mean
 
 
+def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Tensor:
+    """Dropout that is a function of its arguments: element e of row b is kept where hash(keys[b], layer, e) >= p.
+
+    What is kept is scaled by 1 / (1 - p), the rest is 0. The mask of a row depends neither on the batch, nor on the
+    memory layout, device or process, and is computed again in the backward pass instead of being stored. Wellons'
+    32-bit mixing hash ("lowbias32", 2018), twice.
+
+    Args:
+        x: [B, C] or [B, C, ...] float32, float16, bfloat16 or float64; less than 2^32 elements in a row.
+        keys: [B] int32, of each row its own random number: see `dropout_keys`.
+        p: in [0, 1), how likely an element is dropped.
+        layer: 0 .. 2^20 - 1; layers of other numbers have other masks.
+
+    Returns:
+        As x. Differentiable in x.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+    """
+    check_counter_dropout(x, keys, p, layer)
+    channels, spatial = x.shape[1], x.shape[2:]
+    device = x.device
+    places = torch.arange(math.prod(spatial), dtype=torch.int32, device=device).view(1, 1, *spatial)
+    element = places * channels + torch.arange(channels, dtype=torch.int32, device=device).view(
+        1, -1, *[1] * len(spatial)
+    )
+    layer_keys = _mix(keys + _signed(layer * 0x9E3779B9)).view(-1, *[1] * (x.ndim - 1))
+    kept = _mix(layer_keys ^ element) ^ -(1 << 31)  # the order of unsigned numbers as that of signed ones
+    dropped = kept < min(int(p * 2**32), 2**32 - 1) - 2**31
+    return torch.where(dropped, 0.0, x * (1 / (1 - p))).to(x.dtype)
+
+
+def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Tensor:
+    """int32 [B], the `keys` of `counter_dropout`: a hash of seed, draw and sample id (SplitMix64, Steele et al. 2014).
+
+    Args:
+        index: [B] int64, sample ids.
+        seed: integer of 0 .. 2^63 - 1, or an int64 tensor [].
+        draw: integer of 0 .. 2^63 - 1, or an int64 tensor [] or [B]: which pass, epoch or step.
+    """
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+        x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2**64)
+        return x ^ (x >> 31 & (1 << 33) - 1)
+
+    golden = 0x9E3779B97F4A7C15 - 2**64
+    hashed = torch.zeros_like(index)
+    for word in (seed, draw, index):
+        hashed = mix((hashed ^ word) + golden)
+    return hashed.to(torch.int32)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """bool [N, C] -> int32 [N, ceil(C / 32)]; class c becomes bit ``c % 32`` of word ``c // 32``."""
     n, c = mask.shape
@@ -180,6 +233,17 @@ def _std_over_passes(x: Tensor) -> Tensor:
     return x.std(dim=0) if x.shape[0] > 1 and x.numel() else torch.zeros_like(x[0])
 
 
+def _mix(x: Tensor) -> Tensor:  # int32
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same lower 32 bits."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -187,12 +251,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 # What an argument must be. Shared with the fused ops, so both raise the same sentences.
 
 
-def _check_tensor(name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_dense(name: str, x: Tensor, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor {shape}, got layout {layout}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    _check_dense(name, x, shape)
     if x.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
     if x.dtype not in dtypes:
@@ -234,6 +302,23 @@ def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"{name} as {form} must have {width} columns for {n_classes} classes, got {list(mask.shape)}"
         )
+
+
+def check_counter_dropout(x: Tensor, keys: Tensor, p: float, layer: int) -> None:
+    """Raise the error of the first `counter_dropout` argument that is not as documented."""
+    _check_dense("x", x, "[B, C, ...]")
+    if x.dtype not in _FLOATS or x.dim() < 2:
+        raise TypeError(f"x must be floating-point [B, C, ...], got {str(x.dtype)[6:]} {list(x.shape)}")
+    _check_tensor("keys", keys, "[B]", (torch.int32,))
+    if keys.device != x.device or len(keys) != len(x):
+        raise ValueError(
+            f"keys must be [{len(x)}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
+        )
+    _check_number("p", p, 0.0, 1.0)
+    if p == 1:
+        raise ValueError("p must be below 1, got 1")
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 1 << 20:
+        raise ValueError(f"layer must be an integer of 0 .. 2^20 - 1, got {layer!r}")
 
 
 def check_mc_select(

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ups_fast.policy import FILL, JITTER_ORDERS, ONE, AugmentPlan, Policy, find_policy, luma, variant_names
+from ups_fast.policy import (
+    FILL,
+    JITTER_ORDERS,
+    ONE,
+    AugmentPlan,
+    Policy,
+    find_policy,
+    gamma_levels,
+    luma,
+    variant_names,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -198,6 +208,8 @@ def operate(picture: Image.Image, name: str, value: float, corner: tuple[int, in
     if name == "SolarizeAdd":
         added = [max(0, min(255, int(level + value))) for level in range(256)]
         return ImageOps.solarize(picture.point(added * len(picture.getbands())), 128)
+    if name == "Gamma":
+        return picture.point(gamma_levels(value) * len(picture.getbands()))
     assert name == "CutoutAbs", name
     picture = picture.copy()
     top, left = corner

@@ -47,7 +47,7 @@ from ups_fast.engine import (
     supervise,
     train_step,
 )
-from ups_fast.policy import Policy
+from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
 from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
 
@@ -113,7 +113,7 @@ class _Run:
         with _blame("model.name"):
             rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
-        policy = Policy(flip=cfg.data.flip, crop=cfg.data.crop, cutout=cfg.data.cutout)
+        policy = _policy(cfg)
         with _blame("data.crop"):
             self.train_images = resident(data.train_images, policy=policy)
         self.test_images = resident(data.test_images)
@@ -179,7 +179,7 @@ class _Run:
                 torch.manual_seed(self._seed("dropout", state.epoch))
                 state.loss = torch.zeros((), device=self.device)
             for step in range(state.step, mix.steps):
-                lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup)
+                lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
                 set_lr(optimizer, lr)
                 index = plan[step]
                 images = self.train_images.augmented(index, seed=seed, epoch=draw[step])
@@ -188,7 +188,7 @@ class _Run:
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due(model, optimizer)
-            lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup)
+            lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
             self._end_epoch(float(state.loss) / mix.steps, lr)
         self._save(model, optimizer)
         self.progress.remove_task(bar)
@@ -369,6 +369,20 @@ def _blame(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _policy(cfg: Config) -> Policy:
+    data = cfg.data
+    with _blame("data.ops"):
+        ops = parse_ops(data.ops)
+    return Policy(
+        ops=ops,
+        n_ops=data.n_ops if ops else 0,
+        flip=data.flip,
+        crop=data.crop,
+        jitter=(data.jitter,) * 3,
+        cutout=data.cutout,
+    )
 
 
 def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+// The checked arguments of counter_dropout, for the launchers of both backends.
+#pragma once
+
+#include <algorithm>
+
+#include "tensors.h"
+
+namespace ups {
+
+struct DropoutCall {
+  DropoutCall(const Tensor& x_in, const Tensor& keys_in, double p, int64_t layer)
+      : x(dense(x_in)), keys(torch::stable::contiguous(keys_in)), y(torch::stable::empty_like(x)) {
+    UPS_CHECK(x.dim() >= 2, "x must have at least 2 dimensions, got ", x.dim());
+    check_dim("keys", keys, 1);
+    check_size("keys", keys, 0, x.size(0));
+    check_type("keys", keys, ScalarType::Int, "int32");
+    UPS_CHECK(p >= 0 && p < 1, "p must lie in [0, 1), got ", p);
+    UPS_CHECK(layer >= 0 && layer < 1 << 20, "layer must lie in 0..2^20 - 1, got ", layer);
+    rows = x.size(0);
+    C = x.size(1);
+    S = rows && C ? x.numel() / (rows * C) : 0;
+    UPS_CHECK(C * S < int64_t{1} << 32, "x must have less than 2^32 elements in a row, got ", C * S);
+    channels_last = C == 1 || S == 1 || x.stride(1) == 1;
+    threshold = static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+    scale = 1 / (1 - p);
+    layer_number = static_cast<uint32_t>(layer);
+  }
+
+  // Itself, if its elements lie without gaps in the order of one of torch's two layouts; else a contiguous copy.
+  static Tensor dense(const Tensor& x) {
+    int64_t channels_last = 1, contiguous = 1;
+    bool is_last = x.dim() >= 2, is_contiguous = true;
+    for (int64_t d = x.dim() - 1; d >= 0; --d) {
+      is_contiguous = is_contiguous && (x.size(d) == 1 || x.stride(d) == contiguous);
+      contiguous *= x.size(d);
+    }
+    for (int64_t i = 0; is_last && i < x.dim(); ++i) {  // channels, then the last dimension to the third, then rows
+      const int64_t d = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
+      is_last = x.size(d) == 1 || x.stride(d) == channels_last;
+      channels_last *= x.size(d);
+    }
+    return is_contiguous || is_last ? x : torch::stable::contiguous(x);
+  }
+
+  const Tensor x, keys, y;
+  int64_t rows, C, S;
+  bool channels_last;
+  uint32_t threshold, layer_number;
+  double scale;
+};
+
+}  // namespace ups

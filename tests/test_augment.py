@@ -15,7 +15,17 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from ups_fast import ops, reference
-from ups_fast.policy import FILL, ONE, OPERATIONS, POLICIES, PUBLISHED, Policy, blend_table, parse_ops, randaugment
+from ups_fast.policy import (
+    FILL,
+    ONE,
+    OPERATIONS,
+    POLICIES,
+    PUBLISHED,
+    Policy,
+    blend_table,
+    parse_ops,
+    randaugment,
+)
 from ups_fast.reference_augment import operate, philox
 
 VALUES = {  # of each operation, with the awkward ones

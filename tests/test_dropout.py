@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ups_fast import counter_dropout, dropout_keys, ops, reference
 
-SHAPES = [(5, 3), (4, 16, 8, 8), (3, 5, 7, 9), (2, 1, 6), (1, 33, 2, 3, 4), (0, 4, 2, 2), (3, 0, 2), (2, 3, 0, 4), (7, 1)]
+SHAPES = [
+    (5, 3),
+    (4, 16, 8, 8),
+    (3, 5, 7, 9),
+    (2, 1, 6),
+    (1, 33, 2, 3, 4),
+    (0, 4, 2, 2),
+    (3, 0, 2),
+    (2, 3, 0, 4),
+    (7, 1),
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -90,7 +100,12 @@ def test_keys_differ_and_depend_on_everything():
     assert keys.dtype == torch.int32
     assert len(keys.unique()) > 100_000 - 20  # two of 100,000 in 2^32 meet 1.2 times on average
     assert torch.equal(dropout_keys(index, seed=torch.tensor(3), draw=torch.full((100_000,), 4)), keys)
-    for other in ({"seed": 4, "draw": 4}, {"seed": 3, "draw": 3}, {"seed": 3 + 2**40, "draw": 4}, {"seed": 4, "draw": 3}):
+    for other in (
+        {"seed": 4, "draw": 4},
+        {"seed": 3, "draw": 3},
+        {"seed": 3 + 2**40, "draw": 4},
+        {"seed": 4, "draw": 3},
+    ):
         assert (dropout_keys(index, **other) == keys).sum() < 5
     assert dropout_keys(torch.tensor([2**40]), seed=3, draw=4) != keys[0]
     bits = keys[:, None] >> torch.arange(32) & 1
@@ -153,7 +168,10 @@ def test_compiled_is_equal(memory_format):
     [
         ({"x": [1.0]}, "x must be a tensor [B, C, ...], got list"),
         ({"x": torch.ones(4)}, "x must be floating-point [B, C, ...], got float32 [4]"),
-        ({"x": torch.ones(4, 3, dtype=torch.int64)}, "x must be floating-point [B, C, ...], got int64 [4, 3]"),
+        (
+            {"x": torch.ones(4, 3, dtype=torch.int64)},
+            "x must be floating-point [B, C, ...], got int64 [4, 3]",
+        ),
         ({"x": torch.ones(4, 3).to_sparse()}, "x must be a dense tensor"),
         ({"keys": torch.zeros(4, dtype=torch.int64)}, "keys must be int32, got int64"),
         ({"keys": torch.zeros(5, dtype=torch.int32)}, "keys must be [4] on cpu like x, got [5] on cpu"),

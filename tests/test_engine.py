@@ -199,7 +199,7 @@ def test_train_step_against_one_written_out() -> None:
     twin = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.0)
     twin.load_state_dict(ours.state_dict())
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
-    first, second = (train_step(ours, optimizer, images, target, positive, negative) for _ in range(2))
+    first, second = (train_step(ours, optimizer, images, None, target, positive, negative) for _ in range(2))
 
     for want in (first, second):
         logits = twin(images)  # both kinds in one pass, so that batch-norm sees both
@@ -231,7 +231,8 @@ def test_train_step_never_waits_for_the_device() -> None:
         for _ in range(2):
             index = torch.zeros(12, dtype=torch.int64)
             batch = images.augmented(index, seed=0, epoch=0)
-            loss = train_step(model, optimizer, batch, target[index], positive, negative[index])
+            keys = torch.zeros(12, dtype=torch.int32)
+            loss = train_step(model, optimizer, batch, keys, target[index], positive, negative[index])
         assert loss.shape == ()
         with pytest.raises(DataDependentOutputException):
             loss.item()  # the test itself must be able to see a wait

@@ -243,20 +243,20 @@ def test_switching_dropout_alone(name):
     assert len(dropouts) == (3 if name == "wrn-10-1" else 2) and all(d.p == 0.5 for d in dropouts)
     x = torch.randn(4, 1, 12, 12)
     assert torch.equal(model(x), model(x))
+    keys = [torch.arange(4, dtype=torch.int32) + 10 * k for k in range(2)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, second = (model(x, each) for each in keys)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model.suffix(model.prefix(x), keys[0]))
     for dropout in dropouts:
         dropout.train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, second = model(x), model(x)
-    assert not torch.equal(first, second)
+    assert not torch.equal(model(x), model(x)), "without keys it is torch's dropout"
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
     without = build(name, n_classes=3, channels=1, size=12, dropout=0.0)
     without.load_state_dict(model.state_dict())
-    without.eval()
-    for module in without.modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
-    assert torch.equal(without(x), model.eval()(x))
+    assert torch.equal(without.eval()(x, keys[0]), model.eval()(x))
+    assert [d.layer for d in dropouts] == list(range(len(dropouts)))
 
 
 def test_wrn_drops_between_conv1_and_bn2():

@@ -360,13 +360,13 @@ def another_zip(content: bytes) -> bytes:
 
 def code_in_a_pickle(content: bytes) -> bytes:
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "version": 1, "data": print}, file)
+    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "data": print}, file)
     return file.getvalue()
 
 
 def of_next_year(content: bytes) -> bytes:
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "version": 2}, file)
+    torch.save({"format": checkpoint.FORMAT, "version": 3}, file)
     return file.getvalue()
 
 
@@ -380,7 +380,7 @@ def of_next_year(content: bytes) -> bytes:
         (another_zip, "damaged"),
         (code_in_a_pickle, "damaged"),
         (foreign, "not a checkpoint of ups_fast"),
-        (of_next_year, "version 2"),
+        (of_next_year, "version 3"),
     ],
 )
 def test_a_damaged_or_foreign_checkpoint(

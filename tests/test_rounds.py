@@ -24,6 +24,7 @@ from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.engine import lr_at
 from ups_fast.models import build
+from ups_fast.reference import dropout_keys
 from ups_fast.rounds import Result
 from ups_fast.seeds import derive
 from ups_fast.selection import label
@@ -232,11 +233,10 @@ class Spy:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *batch: torch.Tensor
     ) -> torch.Tensor:
         weights = {name: value.clone() for name, value in model.state_dict().items()}
-        names = ("images", "target", "positive", "negative")
+        names = ("images", "keys", "target", "positive", "negative")
         given = {name: value.clone() for name, value in zip(names, batch, strict=True)}
         lr, momentum = optimizer.param_groups[0]["lr"], len(optimizer.state)
-        seen = {**given, "weights": weights, "lr": lr, "momentum": momentum}
-        self.seen.append({**seen, "dropout_seed": torch.initial_seed()})
+        self.seen.append({**given, "weights": weights, "lr": lr, "momentum": momentum})
         return self.step(model, optimizer, *batch)
 
 
@@ -286,9 +286,10 @@ def test_every_epoch_and_step_has_random_numbers_of_its_own(
     assert len(set(drawn)) == len(drawn) == 4 * 3 * 2, "no image is augmented twice by the same numbers"
     assert [epoch & 0xFFFFF for _, epoch, _ in drawn] == [epoch for epoch in range(4) for _ in range(6)]
     assert {(5, "epoch", 0, epoch) for epoch in range(4)} < set(asked)
-    # The seed that dropout's generator was last given.
-    dropout = [derive(5, "dropout", 0, epoch) for epoch in range(4) for step in range(3)]
-    assert [step["dropout_seed"] for step in spy.seen] == dropout
+    keys = torch.cat([step["keys"] for step in spy.seen])
+    assert len(keys.unique()) == len(keys) == 4 * 3 * 2
+    _, epoch, index = torch.tensor(drawn).unbind(1)
+    assert torch.equal(keys, dropout_keys(index, seed=derive(5, "dropout", 0), draw=epoch))
 
 
 def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path: Path, spy: Spy) -> None:

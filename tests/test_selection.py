@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -13,7 +12,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ups_fast import reference
 from ups_fast.data import ResidentImages
-from ups_fast.models import build
+from ups_fast.models import Dropout, build
+from ups_fast.policy import Policy
+from ups_fast.reference import dropout_keys
 from ups_fast.selection import (
     Labelling,
     balance,
@@ -35,17 +36,22 @@ def resident(images: Tensor) -> ResidentImages:
 
 
 class Scripted(nn.Module):
-    """Prepared logits [P, N, C]: pass k of a batch returns logits[k]; the pixel is the sample's number."""
+    """Prepared logits [P, N, C]: pass k over a batch returns logits[k]; the pixel is the sample's number."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.logits = logits
-        self.dropout = nn.Dropout(0.5)
-        self.passes = itertools.cycle(range(len(logits)))
+        self.dropout = Dropout(0.5, layer=0)
 
     def forward(self, images: Tensor) -> Tensor:
-        sample = (images[:, 0, 0, 0] * 255).round().long()
-        return self.logits[next(self.passes), sample]
+        return self.suffix(self.prefix(images), None)
+
+    def prefix(self, images: Tensor) -> Tensor:
+        return (images[:, 0, 0, 0] * 255).round().long()
+
+    def suffix(self, samples: Tensor, keys: Tensor | None) -> Tensor:
+        passes = torch.arange(len(self.logits)).repeat_interleave(len(samples) // len(self.logits))
+        return self.logits[passes, samples]
 
 
 def label_scripted(logits: Tensor, **settings: object) -> Labelling:
@@ -81,7 +87,7 @@ def test_mc_dropout_touches_dropout_only_and_gives_every_mode_back(net: nn.Modul
     before = [module.training for module in net.modules()]
     with pytest.raises(KeyError), mc_dropout(net):
         active = {type(module) for module in net.modules() if module.training}
-        assert active == {nn.Dropout}
+        assert active == {Dropout}
         raise KeyError
     assert [module.training for module in net.modules()] == before
     with mc_dropout(net, active=False):
@@ -93,7 +99,7 @@ def test_mc_dropout_touches_dropout_only_and_gives_every_mode_back(net: nn.Modul
 def test_several_passes_need_an_active_dropout(p: float | None) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), *([] if p is None else [nn.Dropout(p)]))
     images = resident(torch.zeros(4, 1, 1, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="dropout"):
+    with pytest.raises(ValueError, match="must have a Dropout"):
         label(model, images, torch.arange(4), passes=2)
     label(model, images, torch.arange(4), passes=1, kappa_p=INF, kappa_n=INF)
 
@@ -111,20 +117,14 @@ def test_every_dropout_class_counts() -> None:
 def test_label_is_p_full_passes_of_clean_images(net: nn.Module, images: ResidentImages) -> None:
     index = torch.tensor([22, 3, 5, 0, 7, 11, 2])
     settings = {"tau_p": 0.3, "tau_n": 0.25, "kappa_p": 0.1, "kappa_n": 0.03}
-    images.flip, images.crop, images.cutout = True, 2, 4  # of training alone
-    got = label(net, images, index, passes=4, batch_size=3, seed=9, **settings)
+    images.policy = Policy(flip=True, crop=2, cutout=4)  # of training alone
+    got = label(net, images, index, passes=4, batch_size=12, seed=9, **settings)
 
     net.eval()
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
-    torch.manual_seed(9)
     with torch.no_grad():
-        logits = [
-            torch.stack([net(images.clean(part)) for _ in range(4)])
-            for part in (index[:3], index[3:6], index[6:])
-        ]
-    want = reference.mc_select(torch.cat(logits, dim=1), **settings)
+        keys = [dropout_keys(index, seed=9, draw=k) for k in range(4)]
+        logits = torch.stack([net(images.clean(index), each) for each in keys])
+    want = reference.mc_select(logits, **settings)
     assert torch.equal(got.index, index)
     assert torch.equal(got.label, want.label)
     assert torch.allclose(got.confidence, want.confidence, atol=1e-6)
@@ -153,6 +153,31 @@ def test_label_depends_on_model_and_seed_alone(net: nn.Module, images: ResidentI
     assert not torch.equal(first.std, label(net, images, index, seed=2).std)
 
 
+@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+def test_labels_depend_on_no_batch(name: str) -> None:
+    """Masks are equal, so logits differ by rounding alone, and verdicts only next to a threshold."""
+    torch.manual_seed(0)
+    net = build(name, n_classes=5, channels=1, size=12, dropout=0.3)
+    images = resident(
+        torch.randint(0, 256, (60, 12, 12, 1), generator=torch.Generator().manual_seed(1)).byte()
+    )
+    settings = {"tau_n": 0.0, "kappa_p": INF, "passes": 6, "seed": 3, "batch_size": 10_000}
+    confidence = label(net, images, torch.arange(60), tau_p=0.1, **settings).confidence
+    settings["tau_p"] = float(confidence.median())
+    whole = label(net, images, torch.arange(60), **settings)
+    for batch_size in (1, 30, 100):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(batch_size))
+        got = label(net, images, order, **{**settings, "batch_size": batch_size})
+        # Some thousand float32 roundings of a logit of size 1, halved by a softmax.
+        assert (got.confidence - whole.confidence[order]).abs().max() < 1e-5
+        assert (got.std - whole.std[order]).abs().max() < 1e-5
+        near = (whole.confidence - settings["tau_p"]).abs() < 1e-5
+        assert torch.equal(got.positive[~near[order]], whole.positive[order][~near[order]])
+        assert (got.label == whole.label[order]).all()
+    assert 0 < whole.positive.sum() < 60
+    assert not torch.equal(whole.std, label(net, images, torch.arange(60), **{**settings, "seed": 4}).std)
+
+
 def test_a_single_pass_is_deterministic_and_has_no_std(net: nn.Module, images: ResidentImages) -> None:
     settings = {"passes": 1, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.2, "tau_n": 0.2}
     one = label(net, images, torch.arange(23), seed=1, batch_size=23, **settings)
@@ -172,8 +197,10 @@ def test_no_unlabelled_samples(net: nn.Module, images: ResidentImages) -> None:
 
 def test_progress_hears_of_every_image(net: nn.Module, images: ResidentImages) -> None:
     heard: list[int] = []
-    label(net, images, torch.arange(23), passes=2, batch_size=10, progress=heard.append)
+    label(net, images, torch.arange(23), passes=2, batch_size=20, progress=heard.append)
     assert heard == [10, 10, 3]
+    label(net, images, torch.arange(2), passes=9, batch_size=4, progress=heard.append)
+    assert heard[3:] == [1, 1], "one image at least"
 
 
 def test_labelling_is_never_in_bfloat16(net: nn.Module, images: ResidentImages) -> None:

@@ -33,7 +33,7 @@ from ups_fast.selection import Labelling
 CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
 # What may change when a run goes on: where it runs, and where its (fingerprinted) data lie.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root")
-FORMAT, VERSION = "ups_fast checkpoint", 1
+FORMAT, VERSION = "ups_fast checkpoint", 2
 
 
 class RunFolderError(ValueError):
@@ -196,7 +196,6 @@ class Checkpoint:
     # None at the start of a round, where they are made anew from the seed.
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
-    rng: dict[str, Tensor] = field(default_factory=dict)  # torch's global generators: cpu, cuda
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:

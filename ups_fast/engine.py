@@ -144,12 +144,13 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,  # float32 [B, C, H, W]
+    keys: Tensor | None,  # int32 [B], by which dropout drops; None: by torch's generator
     target: Tensor,  # int64 [B], -1 where not positive
     positive: Tensor,  # bool [B]
     negative: Tensor,  # int32 [B, ceil(C / 32)]
 ) -> Tensor:  # float32 [], on the device
     """One forward pass over the joined batch, so that batch-norm sees both kinds; CE + NCE; one SGD step."""
-    loss = ups_loss(model(images), target, positive, negative)
+    loss = ups_loss(model(images, keys), target, positive, negative)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -48,6 +48,7 @@ from ups_fast.engine import (
     train_step,
 )
 from ups_fast.policy import Policy, parse_ops
+from ups_fast.reference import dropout_keys
 from ups_fast.seeds import derive
 from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
 
@@ -165,7 +166,7 @@ class _Run:
             self._say(f"round {state.round}: {mix.note}")
         total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
         positive = mix.positive(self.device)
-        seed = self._seed("augment")
+        augment, dropout = self._seed("augment"), self._seed("dropout")
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
         model, optimizer = self._network()
@@ -176,15 +177,15 @@ class _Run:
             draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
             plan = plan.to(self.device)
             if state.step == 0:
-                torch.manual_seed(self._seed("dropout", state.epoch))
                 state.loss = torch.zeros((), device=self.device)
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
                 set_lr(optimizer, lr)
                 index = plan[step]
-                images = self.train_images.augmented(index, seed=seed, epoch=draw[step])
+                images = self.train_images.augmented(index, seed=augment, epoch=draw[step])
+                keys = dropout_keys(index, seed=dropout, draw=draw[step])
                 target, negative = told.target[index], told.negative[index]
-                state.loss += train_step(model, optimizer, images, target, positive, negative)
+                state.loss += train_step(model, optimizer, images, keys, target, positive, negative)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due(model, optimizer)
@@ -235,7 +236,7 @@ class _Run:
         )
 
     def _network(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The round's network and optimiser: new, or as the checkpoint has them, with the random state."""
+        """The round's network and optimiser: new, or as the checkpoint has them."""
         train, state = self.cfg.train, self.state
         torch.manual_seed(self._seed("init"))
         model = rebuild(self.about).to(self.device)
@@ -252,9 +253,6 @@ class _Run:
             optimizer.load_state_dict(state.optimizer)
             state.model = state.optimizer = None
             state.loss = state.loss.to(self.device)
-            torch.set_rng_state(state.rng["cpu"])
-            if self.device.type == "cuda" and "cuda" in state.rng:
-                torch.cuda.set_rng_state(state.rng["cuda"], self.device)
         return model, optimizer
 
     def _label(self, model: nn.Module) -> Labelling:
@@ -299,10 +297,7 @@ class _Run:
         self._lap()
         state = self.state
         if model is not None and optimizer is not None:
-            rng = {"cpu": torch.get_rng_state()}
-            if self.device.type == "cuda":
-                rng["cuda"] = torch.cuda.get_rng_state(self.device)
-            state = replace(state, model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng)
+            state = replace(state, model=model.state_dict(), optimizer=optimizer.state_dict())
         self.board.flush()  # scalars of what the checkpoint calls done are not logged again
         save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()

@@ -1,6 +1,6 @@
 """Pseudo-labels: the labelling pass, the selection, the class balance, and the numbers to report about them.
 
-Each rule is one function: dropout alone is active (`mc_dropout`), P passes over clean images (`label`), the
+Each rule is one function: P passes over clean images, dropout alone being active (`label`, `passes_over`), the
 thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
 (`drop_negatives`).
 """
@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.data.resident import ResidentImages
+from ups_fast.models import Dropout
 from ups_fast.ops import mc_select
-from ups_fast.reference import Selection, unpack_mask
+from ups_fast.reference import Selection, dropout_keys, unpack_mask
 
 BALANCE_FLOOR = 25  # published: a rarer class would starve all the others
 BINS = 15
@@ -44,9 +45,10 @@ class Labelling:
 
 @contextmanager
 def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Eval mode with dropout on (`active`) or off; every module gets its own mode back afterwards.
+    """Eval mode with dropout on (`active`) or off, for any network; every module gets its own mode back afterwards.
 
-    Batch-norm stays in eval mode. Dropout is found as modules: a call of F.dropout cannot be seen.
+    Batch-norm stays in eval mode. Dropout is found as modules: a call of F.dropout cannot be seen. Networks of
+    `ups_fast.models` need this only to be called without keys, and then draw from torch's global generator.
     Raises ValueError where dropout shall be active and the model has none with p > 0.
     """
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
@@ -84,24 +86,23 @@ def label(
 
     passes = 1 means no uncertainty: dropout is off too, kappas must be infinite, confidence alone decides.
     `balanced` cuts the positives to equal numbers per class. `progress` is told each finished batch's size.
-    The result depends on the model, the images, `index` and `seed`, and also on `batch_size` as long as
-    dropout draws from torch's global generator, which is left as it was.
+    `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
+    Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
+    order of `index` change nothing but the last bits of the logits.
 
-    Raises ValueError for an impossible threshold (see `mc_select`), or passes > 1 without an active dropout.
+    Raises ValueError for an impossible threshold (see `mc_select`), or passes > 1 where the network has no
+    `ups_fast.models.Dropout` with p > 0.
     """
     thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
-    device = index.device.type
+    if passes > 1 and not any(isinstance(module, Dropout) and module.p > 0 for module in model.modules()):
+        raise ValueError(
+            "model must have a Dropout of ups_fast.models with p > 0 for several passes, got none"
+        )
     parts = []
-    with (
-        mc_dropout(model, active=passes > 1),
-        torch.random.fork_rng(devices=[index.device] if device == "cuda" else []),
-        # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
-        torch.autocast(device, enabled=False),
-    ):
-        torch.manual_seed(seed)
-        for chunk in index.split(batch_size):
-            batch = images.clean(chunk)
-            logits = torch.stack([model(batch) for _ in range(passes)])  # [P, B, C]
+    # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
+    with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
+        for chunk in index.split(max(1, batch_size // passes)):
+            logits = passes_over(model, images.clean(chunk), chunk, passes, seed)
             parts.append(mc_select(logits, **thresholds, packed=True))
             progress(len(chunk))
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))
@@ -119,6 +120,23 @@ def label(
         positive=positive,
         negative=drop_negatives(found.negative, positive),
     )
+
+
+def passes_over(
+    model: Any,  # a network in eval mode; of ups_fast.models for more than one pass
+    batch: Tensor,  # [B, C, H, W]
+    index: Tensor,  # int64 [B], sample ids
+    passes: int,
+    seed: int,
+) -> Tensor:  # [P, B, n_classes]
+    """The logits of P passes: what comes before dropout is computed once, the rest as one batch of P * B rows."""
+    if passes == 1:
+        return cast(Tensor, model(batch))[None]
+    hidden = model.prefix(batch)
+    draw = torch.arange(passes, device=index.device).repeat_interleave(len(index))
+    keys = dropout_keys(index.repeat(passes), seed=seed, draw=draw)
+    logits: Tensor = model.suffix(torch.cat([hidden] * passes), keys)
+    return logits.view(passes, len(index), logits.shape[1])
 
 
 def balance(

@@ -1,6 +1,7 @@
 """The networks of UPS, by name. They know nothing of training, rounds or selection.
 
-Every dropout is an `nn.Dropout` module, so labelling can switch dropout on and leave batch-norm in eval mode.
+Every dropout is a `Dropout`: it drops by keys where the network is called with some, `model(images, keys)`, in eval
+mode too. `model.suffix(model.prefix(images), keys)` is the same; the prefix has no dropout.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.dropout import Dropout
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "WideResNet", "build"]
+__all__ = ["CNN13", "Dropout", "WideResNet", "build"]
 
 
 def build(

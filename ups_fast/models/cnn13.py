@@ -7,6 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from ups_fast.models.dropout import Dropout
+
 
 class CNN13(nn.Module):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 12.
@@ -34,27 +36,48 @@ class CNN13(nn.Module):
             *conv(128, 128, 3, 1),
             *conv(128, 128, 3, 1),
             nn.MaxPool2d(2),
-            nn.Dropout(dropout),
+            Dropout(dropout, layer=0),
             *conv(128, 256, 3, 1),
             *conv(256, 256, 3, 1),
             *conv(256, 256, 3, 1),
             nn.MaxPool2d(2),
-            nn.Dropout(dropout),
+            Dropout(dropout, layer=1),
             *conv(256, 512, 3, 0),
             *conv(512, 256, 1, 0),
             *conv(256, 128, 1, 0),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
+        self.first_dropout = [isinstance(module, Dropout) for module in self.features].index(True)
         self.linear = weight_norm(nn.Linear(128, n_classes))
 
     def forward(
         self,
         images: Tensor,  # [B, channels, H, W]
+        keys: Tensor | None = None,  # int32 [B]: dropout drops by these
     ) -> Tensor:  # [B, n_classes]
+        return self.suffix(self.prefix(images), keys)
+
+    def prefix(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+    ) -> Tensor:  # [B, 128, H // 2, W // 2]
+        """What comes before the first dropout: the same in every pass over an image."""
         if min(images.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
             )
-        logits: Tensor = self.linear(self.features(images))
+        hidden = images
+        for module in self.features[: self.first_dropout]:
+            hidden = module(hidden)
+        return hidden
+
+    def suffix(
+        self,
+        hidden: Tensor,  # [B, 128, H // 2, W // 2]
+        keys: Tensor | None,  # int32 [B]
+    ) -> Tensor:  # [B, n_classes]
+        for module in self.features[self.first_dropout :]:
+            hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
+        logits: Tensor = self.linear(hidden)
         return logits

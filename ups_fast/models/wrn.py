@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ups_fast.models.dropout import Dropout
+
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
     """The published "BN + 0.1": a positive shift before the activation.
@@ -35,7 +37,7 @@ class _Block(nn.Module):
         outputs: int,
         stride: int,
         *,
-        dropout: float,
+        dropout: Dropout,
         activation: str,
         bn_momentum: float,
         raw_branch: bool,
@@ -46,7 +48,7 @@ class _Block(nn.Module):
         self.activated_shortcut = activated_shortcut
         self.bn1 = _batch_norm(inputs, bn_momentum)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.bn2 = _batch_norm(outputs, bn_momentum)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.activation = _activation(activation)
@@ -57,9 +59,10 @@ class _Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, inputs, H, W]
+        keys: Tensor | None,  # int32 [B]
     ) -> Tensor:  # [B, outputs, ceil(H / stride), ceil(W / stride)]
         activated = x if self.raw_branch else self.activation(self.bn1(x))
-        branch = self.dropout(self.conv1(activated))
+        branch = self.dropout(self.conv1(activated), keys)
         branch = self.conv2(self.activation(self.bn2(branch)))
         shortcut: Tensor = self.shortcut(activated if self.activated_shortcut else x)
         return shortcut + branch
@@ -98,7 +101,7 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth of a WRN must be 6n + 4 with n >= 1, got {depth}; nearest: {near}")
         super().__init__()
 
-        blocks = []
+        blocks: list[nn.Module] = []
         inputs = 16
         for stage in range(3):
             outputs = 16 * width * 2**stage
@@ -108,7 +111,7 @@ class WideResNet(nn.Module):
                         inputs,
                         outputs,
                         stride=2 if first and stage > 0 else 1,
-                        dropout=dropout,
+                        dropout=Dropout(dropout, layer=len(blocks)),
                         activation=activation,
                         bn_momentum=bn_momentum,
                         raw_branch=published_preact and first and stage > 0,
@@ -118,7 +121,7 @@ class WideResNet(nn.Module):
                 inputs = outputs
 
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Sequential(
             _batch_norm(inputs, bn_momentum), _activation(activation), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
@@ -133,10 +136,28 @@ class WideResNet(nn.Module):
     def forward(
         self,
         images: Tensor,  # [B, channels, H, W]
+        keys: Tensor | None = None,  # int32 [B]: dropout drops by these
     ) -> Tensor:  # [B, n_classes]
+        return self.suffix(self.prefix(images), keys)
+
+    def prefix(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+    ) -> Tensor:  # [B, 16, H, W]
+        """What comes before any dropout that is worth a split: the same in every pass over an image."""
         if min(images.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
             )
-        logits: Tensor = self.linear(self.head(self.blocks(self.stem(images))))
+        hidden: Tensor = self.stem(images)
+        return hidden
+
+    def suffix(
+        self,
+        hidden: Tensor,  # [B, 16, H, W]
+        keys: Tensor | None,  # int32 [B]
+    ) -> Tensor:  # [B, n_classes]
+        for block in self.blocks:
+            hidden = block(hidden, keys)
+        logits: Tensor = self.linear(self.head(hidden))
         return logits

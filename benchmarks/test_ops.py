@@ -70,6 +70,20 @@ def test_nce_loss(benchmark, device, b, c, name):
     measure(benchmark, f"nce_loss forward + backward {device} B={b} C={c}", name, call, device)
 
 
+@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "torch's dropout, eager"])
+@pytest.mark.parametrize("shape", [(128, 32, 32, 32), (128, 128, 8, 8)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_counter_dropout(benchmark, device, shape, name):
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    keys = ups_fast.dropout_keys(torch.arange(shape[0], device=device), seed=0, draw=0)
+    if name.startswith("torch"):
+        call = lambda: torch.autograd.grad(torch.dropout(x, 0.3, True), x, torch.ones_like(x))  # noqa: E731
+    else:
+        drop = implementation(name, "counter_dropout")
+        call = lambda: torch.autograd.grad(drop(x, keys, p=0.3, layer=1), x, torch.ones_like(x))  # noqa: E731
+    measure(benchmark, f"counter_dropout forward + backward {device} {list(shape)}", name, call, device)
+
+
 # The whole published chain, 32x32, on one CPU thread against the same chain in Pillow on one; a GPU row stands alone.
 @pytest.mark.parametrize("name", ["published, Pillow", "reference, Pillow", "ups_fast"])
 @pytest.mark.parametrize("device", DEVICES)

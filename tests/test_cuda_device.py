@@ -18,6 +18,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from test_augment import hostile_images
 from test_cuda_kernels import (
     DTYPES,
     LOOSE,
@@ -32,6 +33,7 @@ from torch import Tensor
 
 import ups_fast
 from ups_fast import reference
+from ups_fast.policy import POLICIES
 from ups_fast.reference import Selection, pack_mask, unpack_mask
 
 pytestmark = pytest.mark.gpu
@@ -66,9 +68,73 @@ def test_the_kernels_serve_this_device():
         "ups_loss_backward",
         "augment",
         "augment_plan",
+        "counter_dropout",
     )
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ups_fast::{op}", "CUDA")
+
+
+# Augmentation and dropout --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_augment_is_the_cpus(policy, channels, dtype):
+    """Which tests hold against Pillow, bit for bit."""
+    for size in ((32, 32), (8, 8), (64, 17), (96, 96)):
+        images = hostile_images(64, *size, channels)
+        index = torch.randint(64, (300,), generator=torch.Generator().manual_seed(0))
+        epoch = torch.arange(300)
+        kwargs = {
+            "policy": policy,
+            "seed": 5,
+            "mean": (0.4,) * channels,
+            "std": (0.3,) * channels,
+            "dtype": dtype,
+        }
+        want = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        images, index, epoch = to_device(images, index, epoch)
+        got = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(got.cpu(), want)
+        plan = ups_fast.augment_plan(index, policy=policy, size=size, seed=5, epoch=epoch)
+        assert torch.equal(ups_fast.augment(images, index, epoch=0, plan=plan, **kwargs), got)
+
+
+def test_augment_of_images_too_large_for_a_block_says_so():
+    images = torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8, device=DEVICE)
+    index = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"1024x1024x3 need .* bytes of shared memory"):
+        ups_fast.augment(images, index, policy="ups", seed=0, epoch=0, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3), (64, 16, 8, 8), (1, 33, 2, 3, 4), (0, 4, 2, 2), (3, 5, 1000)])
+def test_counter_dropout_is_the_cpus(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    keys = ups_fast.dropout_keys(torch.arange(shape[0]), seed=1, draw=2)
+    want = ups_fast.counter_dropout(x, keys, p=0.3, layer=4)
+    assert torch.equal(ups_fast.counter_dropout(*to_device(x, keys), p=0.3, layer=4).cpu(), want)
+    if x.ndim == 4:
+        last = x.to(DEVICE, memory_format=torch.channels_last)
+        assert torch.equal(ups_fast.counter_dropout(last, keys.to(DEVICE), p=0.3, layer=4).cpu(), want)
+        compiled = torch.compile(ups_fast.counter_dropout, fullgraph=True, dynamic=False)
+        assert torch.equal(compiled(last, keys.to(DEVICE), p=0.3, layer=4).cpu(), want)
+
+
+def test_a_graph_of_augment_replays_for_another_epoch():
+    images, index = hostile_images(32, 32, 32, 3).to(DEVICE), torch.arange(32, device=DEVICE)
+    seed, epoch = (torch.tensor(x, device=DEVICE) for x in (3, 1))
+    kwargs = {"policy": "ups", "seed": seed, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    ups_fast.augment(images, index, epoch=epoch, **kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+    for number in (1, 7):
+        epoch.fill_(number)
+        graph.replay()
+        assert torch.equal(out, ups_fast.augment(images, index, **{**kwargs, "epoch": number}))
 
 
 # Values --------------------------------------------------------------------------------------------------------------

@@ -225,6 +225,25 @@ class Kernels:
         results.check()
         return d_logits
 
+    def counter_dropout(
+        self, x: Tensor, keys: Tensor, p: float, layer: int, *, seed=0, max_blocks=MANY
+    ) -> Tensor:
+        """x [B, C, S], contiguous or channels last; the result likewise."""
+        rows, c, s = x.shape
+        channels_last = not x.is_contiguous()
+        results = Results()
+        y = results.new((rows, s, c), x.dtype).mT if channels_last else results.new((rows, c, s), x.dtype)
+        function = self.lib.counter_dropout
+        function.restype, number, pointer = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p
+        error = function(
+            ctypes.c_uint64(seed), number(max_blocks), ctypes.c_int(DTYPES.index(x.dtype)), pointer(x.data_ptr()),
+            pointer(keys.data_ptr()), number(rows), number(c), number(s), ctypes.c_bool(channels_last),
+            ctypes.c_double(p), number(layer), pointer(y.data_ptr()),
+        ).decode()  # fmt: skip
+        assert not error, error
+        results.check()
+        return y
+
     def augment(
         self, images: Tensor, index: Tensor, policy: Policy, plan: Tensor | None = None, *, seed=0
     ) -> Tensor:
@@ -310,6 +329,21 @@ def test_augment_traps_what_it_cannot_do(kernels):
     plan.variant[2, 1] = 21
     with pytest.raises(AssertionError, match="traps"):
         kernels.augment(images, torch.arange(4), policy, plan.draws)
+
+
+# counter_dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 1), (3, 16, 25), (7, 1, 300), (2, 33, 70)])
+def test_counter_dropout(kernels, shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    keys = torch.arange(shape[0], dtype=torch.int32) * 77777
+    for p, layer, blocks in ((0.3, 0, MANY), (0.0, 1, 1), (0.9, 2**20 - 1, 2)):
+        want = reference.counter_dropout(x, keys, p=p, layer=layer)
+        for each in (x, x.mT.contiguous().mT):
+            got = kernels.counter_dropout(each, keys, p, layer, max_blocks=blocks)
+            assert torch.equal(got, want)
 
 
 # mc_select -----------------------------------------------------------------------------------------------------------

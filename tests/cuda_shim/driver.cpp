@@ -7,6 +7,7 @@
 #include "cuda_shim.h"
 
 #include "../../csrc/cuda/augment.cu"
+#include "../../csrc/cuda/counter_dropout.cu"
 #include "../../csrc/cuda/mc_select.cu"
 #include "../../csrc/cuda/nce_loss.cu"
 #include "../../csrc/cuda/ups_loss.cu"
@@ -193,6 +194,25 @@ const char* augment_plan_draws(uint64_t seed, const int64_t* index, int64_t B, c
                               *settings};
   report = launch(draw_plan(B), seed, augment_plan_rows, draw, B, plan);
   return report.c_str();
+}
+
+const char* counter_dropout(uint64_t seed, int64_t max_blocks, int dtype, const void* x, const int32_t* keys,
+                            int64_t rows, int64_t C, int64_t S, bool channels_last, double p, int64_t layer, void* y) {
+  const LaunchPlan plan = at_most(max_blocks, counter_dropout_plan(rows * C * S));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const DropoutArgs<T> args = {static_cast<const T*>(x),
+                                 static_cast<T*>(y),
+                                 keys,
+                                 rows * C * S,
+                                 static_cast<uint32_t>(C),
+                                 static_cast<uint32_t>(S),
+                                 channels_last,
+                                 static_cast<uint32_t>(p * 4294967296.0),
+                                 static_cast<uint32_t>(layer),
+                                 1 / (1 - p)};
+    return launch(plan, seed, counter_dropout_elements<T>, args);
+  });
 }
 
 }  // extern "C"

@@ -18,12 +18,13 @@ struct McSelectBlock {
   static constexpr int kExps = temp_is_2 ? 1 : 2;
   using V = Vec<T>;
   using I = Int<T>;
+  using Sum = std::conditional_t<rows_in_lanes, V, T>;  // over the classes, of each lane's row or of the one row
 
   const McSelectArgs<S, T>& a;
   const int64_t k_count;  // K
   V* const exps;          // [P, K, kExps]
-  V* const inv_p;         // [P], 1 / sum of exp(z - m)
-  V* const inv_q;         // [P], 1 / sum of exp((z - m) / temp)
+  Sum* const inv_p;       // [P], 1 / sum of exp(z - m)
+  Sum* const inv_q;       // [P], 1 / sum of exp((z - m) / temp)
   I* const negatives;     // [K], -1 where mean_q and std_q pass the thresholds
 
   static int64_t vectors_needed(int64_t passes, int64_t n_classes) {
@@ -34,9 +35,9 @@ struct McSelectBlock {
       : a(args),
         k_count(rows_in_lanes ? args.C : (args.C + L - 1) / L),
         exps(scratch),
-        inv_p(exps + args.P * k_count * kExps),
-        inv_q(inv_p + args.P),
-        negatives(reinterpret_cast<I*>(inv_q + args.P)) {}
+        inv_p(reinterpret_cast<Sum*>(exps + args.P * k_count * kExps)),
+        inv_q(reinterpret_cast<Sum*>(exps + args.P * k_count * kExps + args.P)),
+        negatives(reinterpret_cast<I*>(exps + args.P * k_count * kExps + 2 * args.P)) {}
 
   // Logits of rows [row, row + n_rows) of one pass into exps[pass, :, 0].
   void load_pass(int64_t pass, int64_t row, int64_t n_rows) {
@@ -81,11 +82,12 @@ struct McSelectBlock {
         poison += z[k * kExps] * T(0);
       }
       if constexpr (!rows_in_lanes) top = lanes_max<T>(top);
+      const V half_top = top * T(0.5);
       V sum_p{}, sum_q{}, part_p{}, part_q{};
       for (int64_t k = 0; k < k_count; ++k) {
         V p, q;
         if constexpr (temp_is_2) {
-          q = exp_nonpositive((z[k] - top) * T(0.5));
+          q = exp_nonpositive(z[k] * T(0.5) - half_top);  // one operation, and exactly half of z - top
           if (!rows_in_lanes && k == k_count - 1) q *= exists;
           z[k] = q;
           p = q * q;
@@ -108,12 +110,17 @@ struct McSelectBlock {
           part_p = part_q = V{};
         }
       }
-      if constexpr (!rows_in_lanes) {
-        sum_p = lanes_sum<T>(sum_p);
-        sum_q = lanes_sum<T>(sum_q);
+      if constexpr (rows_in_lanes) {
+        inv_p[pass] = sum_p;
+        inv_q[pass] = sum_q;
+      } else {
+        inv_p[pass] = lanes_sum<T>(sum_p)[0];
+        inv_q[pass] = lanes_sum<T>(sum_q)[0];
       }
-      inv_p[pass] = 1 / sum_p;
-      inv_q[pass] = 1 / sum_q;
+    }
+    for (int64_t pass = 0; pass < a.P; ++pass) {
+      inv_p[pass] = 1 / inv_p[pass];
+      inv_q[pass] = 1 / inv_q[pass];
     }
     return poison;
   }
@@ -133,11 +140,11 @@ struct McSelectBlock {
       for (int64_t pass = 0; pass < a.P; ++pass, e += k_count * kExps) {
         const T inv_k = a.inv_k[pass];
         if constexpr (temp_is_2) {
-          welford(mean_p, m2_p, rounded_product<V>(e[0] * e[0], inv_p[pass]), inv_k);
-          welford(mean_q, m2_q, rounded_product<V>(e[0], inv_q[pass]), inv_k);
+          welford(mean_p, m2_p, rounded_product<V>(e[0] * e[0], V{} + inv_p[pass]), inv_k);
+          welford(mean_q, m2_q, rounded_product<V>(e[0], V{} + inv_q[pass]), inv_k);
         } else {
-          welford(mean_p, m2_p, rounded_product<V>(e[0], inv_p[pass]), inv_k);
-          welford(mean_q, m2_q, rounded_product<V>(e[1], inv_q[pass]), inv_k);
+          welford(mean_p, m2_p, rounded_product<V>(e[0], V{} + inv_p[pass]), inv_k);
+          welford(mean_q, m2_q, rounded_product<V>(e[1], V{} + inv_q[pass]), inv_k);
         }
       }
       negatives[k] = (mean_q < a.t.tau_n) & (m2_q < a.t.limit_n);
@@ -218,7 +225,12 @@ struct McSelectBlock {
         for (int i = 0; i < n; ++i) word |= static_cast<uint32_t>(negatives[k][i] & 1) << i;
         packed[first / 32] |= word << (first % 32);  // L divides 32
       } else {
-        for (int i = 0; i < n; ++i) bytes[first + i] = negatives[k][i] & 1;
+        const Bytes<T> flags = __builtin_convertvector(negatives[k], Bytes<T>) & 1;
+        if (n == L) {
+          __builtin_memcpy(bytes + first, &flags, L);
+        } else {
+          for (int i = 0; i < n; ++i) bytes[first + i] = flags[i];
+        }
       }
     }
   }

@@ -128,12 +128,10 @@ UPS_HD Vec<T> lanes_sum(Vec<T> v) {
   return v;
 }
 
-// exp(x) for x <= 0, within 1 ulp; below -87 it is 1e-38 or less. Cody-Waite reduction x = n ln2 + r, and a polynomial of
-// degree 6 in r with a relative error of 3e-9 on |r| <= ln2 / 2.
+// exp(x) for x <= 0, within 1 ulp; anything below -87 counts as -87 (1e-38). Cody-Waite reduction x = n ln2 + r, and a
+// polynomial of degree 6 in r with a relative error of 3e-9 on |r| <= ln2 / 2.
 UPS_HD Vec<float> exp_nonpositive(Vec<float> x) {
-#if UPS_VECTOR_BYTES != 64
   x = vmax(x, splat<float>(-87.0f));
-#endif
   const float shift = 0x1.8p23f;  // x + shift rounds x to an integer, which then stands in the low bits
   const Vec<float> shifted = x * 0x1.715476p0f + shift;
   const Vec<float> n = shifted - shift;
@@ -144,11 +142,7 @@ UPS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   q = q * r + 0.4999999403953552f;
   q = q * r + 1.0f;
   const Vec<float> e = q * r + 1.0f;
-#if UPS_VECTOR_BYTES == 64
-  return __builtin_ia32_scalefps512_mask(e, n, e, -1, 4);  // e * 2^n, however small; 4: the rounding in force
-#else
   return bits_as<Vec<float>>(bits_as<Int<float>>(e) + (bits_as<Int<float>>(shifted) << 23));
-#endif
 }
 UPS_HD Vec<double> exp_nonpositive(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

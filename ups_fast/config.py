@@ -95,6 +95,22 @@ class TrainConfig:
 
 
 @dataclass
+class EngineConfig:
+    step: str = _key(
+        "auto",
+        "The training step: eager, or compile, by torch.compile, which takes a minute first; auto decides by the "
+        "device and says why.",
+        choices=("auto", "eager", "compile"),
+    )
+    precision: str = _key(
+        "auto",
+        "Of convolutions and products in training; auto takes bfloat16 where the device has it. Labelling is always "
+        "in float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclass
 class SelectConfig:
     tau_p: float = _key(0.70, "Positive label: mean probability of the class at least this.", within="[0, 1]")
     tau_n: float = _key(0.05, "Negative label: mean probability of the class below this.", within="[0, 1]")
@@ -138,6 +154,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
 
 
@@ -157,6 +174,7 @@ _GROUPS: dict[str, type] = {
     "data": DataConfig,
     "model": ModelConfig,
     "train": TrainConfig,
+    "engine": EngineConfig,
     "select": SelectConfig,
 }
 _NOUN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,8 +141,56 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+class StepPlan(NamedTuple):
+    """How the training step runs, and why."""
+
+    compiled: bool
+    dtype: torch.dtype  # of convolutions and products
+    why: str
+
+
+def plan_step(step: str, precision: str, device: torch.device) -> StepPlan:
+    """What `engine.step` and `engine.precision` mean on this device."""
+    half = has_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    dtype = torch.bfloat16 if half else torch.float32
+    if step != "auto":
+        return StepPlan(step == "compile", dtype, f"engine.step={step}")
+    if device.type == "cuda":
+        return StepPlan(True, dtype, "a GPU waits for nothing else than Python")
+    return StepPlan(False, dtype, "on a CPU compiled steps were no faster")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than of float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.12 on
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16"))
+
+
+def loss_function(
+    model: nn.Module, *, compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> Callable[..., Tensor]:
+    """The loss of a batch as a function of (images, keys, target, positive, negative), as `train_step` has them.
+
+    One forward pass over the joined batch, so that batch-norm sees both kinds; then CE + NCE.
+
+    compiled  by torch.compile, anew for each shape of the batch and for nothing else
+    dtype     of convolutions and products; statistics of batch-norm, the loss and all weights stay float32
+    """
+
+    def loss(
+        images: Tensor, keys: Tensor | None, target: Tensor, positive: Tensor, negative: Tensor
+    ) -> Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images, keys)
+        return ups_loss(logits, target, positive, negative)
+
+    return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+
+
 def train_step(
-    model: nn.Module,
+    loss_of: Callable[..., Tensor],  # of `loss_function`
     optimizer: torch.optim.Optimizer,
     images: Tensor,  # float32 [B, C, H, W]
     keys: Tensor | None,  # int32 [B], by which dropout drops; None: by torch's generator
@@ -149,8 +198,8 @@ def train_step(
     positive: Tensor,  # bool [B]
     negative: Tensor,  # int32 [B, ceil(C / 32)]
 ) -> Tensor:  # float32 [], on the device
-    """One forward pass over the joined batch, so that batch-norm sees both kinds; CE + NCE; one SGD step."""
-    loss = ups_loss(model(images, keys), target, positive, negative)
+    """One step of the optimiser. Never waits for the device."""
+    loss = loss_of(images, keys, target, positive, negative)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -17,7 +17,7 @@ from types import FrameType
 import torch
 from rich.console import Console
 from rich.progress import TaskID
-from torch import Tensor, nn
+from torch import Tensor
 
 from ups_fast.checkpoint import (
     CHECKPOINT,
@@ -41,8 +41,10 @@ from ups_fast.engine import (
     batch_mix,
     epoch_plan,
     evaluate,
+    loss_function,
     lr_at,
     occurrences,
+    plan_step,
     set_lr,
     supervise,
     train_step,
@@ -88,8 +90,8 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
                 job.progress,
             ):
                 while job.state.round < cfg.train.rounds:
-                    model = job.train_round()
-                    job.finish_round(model)
+                    job.train_round()
+                    job.finish_round()
         return job.result()
 
 
@@ -112,7 +114,10 @@ class _Run:
             "std": data.std,
         }
         with _blame("model.name"):
-            rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+            model = rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.step = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
+        self.loss_of = loss_function(self.model, compiled=self.step.compiled, dtype=self.step.dtype)
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
         policy = _policy(cfg)
         with _blame("data.crop"):
@@ -144,6 +149,8 @@ class _Run:
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
         )
+        compiled = "compiled" if self.step.compiled else "eager"
+        self._say(f"training step: {compiled}, {str(self.step.dtype)[6:]} ({self.step.why})")
         at = "all rounds are done" if state.round == rounds else "a new run"
         if found and state.round < rounds:
             at = f"going on from round {state.round}, epoch {state.epoch}"
@@ -156,7 +163,7 @@ class _Run:
         for row in state.rows:
             self._say(table_line(row))
 
-    def train_round(self) -> nn.Module:
+    def train_round(self) -> None:
         """Trains the round's network from where the checkpoint stands. Each round starts from new weights."""
         cfg, state = self.cfg, self.state
         epochs, batch_size = self._budget(state.round)
@@ -169,8 +176,8 @@ class _Run:
         augment, dropout = self._seed("augment"), self._seed("dropout")
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
-        model, optimizer = self._network()
-        model.train()
+        optimizer = self._start()
+        self.model.train()
         while state.epoch < epochs:
             before = state.epoch * mix.steps
             plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
@@ -185,21 +192,20 @@ class _Run:
                 images = self.train_images.augmented(index, seed=augment, epoch=draw[step])
                 keys = dropout_keys(index, seed=dropout, draw=draw[step])
                 target, negative = told.target[index], told.negative[index]
-                state.loss += train_step(model, optimizer, images, keys, target, positive, negative)
+                state.loss += train_step(self.loss_of, optimizer, images, keys, target, positive, negative)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
-                self._save_if_due(model, optimizer)
+                self._save_if_due(optimizer)
             lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
             self._end_epoch(float(state.loss) / mix.steps, lr)
-        self._save(model, optimizer)
+        self._save(optimizer)
         self.progress.remove_task(bar)
-        return model
 
-    def finish_round(self, model: nn.Module) -> None:
+    def finish_round(self) -> None:
         """Tests the network, labels all that is unlabelled, writes the round's files, last the checkpoint."""
         state, data = self.state, self.data
-        test = evaluate(model, self.test_images, data.test_labels, batch_size=self.cfg.select.batch_size)
-        labelling = self._label(model)
+        test = evaluate(self.model, self.test_images, data.test_labels, batch_size=self.cfg.select.batch_size)
+        labelling = self._label()
         row = {
             "round": state.round,
             "test_acc": or_none(test.correct.double().mean()),
@@ -208,7 +214,7 @@ class _Run:
             "train_loss": state.train_loss,
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
         }
-        save_model(self.folder, model, self.about)
+        save_model(self.folder, self.model, self.about)
         self._write_selection(vars(labelling))
         self.board.add_round(row)
         state.rows.append(row)
@@ -235,27 +241,29 @@ class _Run:
             generator=self._stream("expand"),
         )
 
-    def _network(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The round's network and optimiser: new, or as the checkpoint has them."""
+    def _start(self) -> torch.optim.Optimizer:
+        """Gives network and optimiser the round's first state, or that of the checkpoint.
+
+        The network is one for the whole run and starts anew in place, so that nothing is compiled again.
+        """
         train, state = self.cfg.train, self.state
         torch.manual_seed(self._seed("init"))
-        model = rebuild(self.about).to(self.device)
-        model = model.to(memory_format=torch.channels_last)
+        self.model.load_state_dict(rebuild(self.about).state_dict())
         optimizer = torch.optim.SGD(
-            model.parameters(),
+            self.model.parameters(),
             lr=train.lr,
             momentum=train.momentum,
             nesterov=train.momentum > 0,
             weight_decay=train.weight_decay,
         )
         if state.model and state.optimizer:
-            model.load_state_dict(state.model)
+            self.model.load_state_dict(state.model)
             optimizer.load_state_dict(state.optimizer)
             state.model = state.optimizer = None
             state.loss = state.loss.to(self.device)
-        return model, optimizer
+        return optimizer
 
-    def _label(self, model: nn.Module) -> Labelling:
+    def _label(self) -> Labelling:
         select, state = self.cfg.select, self.state
         bar = self._bar("labelling", len(state.unlabeled))
 
@@ -264,7 +272,7 @@ class _Run:
             self._end_if_asked()  # training was saved when it ended
 
         labelling = label(
-            model,
+            self.model,
             self.train_images,
             state.unlabeled.to(self.device),
             tau_p=select.tau_p,
@@ -287,17 +295,17 @@ class _Run:
         state.epoch, state.step = state.epoch + 1, 0
         self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
 
-    def _save_if_due(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         if self.stop.is_set() or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
-            self._save(model, optimizer)
+            self._save(optimizer)
         self._end_if_asked()
 
-    def _save(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Writes the checkpoint; between rounds without network and optimiser, which start anew."""
         self._lap()
         state = self.state
-        if model is not None and optimizer is not None:
-            state = replace(state, model=model.state_dict(), optimizer=optimizer.state_dict())
+        if optimizer is not None:
+            state = replace(state, model=self.model.state_dict(), optimizer=optimizer.state_dict())
         self.board.flush()  # scalars of what the checkpoint calls done are not logged again
         save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()

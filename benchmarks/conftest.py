@@ -50,4 +50,9 @@ def pytest_sessionfinish(session):
             print(
                 f"  {name:22} {s.median * 1e3:9.3f} ms [{s.q1 * 1e3:.3f}, {s.q3 * 1e3:.3f}]"
                 f"  n={s.rounds:<5} {s.median / ours:6.1f}x"
+                + (
+                    f"  {bench.extra_info['images'] / s.median:,.0f} images/s"
+                    if "images" in bench.extra_info
+                    else ""
+                )
             )

@@ -1,17 +1,22 @@
-"""The published recipe written anew, as the rival: each image through Pillow and torchvision in a worker process.
+"""The published recipe written anew, as the rival: Pillow in worker processes, an eager step that waits for its device.
 
 What the UPS code (Rizve et al., 2021) does to a training image, call by call, drawn from Python's and NumPy's global
-random states. Posterize to 0 bits is a black image, which Pillow itself refuses since 13.
+random states, and what its training loop does with a batch. Posterize to 0 bits is a black image, which Pillow itself
+refuses since 13. The network is ours, called without keys: torch's dropout, torch's mish.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 
@@ -91,3 +96,52 @@ def training_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> trans
             cutout,
         ]
     )
+
+
+class MarkedImages(Dataset):
+    """Images with a target and a row of marks: all ones for a positive sample, else its negative classes."""
+
+    def __init__(self, images: Tensor, targets: Tensor, marks: Tensor, transform: Any) -> None:
+        self.images, self.targets, self.marks = images.numpy(), targets.numpy(), marks.double().numpy()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, np.ndarray]:
+        image = self.transform(Image.fromarray(self.images[index]))
+        return image, self.targets[index], self.marks[index]
+
+
+def batches(
+    positive: MarkedImages, negative: MarkedImages, size: int, workers: int
+) -> Iterator[list[Tensor]]:
+    """Without end: half a batch of each kind, joined, from two loaders with so many workers each."""
+    loaders = [
+        DataLoader(each, size // 2, sampler=RandomSampler(each), num_workers=workers, drop_last=True)
+        for each in (positive, negative)
+    ]
+    while True:
+        for pair in zip(*loaders, strict=True):
+            yield [torch.cat(parts) for parts in zip(*pair, strict=True)]
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[Tensor], device: str
+) -> float:
+    images, targets, marks = (part.to(device) for part in batch)
+    logits = model(images)
+    positive = marks.sum(dim=1) == logits.shape[1]
+    negative = (marks.sum(dim=1) != logits.shape[1]) * (marks.sum(dim=1) > 0)
+    loss: Any = 0
+    if sum(positive * 1) > 0:
+        loss += F.cross_entropy(logits[positive], targets[positive])
+    if sum(negative * 1) > 0:
+        chosen = marks[negative]
+        missing = torch.clamp(1 - F.softmax(logits[negative], dim=1), 1e-7, 1.0)
+        loss += torch.mean(-torch.sum(torch.log(missing) * chosen, dim=-1) / (chosen.sum(dim=-1) + 1e-7))
+    loss.backward()
+    value = loss.item()
+    optimizer.step()
+    model.zero_grad()
+    return value

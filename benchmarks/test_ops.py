@@ -22,7 +22,7 @@ def implementation(name, op):
     return function if name == "reference, eager" else torch.compile(function, dynamic=False)
 
 
-def measure(benchmark, group, name, call, device):
+def measure(benchmark, group, name, call, device, rounds=None):
     def timed():
         result = call()
         if device == "cuda":
@@ -30,7 +30,8 @@ def measure(benchmark, group, name, call, device):
         return result
 
     benchmark.group, benchmark.extra_info["implementation"] = group, name
-    benchmark.pedantic(timed, warmup_rounds=5, rounds=100 if name.endswith(("fast", "compiled")) else 20)
+    rounds = rounds or (100 if name.endswith(("fast", "compiled")) else 20)
+    benchmark.pedantic(timed, warmup_rounds=min(5, rounds), rounds=rounds)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -102,6 +103,7 @@ def test_augment(benchmark, device, name):
     def call():
         return torch.stack([chain(p) for p in pictures]) if pictures else function(images, index, **kwargs)
 
+    benchmark.extra_info["images"] = n
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     measure(benchmark, f"augment {device}, 1 thread, {n} images", name, call, device)

@@ -123,11 +123,11 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
         "negative_samples",
     }
     wanted |= {"ece", "ece_selected", "seconds"}
-    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece"}
+    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece", "outside"}
     for row in rows:
         assert set(row) == wanted | extra
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"
-        shares = ("test_acc", "positive_acc", "negative_acc", "ece", "ece_selected", "test_ece")
+        shares = ("test_acc", "positive_acc", "negative_acc", "ece", "ece_selected", "test_ece", "outside")
         assert all(0 <= row[key] <= 1 for key in shares) and row["seconds"] > 0
 
 

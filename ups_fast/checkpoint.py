@@ -189,6 +189,7 @@ class Checkpoint:
     epoch: int = 0  # epochs of the round done
     step: int = 0  # steps of the epoch done
     seconds: float = 0.0  # spent on the round so far
+    outside: float = 0.0  # of these, on neither steps nor labelling
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
@@ -243,7 +244,7 @@ def _misfit(state: Checkpoint) -> str:
     tables = vars(Labelling(**state.labelling)).values() if state.labelling else ()
     fits = {
         "round, epoch or step": all(type(count) is int and count >= 0 for count in counts),
-        "seconds or loss": math.isfinite(state.seconds) and state.loss.ndim == 0,
+        "seconds or loss": math.isfinite(state.seconds + state.outside) and state.loss.ndim == 0,
         "train_loss": math.isfinite(state.train_loss or 0),
         "labeled or unlabeled": all(
             x.dtype == torch.int64 and x.ndim == 1 for x in (state.labeled, state.unlabeled)

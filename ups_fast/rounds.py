@@ -176,13 +176,15 @@ class _Run:
         augment, dropout = self._seed("augment"), self._seed("dropout")
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
-        optimizer = self._start()
-        self.model.train()
+        with self._outside():
+            optimizer = self._start()
+            self.model.train()
         while state.epoch < epochs:
             before = state.epoch * mix.steps
-            plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
-            draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
-            plan = plan.to(self.device)
+            with self._outside():
+                plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
+                draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
+                plan = plan.to(self.device)
             if state.step == 0:
                 state.loss = torch.zeros((), device=self.device)
             for step in range(state.step, mix.steps):
@@ -204,22 +206,26 @@ class _Run:
     def finish_round(self) -> None:
         """Tests the network, labels all that is unlabelled, writes the round's files, last the checkpoint."""
         state, data = self.state, self.data
-        test = evaluate(self.model, self.test_images, data.test_labels, batch_size=self.cfg.select.batch_size)
+        size = self.cfg.select.batch_size
+        with self._outside():
+            test = evaluate(self.model, self.test_images, data.test_labels, batch_size=size)
         labelling = self._label()
+        with self._outside():
+            save_model(self.folder, self.model, self.about)
+            self._write_selection(vars(labelling))
         row = {
             "round": state.round,
             "test_acc": or_none(test.correct.double().mean()),
             **report(labelling, self._truth(), len(data.classes)),
             "seconds": round(self._lap(), 3),
+            "outside": round(state.outside / max(state.seconds, 1e-9), 4),
             "train_loss": state.train_loss,
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
         }
-        save_model(self.folder, self.model, self.about)
-        self._write_selection(vars(labelling))
         self.board.add_round(row)
         state.rows.append(row)
         state.labelling = dict(vars(labelling))
-        state.round, state.epoch, state.step, state.seconds = state.round + 1, 0, 0, 0.0
+        state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
         self._write_rows()
         self._say(table_line(row))
@@ -293,7 +299,8 @@ class _Run:
         state = self.state
         state.train_loss = loss if math.isfinite(loss) else None
         state.epoch, state.step = state.epoch + 1, 0
-        self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
+        with self._outside():
+            self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
 
     def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         if self.stop.is_set() or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
@@ -304,16 +311,24 @@ class _Run:
         """Writes the checkpoint; between rounds without network and optimiser, which start anew."""
         self._lap()
         state = self.state
-        if optimizer is not None:
-            state = replace(state, model=self.model.state_dict(), optimizer=optimizer.state_dict())
-        self.board.flush()  # scalars of what the checkpoint calls done are not logged again
-        save_checkpoint(self.folder, state)
+        with self._outside():
+            if optimizer is not None:
+                state = replace(state, model=self.model.state_dict(), optimizer=optimizer.state_dict())
+            self.board.flush()  # scalars of what the checkpoint calls done are not logged again
+            save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()
 
     def _end_if_asked(self) -> None:
         if self.stop.is_set():
             at = f"round {self.state.round}, epoch {self.state.epoch}"
             raise Interrupted(f"stopped in {at}; everything is saved in {self.folder}")
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Counts what is done in it as neither training nor labelling: it keeps a GPU waiting."""
+        start = time.monotonic()
+        yield
+        self.state.outside += time.monotonic() - start
 
     def _lap(self) -> float:
         """Seconds spent on this round so far, by all processes that worked on it."""

@@ -94,6 +94,9 @@ def _train(cfg: config.Config) -> None:
         again = "once that is mended, the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
+    seconds = sum(row["seconds"] for row in result.rows)
+    outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
+    console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 
 

@@ -1,7 +1,7 @@
 """The specification of `augment` and `augment_plan`: the published chain in Pillow and NumPy, image by image.
 
-Bit for bit what Pillow 10 to 13 computes on x86-64. Two exceptions are ours: Posterize to 0 bits, which Pillow refuses
-since 13, and the colour of CutoutAbs on grey images.
+Bit for bit what Pillow computes on x86-64 (tried: 9.5, 10.4, 12.0 and 13.0 agree). Two exceptions are ours: Posterize
+to 0 bits, which Pillow refuses since 13, and the colour of CutoutAbs on grey images.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.data.resident import ResidentImages
-from ups_fast.models import Dropout
+from ups_fast.models import Dropout, Network
 from ups_fast.ops import mc_select
 from ups_fast.reference import Selection, dropout_keys, unpack_mask
 
@@ -123,7 +123,7 @@ def label(
 
 
 def passes_over(
-    model: Any,  # a network in eval mode; of ups_fast.models for more than one pass
+    model: nn.Module,  # in eval mode; a Network for more than one pass
     batch: Tensor,  # [B, C, H, W]
     index: Tensor,  # int64 [B], sample ids
     passes: int,
@@ -132,10 +132,11 @@ def passes_over(
     """The logits of P passes: what comes before dropout is computed once, the rest as one batch of P * B rows."""
     if passes == 1:
         return cast(Tensor, model(batch))[None]
-    hidden = model.prefix(batch)
+    network = cast(Network, model)
+    hidden = network.prefix(batch)
     draw = torch.arange(passes, device=index.device).repeat_interleave(len(index))
     keys = dropout_keys(index.repeat(passes), seed=seed, draw=draw)
-    logits: Tensor = model.suffix(torch.cat([hidden] * passes), keys)
+    logits = network.suffix(torch.cat([hidden] * passes), keys)
     return logits.view(passes, len(index), logits.shape[1])
 
 

@@ -1,7 +1,6 @@
 """The networks of UPS, by name. They know nothing of training, rounds or selection.
 
-Every dropout is a `Dropout`: it drops by keys where the network is called with some, `model(images, keys)`, in eval
-mode too. `model.suffix(model.prefix(images), keys)` is the same; the prefix has no dropout.
+Called as `model(images)`, or as `model(images, keys)`, and then their dropout drops by keys, in eval mode too.
 """
 
 from __future__ import annotations
@@ -9,13 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torch import nn
-
 from ups_fast.models.cnn13 import CNN13
-from ups_fast.models.dropout import Dropout
+from ups_fast.models.network import Dropout, Network
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "Dropout", "WideResNet", "build"]
+__all__ = ["CNN13", "Dropout", "Network", "WideResNet", "build"]
 
 
 def build(
@@ -28,7 +25,7 @@ def build(
     preact: str = "fixed",
     activation: str = "mish",
     bn_momentum: float = 0.1,
-) -> nn.Module:
+) -> Network:
     """A freshly initialised network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
     name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"
@@ -57,7 +54,7 @@ def build(
     if activation not in ("mish", "leaky_relu"):
         raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
 
-    model: CNN13 | WideResNet
+    model: Network
     if name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
     elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ups_fast.models.dropout import Dropout
+from ups_fast.models.network import Dropout, Network
 
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
@@ -68,7 +68,7 @@ class _Block(nn.Module):
         return shortcut + branch
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """WRN-d-k: float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 8.
 
     Three stages of n = (d - 4) / 6 blocks with 16k, 32k and 64k channels; dropout between conv1 and bn2 of
@@ -133,22 +133,11 @@ class WideResNet(nn.Module):
         nn.init.xavier_normal_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(
-        self,
-        images: Tensor,  # [B, channels, H, W]
-        keys: Tensor | None = None,  # int32 [B]: dropout drops by these
-    ) -> Tensor:  # [B, n_classes]
-        return self.suffix(self.prefix(images), keys)
-
     def prefix(
         self,
         images: Tensor,  # [B, channels, H, W]
     ) -> Tensor:  # [B, 16, H, W]
-        """What comes before any dropout that is worth a split: the same in every pass over an image."""
-        if min(images.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
-            )
+        """The first convolution; what follows before the first dropout would not be worth a split."""
         hidden: Tensor = self.stem(images)
         return hidden
 

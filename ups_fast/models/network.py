@@ -1,0 +1,56 @@
+"""What the networks of this package have in common: dropout by keys, and a part that all passes share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ups_fast.ops import counter_dropout
+
+
+class Dropout(nn.Dropout):
+    """Drops by keys where it is given some, in training and in eval mode; without keys it is nn.Dropout.
+
+    layer    number of this dropout in its network: each has other masks
+    """
+
+    def __init__(self, p: float, layer: int) -> None:
+        super().__init__(p)
+        self.layer = layer
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [B, C, H, W]
+        keys: Tensor | None = None,  # int32 [B], see ups_fast.dropout_keys
+    ) -> Tensor:  # [B, C, H, W]
+        if keys is None:
+            return super().forward(x)
+        return counter_dropout(x, keys, p=self.p, layer=self.layer) if self.p else x
+
+
+class Network(nn.Module):
+    """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
+
+    `prefix` has no dropout, so it is the same in every pass over an image and is computed once for all of them;
+    `suffix` has all dropout.
+    """
+
+    min_size: ClassVar[int]  # of height and width
+
+    def forward(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+        keys: Tensor | None = None,  # int32 [B]: dropout drops by these; None: as nn.Dropout does
+    ) -> Tensor:  # [B, n_classes]
+        if min(images.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
+            )
+        return self.suffix(self.prefix(images), keys)
+
+    def prefix(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def suffix(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+        raise NotImplementedError

@@ -9,8 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 setup: .venv/ready
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch and the rest, compiling the kernels: some minutes"
 	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision "setuptools>=70" pybind11 ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable ".[train,dev]"
 	$(BIN)/python -c "import ups_fast; [print(f'{k}: {v}') for k, v in ups_fast.backend().items()]"
 	touch $@
 

@@ -394,9 +394,9 @@ def test_bad_arguments_are_named(changed, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"ops": (("Blur", (1,)),)}, "policy.ops must be of AutoContrast, Equalize"),
-        ({"ops": (("Rotate", ()),)}, "Rotate must have values in -360..360, got ()"),
-        ({"ops": (("Posterize", (9,)),)}, "Posterize must have values in 0..8, got (9,)"),
+        ({"ops": (("Rotat", (1,)),)}, "got 'Rotat' (did you mean Rotate?)"),
+        ({"ops": (("Rotate", ()),)}, "Rotate must have values in -360..360, got none"),
+        ({"ops": (("Posterize", (9,)),)}, "Posterize must have values in 0..8, got 9"),
         ({"ops": (("Color", (float("nan"),)),)}, "Color must have values in 0..100"),
         ({"n_ops": 1}, "policy.ops must not be empty where n_ops is 1"),
         ({"n_ops": 65, "ops": randaugment(4)}, "policy.n_ops must be an integer of 0..64, got 65"),
@@ -422,10 +422,13 @@ def test_ops_from_words():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("Blur 1", "policy.ops must be of AutoContrast"),
-        ("Rotate 4, ", "policy.ops must be of AutoContrast"),
-        ("Rotate four", "Rotate must be followed by numbers, got 'Rotate four'"),
-        ("Rotate", "Rotate must have values in -360..360, got ()"),
+        ("Blur 1", "an operation must be one of AutoContrast"),
+        ("Rotate 4, ", "an operation must be one of AutoContrast"),
+        (
+            "Rotate four",
+            "and a comma ends it; got 'Rotate four'",
+        ),
+        ("Rotate", "Rotate must have values in -360..360, got none"),
         ("Rotate 4 nan", "Rotate must have values in -360..360"),
         ("Gamma 0", "Gamma must have values in 0.01..100"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_help_explains_every_key_in_80_columns(capsys):
             "error: data.n_labels: n_labels must be a positive multiple of the 10 classes, got 41",
         ),
         ([DIGITS, "data.n_labels=5000"], "n_labels must be at most the 1437 training images, got 5000"),
-        ([DIGITS, "data.ops=Blur 1"], "error: data.ops: policy.ops must be of AutoContrast, Equalize"),
+        ([DIGITS, "data.ops=Blur 1"], "error: data.ops: an operation must be one of AutoContrast, Equalize"),
         ([DIGITS, "data.crop=8"], "error: data.crop: policy.crop must be below the image size 8x8"),
         ([DIGITS, "model.name=cnn13"], "error: model.name: size: cnn13 needs images from 12x12, got 8x8"),
         ([DIGITS, "model.name=vgg"], "error: model.name: model name must be 'cnn13' or 'wrn-d-k'"),
@@ -142,7 +144,10 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
 
     monkeypatch.setattr(data, "load_set", interrupt)
     assert train.main([DIGITS, "run_dir=a folder", "seed=3"]) == 130
-    assert f"to go on: python -m ups_fast.train {DIGITS} 'run_dir=a folder' seed=3" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f" -m ups_fast.train {DIGITS} 'run_dir=a folder' seed=3" in err
+    python = err.split("to go on: ")[1].split(" -m ")[0]
+    assert Path(python).samefile(sys.executable), "what is printed can be pasted"
 
 
 def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
@@ -186,6 +191,32 @@ def test_ctrl_c_in_a_real_run_and_going_on(tmp_path, capsys):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert "round 0" in err and f"to go on: python -m ups_fast.train {DIGITS}" in err
+    assert "round 0" in err and "to go on: " in err and f" -m ups_fast.train {DIGITS}" in err
     assert (folder / "checkpoint.pt").exists() and not (folder / "report.html").exists()
     assert "train.first_epochs" in refusal(capsys, *words)  # another config must not go on with it
+
+
+def test_the_table_of_ones_own_arrays_counts_as_x_unlabeled_does(tmp_path, monkeypatch):
+    """Each unlabelled image is one grey level, its class is dark or light: the row at its index must say so."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    level = generator.permutation(np.r_[0:100, 156:256])
+    pixels = np.repeat(level.astype(np.uint8), 64).reshape(-1, 8, 8)
+    labels = (level > 128).astype(np.int64)
+    arrays = {"x_labeled": pixels[:20], "y_labeled": labels[:20], "x_unlabeled": pixels[20:150]}
+    np.savez("own.npz", **arrays, x_test=pixels[150:], y_test=labels[150:])
+    words = [
+        "data.root=own.npz",
+        "model.name=wrn-10-1",
+        "train.rounds=1",
+        "train.first_epochs=60",
+        "data.crop=0",
+    ]
+    assert (
+        train.main([str(Path(DIGITS).parent / "npz.yaml"), *words, "train.batch_size=20", "run_dir=run"]) == 0
+    )
+    with open("run/pseudo_labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(130))
+    right = [int(row["label"]) == labels[20:150][int(row["index"])] for row in rows]
+    assert np.mean(right) > 0.9

@@ -152,8 +152,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         if key not in FREE_KEYS and here.get(key) != there.get(key)
     ]
     if differing:
+        more = f" and {len(differing) - 5} others" if len(differing) > 5 else ""
         raise RunFolderError(
-            f"run_dir={path.parent} belongs to a run with another config: {', '.join(differing)}; "
+            f"run_dir={path.parent} belongs to a run with another config: {', '.join(differing[:5])}{more}; "
             "choose another run_dir, or delete that folder to start over"
         )
 

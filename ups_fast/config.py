@@ -42,8 +42,8 @@ class DataConfig:
     crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, inf]")
     ops: str = _key(
         "",
-        "RandAugment's operations: published, ups (the same, never a black image), or names with the values that "
-        "each draws from, such as 'TranslateX -1 1, Rotate -9 9'; empty is off.",
+        "RandAugment's operations: published, ups (the same, never a black image), or names, each with the values "
+        "of which it draws one, such as 'TranslateX -1 0 1, Rotate -9 9'; empty is off.",
     )
     n_ops: int = _key(3, "So many of data.ops are drawn for each training image.", within="[0, 64]")
     jitter: float = _key(

@@ -6,9 +6,11 @@ kernels is served by that twin, and `backend()` says so. Needs torch alone.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,10 @@ try:
     from . import _C  # registers the kernels
 except ImportError as error:
     _C = None  # type: ignore[assignment]
+    _found = importlib.util.find_spec(f"{__package__}._C") is not None
     _NO_KERNELS = (
-        f"the compiled module is missing ({error}); build it with `pip install --no-build-isolation`"
+        f"the compiled module is missing ({error if _found else f'there is none in {Path(__file__).parent}'}); "
+        "build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
     )
 
 _REDUCTIONS = ("none", "mean", "sum")  # their position is the op's argument, as in torch's own losses

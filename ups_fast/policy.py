@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,10 +63,13 @@ class Policy:
     def __post_init__(self) -> None:
         for name, values in self.ops:
             if name not in OPERATIONS:
-                raise ValueError(f"policy.ops must be of {', '.join(OPERATIONS)}, got {name!r}")
+                near = difflib.get_close_matches(name, OPERATIONS, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"an operation must be one of {', '.join(OPERATIONS)}, got {name!r}{hint}")
             low, high = OPERATIONS[name]
             if not values or not all(low <= value <= high for value in values):
-                raise ValueError(f"policy.ops: {name} must have values in {low}..{high}, got {values}")
+                got = " ".join(f"{value:g}" for value in values) or "none"
+                raise ValueError(f"{name} must have values in {low:g}..{high:g}, got {got}")
         for field, top in (("n_ops", 64), ("crop", 2047), ("cutout", 2048)):
             value = getattr(self, field)
             if not isinstance(value, int) or not 0 <= value <= top:
@@ -144,7 +148,9 @@ def parse_ops(text: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
         try:
             ops.append((name, tuple(map(float, words))))
         except ValueError:
-            raise ValueError(f"{name} must be followed by numbers, got {part.strip()!r}") from None
+            raise ValueError(
+                f"{name} must be followed by numbers, such as {name} -1 1, and a comma ends it; got {part.strip()!r}"
+            ) from None
     Policy(ops=tuple(ops))  # raises where a name or a value is impossible
     return tuple(ops)
 

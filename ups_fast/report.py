@@ -42,10 +42,12 @@ def write_pseudo_labels(
     path: str | Path,
     labelling: Labelling,  # U samples, on the CPU
     classes: Sequence[str],  # C names
+    *,
+    first: int = 0,  # the training set's index that counts as 0
 ) -> None:
     """Writes one line per unlabelled sample, in columns:
 
-    index       its place in the training set
+    index       its place in the training set; of one's own arrays, in x_unlabeled
     label       number of the class, -1 where the network gave no finite answer
     confidence  mean probability of the label over the passes; nan for label -1
     std         standard deviation of that probability; nan for label -1
@@ -58,7 +60,7 @@ def write_pseudo_labels(
     writer.writerow(["index", "label", "confidence", "std", "positive", "negative", "name"])
     negative = unpack_mask(labelling.negative, len(classes)).numpy()
     columns = zip(
-        labelling.index.tolist(),
+        (labelling.index - first).tolist(),
         labelling.label.tolist(),
         labelling.confidence.numpy(),  # float32 prints as few digits as give the same number back
         labelling.std.numpy(),

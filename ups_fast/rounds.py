@@ -228,6 +228,10 @@ class _Run:
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
         self._write_rows()
+        if not row["positives"] and not row["negatives"]:
+            self._say(
+                f"round {row['round']}: nothing was selected; more epochs, or a lower select.tau_p, may help"
+            )
         self._say(table_line(row))
         if row["non_finite"]:
             self._say(f"round {row['round']}: {row['non_finite']:,} samples have NaN or infinite logits")

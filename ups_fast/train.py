@@ -6,9 +6,11 @@ Exit status: 0 for a finished run, 2 for what the user can mend (one sentence, n
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 try:
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(config.load(args.config, args.overrides))
     except KeyboardInterrupt as stopped:
-        again = shlex.join(["python", "-m", "ups_fast.train", *words])
+        python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
+        again = shlex.join([python, "-m", "ups_fast.train", *words])
         print(f"\n{stopped or 'stopped'}\nto go on: {again}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
@@ -66,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: memory is used up: {advice} ({text or 'no more is known'})", file=sys.stderr)
         return 2
     return 0
+
+
+def _below_here(path: str) -> bool:
+    return Path(path).is_relative_to(Path.cwd())
 
 
 def _train(cfg: config.Config) -> None:
@@ -86,7 +93,9 @@ def _train(cfg: config.Config) -> None:
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
     try:
-        report.write_pseudo_labels(table, result.labelling, data.classes)
+        # Of one's own arrays the labelled images come first in the training set.
+        first = 0 if data.labeled is None else len(data.labeled)
+        report.write_pseudo_labels(table, result.labelling, data.classes, first=first)
         png, page = report.write_report(
             result.folder, result.rows, result.labelling, result.truth, cfg, data.classes
         )
@@ -96,7 +105,13 @@ def _train(cfg: config.Config) -> None:
     console.print(report.headline(result.rows, cfg))
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
-    console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
+    if seconds > 10:
+        console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
+    if (result.rows[-1]["test_acc"] or 0) < (result.rows[0]["test_acc"] or 0):
+        console.print(
+            "the last round, whose network is the one that is kept, is worse than round 0: every round starts anew, "
+            "so train.epochs may be too few; or select.tau_p is too low, or select.balance_rounds"
+        )
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 
 

@@ -296,6 +296,8 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled."""
     arrays: dict[str, np.ndarray] = {}
     place = ""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r} (data.root)")
     try:
         with open(path, "rb") as start:
             if start.read(2) != b"PK":  # np.load would advise to unpickle

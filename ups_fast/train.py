@@ -109,8 +109,8 @@ def _train(cfg: config.Config) -> None:
         console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
     if (result.rows[-1]["test_acc"] or 0) < (result.rows[0]["test_acc"] or 0):
         console.print(
-            "the last round, whose network is the one that is kept, is worse than round 0: every round starts anew, "
-            "so train.epochs may be too few; or select.tau_p is too low, or select.balance_rounds"
+            "the last round, whose network is the one that is kept, is worse than round 0. Every round starts anew: "
+            "train.epochs may be too few, select.tau_p too low, or select.balance_rounds too few"
         )
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 

@@ -176,7 +176,7 @@ def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
     assert "all rounds are done" in capsys.readouterr().out
     assert {name: (folder / name).read_bytes() for name in FILES} == kept
 
-    assert "train.rounds" in refusal(capsys, *words, "train.rounds=3")
+    assert "train.lr" in refusal(capsys, *words, "train.lr=3")
     assert {name: (folder / name).read_bytes() for name in FILES} == kept
 
 

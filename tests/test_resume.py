@@ -430,7 +430,7 @@ def test_a_checkpoint_beyond_the_last_round(uninterrupted: Path, tmp_path: Path)
     assert state is not None
     n = state.round
     checkpoint.save_checkpoint(folder, replace(state, round=n + 1, rows=[*state.rows, {"round": n}]))
-    refused(folder, f"stands in round {n + 1}, epoch 0, which this config does not have")
+    refused(folder, f"has {n + 1} rounds done, but train.rounds is {n}: raise it")
 
 
 def test_a_finished_run_makes_its_files_again_but_for_the_network(
@@ -453,6 +453,15 @@ def test_another_config(killed: Path, tmp_path: Path) -> None:
     assert "train.lr is 0.1 and was 0.05" in sentence and "select.tau_p is 0.9 and was 0.95" in sentence
     assert sentence.count(" and was ") == 2
     assert refused(folder, "another config", seed=1).count(" and was ") == 1
+
+
+def test_more_rounds_go_on_where_fewer_ended(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, train__rounds=1)
+    assert len(rows(folder)) == 1
+    run(folder)
+    assert_same_run(folder, uninterrupted)
+    refused(folder, "has 2 rounds done, but train.rounds is 1", train__rounds=1)
 
 
 def test_a_config_that_lacks_a_key_or_cannot_be_read(killed: Path, tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from ups_fast.models import build
 from ups_fast.selection import Labelling
 
 CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
-# What may change when a run goes on: where it runs, and where its (fingerprinted) data lie.
-FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root")
+# What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
+# which no round depends.
+FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
 FORMAT, VERSION = "ups_fast checkpoint", 2
 
 

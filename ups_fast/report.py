@@ -192,11 +192,8 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), line, color=colour, ms=5, lw=2, label=name)
     low, high = axes.get_ylim()
-    low, high = (
-        low - 0.1 * (high - low),
-        min(high, 100.5),
-    )  # room for the numbers below the first and last point
-    axes.set_ylim(low, high)
+    # Room for the numbers below the first and last point, and for half a marker at 100.
+    axes.set_ylim(low - 0.1 * (high - low), min(high, 100 + 0.03 * (high - low)))
     for row in (rows[0], rows[-1])[: len(rows)]:
         value = 100 * row["test_acc"]
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)

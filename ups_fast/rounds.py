@@ -136,7 +136,12 @@ class _Run:
             raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
         self.state = state = found or self.state
         rounds = self.cfg.train.rounds
-        if state.round > rounds or state.epoch > self._budget(state.round)[0]:
+        if state.round > rounds:
+            raise RunFolderError(
+                f"run_dir={self.folder} has {state.round} rounds done, but train.rounds is {rounds}: raise it, or "
+                "choose another run_dir"
+            )
+        if state.epoch > (self._budget(state.round)[0] if state.round < rounds else 0):
             raise RunFolderError(
                 f"{self.folder / CHECKPOINT} stands in round {state.round}, epoch {state.epoch}, which this config "
                 "does not have; move it away to start over"

@@ -143,7 +143,7 @@ def test_a_resolved_config_reads_back_the_same(base, tmp_path):
         ("seed=-1", "seed must be at least 0, got -1"),
         ("checkpoint_seconds=-1", "checkpoint_seconds must be at least 0 and finite, got -1.0"),
         ("checkpoint_seconds=inf", "checkpoint_seconds must be at least 0 and finite, got inf"),
-        ("data.crop=-1", "data.crop must be at least 0, got -1"),
+        ("data.crop=-1", "data.crop must be in [0, 2047], got -1"),
         ("model.dropout=1", "model.dropout must be in [0, 1), got 1.0"),
         ("model.dropout=-0.1", "model.dropout must be in [0, 1), got -0.1"),
         ("model.dropout=0", "select.passes=10 needs model.dropout above 0"),

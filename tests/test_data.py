@@ -693,3 +693,15 @@ def test_npz_that_is_no_npz(content, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
         load_set("npz", str(path))
     assert "allow_pickle" not in str(caught.value)
+
+
+def test_a_device_without_kernels_gets_batches_of_the_host():
+    """Such as a GPU where nvcc was missing: never image by image through the reference."""
+    images = random_images(5, 8, 8, 3)
+    data = ResidentImages(images, mean=(0.5,) * 3, std=(0.5,) * 3, device="meta", policy=Policy(crop=2))
+    assert data.images.device.type == "cpu"
+    index = torch.tensor([4, 0, 4])
+    for batch in (data.clean(index), data.augmented(index, seed=0, epoch=torch.arange(3))):
+        assert batch.device.type == "meta"
+        assert batch.shape == (3, 3, 8, 8)
+        assert batch.is_contiguous(memory_format=torch.channels_last)

@@ -39,7 +39,7 @@ class DataConfig:
         0, "How many labelled images to draw, the same number of each class; 0 for npz.", within="[0, inf]"
     )
     flip: bool = _key(False, "Mirror half of the training images left to right.")
-    crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, inf]")
+    crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, 2047]")
     ops: str = _key(
         "",
         "RandAugment's operations: published, ups (the same, never a black image), or names, each with the values "

@@ -156,7 +156,7 @@ def plan_step(step: str, precision: str, device: torch.device) -> StepPlan:
     if step != "auto":
         return StepPlan(step == "compile", dtype, f"engine.step={step}")
     if device.type == "cuda":
-        return StepPlan(True, dtype, "a GPU waits for nothing else than Python")
+        return StepPlan(True, dtype, "on a GPU")
     return StepPlan(False, dtype, "on a CPU compiled steps were no faster")
 
 
@@ -164,8 +164,10 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster than of float32 there."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.12 on
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16"))
+    cpu: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older torch does not tell: False
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def loss_function(
@@ -221,7 +223,7 @@ def evaluate(
     batch_size: int = 512,
 ) -> Evaluation:
     """One pass without dropout over all `images`, under the rule that labels the unlabelled ones."""
-    index = torch.arange(len(images), device=images.images.device)
+    index = torch.arange(len(images), device=images.device)
     found = label(
         model, images, index, passes=1, kappa_p=math.inf, kappa_n=math.inf, batch_size=batch_size
     ).cpu()

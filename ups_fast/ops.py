@@ -222,6 +222,11 @@ def _find_backend() -> dict[str, tuple[bool, str]]:
 _BACKEND = _find_backend()
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether fused kernels serve tensors on this device."""
+    return _BACKEND.get(device.type, (False, ""))[0]
+
+
 def _has_kernels(x: Any) -> bool:
     """Whether the fused op serves x; if not, that is said, or raised when strict."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"

@@ -128,8 +128,8 @@ def augment(
     Before it is normalised, an image is bit for bit what Pillow makes of it.
 
     Args:
-        images: [N, H, W, C] uint8, C = 1 or 3, contiguous. On a GPU two copies of an image and 12 kB must fit into
-            the shared memory of a block: up to 96x96 pixels with 3 channels.
+        images: [N, H, W, C] uint8, C = 1 or 3, contiguous. On a GPU two copies of an image and 4 kB must fit into
+            the shared memory that a block can have: with 3 channels some 190x190 pixels for 227 kB.
         index: [B] int64, on the device of `images`; which images, and the ids that they draw by.
         policy, seed, epoch: as in `augment_plan`.
         mean, std: of each channel, for pixels in [0, 1]; std above 0.

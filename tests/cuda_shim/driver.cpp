@@ -47,6 +47,22 @@ std::string launch_loss(const LaunchPlan& plan, uint64_t seed, Kernel kernel, Lo
                 static_cast<int>(plan.blocks));
 }
 
+ups::DrawArgs draw_args(const int64_t* index, const void* variants, int n_variants, const int32_t* operations,
+                        int n_operations, const int64_t* seed_and_epoch, int H, int W,
+                        const ups::AugmentSettings& settings) {
+  return {index,
+          static_cast<const ups::Variant*>(variants),
+          n_variants,
+          operations,
+          n_operations,
+          seed_and_epoch,
+          seed_and_epoch + 1,
+          0,
+          H,
+          W,
+          settings};
+}
+
 // The plan with fewer blocks, which then walk over more rows each: the losses allow that.
 LaunchPlan at_most(int64_t max_blocks, LaunchPlan plan) {
   plan.blocks = std::min(max_blocks, plan.blocks);
@@ -160,17 +176,8 @@ const char* augment(uint64_t seed, const uint8_t* images, int64_t N, int H, int 
                     int64_t B, const void* variants, int n_variants, const int32_t* operations, int n_operations,
                     const uint8_t* blends, const uint32_t* norm, const int64_t* seed_and_epoch, const int32_t* plan,
                     const ups::AugmentSettings* settings, uint32_t* out) {
-  const ups::DrawArgs draw = {index,
-                              static_cast<const ups::Variant*>(variants),
-                              n_variants,
-                              operations,
-                              n_operations,
-                              seed_and_epoch,
-                              seed_and_epoch + 1,
-                              0,
-                              H,
-                              W,
-                              *settings};
+  const ups::DrawArgs draw =
+      draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
   const ups::AugmentArgs<uint32_t> args = {draw, images, N, blends, norm, plan, out};
   const LaunchPlan where = augment_plan(B, int64_t{H} * W, ups::canvas_bytes(H, W, C, settings->n_ops).total);
   report = C == 1 ? launch(where, seed, augment_block<1, uint32_t>, args)
@@ -181,17 +188,8 @@ const char* augment(uint64_t seed, const uint8_t* images, int64_t N, int H, int 
 const char* augment_plan_draws(uint64_t seed, const int64_t* index, int64_t B, const void* variants, int n_variants,
                                const int32_t* operations, int n_operations, const int64_t* seed_and_epoch, int H, int W,
                                const ups::AugmentSettings* settings, int32_t* plan) {
-  const ups::DrawArgs draw = {index,
-                              static_cast<const ups::Variant*>(variants),
-                              n_variants,
-                              operations,
-                              n_operations,
-                              seed_and_epoch,
-                              seed_and_epoch + 1,
-                              0,
-                              H,
-                              W,
-                              *settings};
+  const ups::DrawArgs draw =
+      draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
   report = launch(draw_plan(B), seed, augment_plan_rows, draw, B, plan);
   return report.c_str();
 }

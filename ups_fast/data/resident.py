@@ -1,4 +1,8 @@
-"""Images that live on the device as uint8; a batch is gathered, augmented and normalised there by one op."""
+"""Images that live on the device as uint8; a batch is gathered, augmented and normalised there by one op.
+
+For a device without kernels (a GPU, where nvcc was missing at build time) they live on the host, and batches are
+copied: the op's reference goes through Pillow image by image.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ups_fast.ops import augment
+from ups_fast.ops import augment, has_kernels
 from ups_fast.policy import POLICIES, Policy
 
 
@@ -30,11 +34,12 @@ class ResidentImages:
         device: torch.device | str,
         policy: Policy = POLICIES["none"],
     ) -> None:
-        self.images = images.to(device).contiguous()
+        self.device = torch.device(device)
+        home = self.device if has_kernels(self.device) else torch.device("cpu")
+        self.images = images.to(home).contiguous()
         self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
-        self._read(
-            torch.zeros(0, dtype=torch.int64, device=self.images.device), policy, 0, 0
-        )  # raises now or never
+        nothing = torch.zeros(0, dtype=torch.int64, device=home)
+        self._read(nothing, policy, 0, 0)  # what is wrong with the arguments is said now
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,10 +58,16 @@ class ResidentImages:
         seed: int | Tensor,
         epoch: int | Tensor,
     ) -> Tensor:  # [B, C, H, W] float32, channels_last
-        """As the policy draws for each image from seed, epoch and its index. Never waits for the device."""
+        """As the policy draws for each image from seed, epoch and its index.
+
+        Never waits for the device, unless the images live on the host for want of kernels.
+        """
         return self._read(index, self.policy, seed, epoch)
 
     def _read(self, index: Tensor, policy: Policy, seed: int | Tensor, epoch: int | Tensor) -> Tensor:
-        return augment(
+        home = self.images.device
+        index, epoch = index.to(home), epoch.to(home) if isinstance(epoch, Tensor) else epoch
+        batch = augment(
             self.images, index, policy=policy, seed=seed, epoch=epoch, mean=self.mean, std=self.std
         )
+        return batch.to(self.device)

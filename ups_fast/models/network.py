@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Dropout(nn.Dropout):
         return counter_dropout(x, keys, p=self.p, layer=self.layer) if self.p else x
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
 
     `prefix` has no dropout, so it is the same in every pass over an image and is computed once for all of them;
@@ -49,8 +50,8 @@ class Network(nn.Module):
             )
         return self.suffix(self.prefix(images), keys)
 
-    def prefix(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def prefix(self, images: Tensor) -> Tensor: ...
 
-    def suffix(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def suffix(self, hidden: Tensor, keys: Tensor | None) -> Tensor: ...

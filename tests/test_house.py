@@ -20,8 +20,8 @@ PACKAGE = ROOT / "ups_fast"
 OPS = ["mc_select", "nce_loss", "ups_loss", "counter_dropout", "augment"]
 
 # A module imports only from rooms to its left; the rooms of the second row import nothing above themselves but the ops.
-ORDER = ["policy", "reference_augment", "reference", "ops", "selection", "engine", "rounds", "train"]
-BASE = {"seeds", "config", "models", "data"}
+ORDER = ["policy", "reference_augment", "reference", "ops", "selection", "engine", "step", "rounds", "train"]
+BASE = {"seeds", "config", "fullgraph", "models", "data"}
 EITHER = {"checkpoint", "display", "report"}  # below rounds and train; above the base
 
 

@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_rounds import tiny_config, tiny_set
 
-from ups_fast import checkpoint, load_model, rounds, selection
+from ups_fast import checkpoint, load_model, rounds, selection, step
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 
 SPAWN = multiprocessing.get_context("forkserver")
@@ -82,7 +82,7 @@ def limit_files(*args: Any) -> None:
 
 
 CALLS = {
-    "train_step": rounds,
+    "train_step": step,
     "mc_select": selection,  # once to test the network, then once per batch of labelling
     "fsync": os,  # twice per file written
     "replace": os,  # once per file written
@@ -368,7 +368,7 @@ def code_in_a_pickle(content: bytes) -> bytes:
 
 def of_next_year(content: bytes) -> bytes:
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "version": 3}, file)
+    torch.save({"format": checkpoint.FORMAT, "version": 4}, file)
     return file.getvalue()
 
 
@@ -382,7 +382,7 @@ def of_next_year(content: bytes) -> bytes:
         (another_zip, "damaged"),
         (code_in_a_pickle, "damaged"),
         (foreign, "not a checkpoint of ups_fast"),
-        (of_next_year, "version 3"),
+        (of_next_year, "version 4"),
     ],
 )
 def test_a_damaged_or_foreign_checkpoint(
@@ -410,8 +410,8 @@ def test_a_damaged_or_foreign_checkpoint(
         ({"labeled": "abc"}, "a part or its type"),
         ({"seconds": float("nan")}, "seconds or loss"),
         ({"loss": 0.5}, "a part or its type"),
-        ({"optimizer": None}, "model or optimizer"),
-        ({"model": None, "optimizer": None}, "model or optimizer"),
+        ({"momentum": None}, "model or momentum"),
+        ({"model": None, "momentum": None}, "model or momentum"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ups_fast
-from ups_fast import reference, rounds
+from ups_fast import reference, rounds, step
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.engine import lr_at
@@ -209,7 +209,7 @@ def test_scalars(finished: Finished) -> None:
 
 def test_a_finished_run_is_not_run_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, result, text = finished
-    monkeypatch.setattr(rounds, "train_step", None)
+    monkeypatch.setattr(step, "train_step", None)
     before = {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()}
     again, said = run(cfg)
     assert again.rows == result.rows and torch.equal(again.truth, result.truth)
@@ -227,14 +227,15 @@ class Spy:
     """Stands for `train_step`: keeps what each step was given, and takes the step."""
 
     def __init__(self) -> None:
-        self.step = rounds.train_step
+        self.step = step.train_step
         self.seen: list[dict[str, Any]] = []
 
     def __call__(self, loss_of: Any, optimizer: torch.optim.Optimizer, *batch: torch.Tensor) -> torch.Tensor:
         weights = [value.detach().clone() for value in optimizer.param_groups[0]["params"]]
         names = ("images", "keys", "target", "positive", "negative")
         given = {name: value.clone() for name, value in zip(names, batch, strict=True)}
-        lr, momentum = optimizer.param_groups[0]["lr"], len(optimizer.state)
+        lr = float(optimizer.param_groups[0]["lr"])
+        momentum = any(state["momentum_buffer"].any() for state in optimizer.state.values())
         self.seen.append({**given, "weights": weights, "lr": lr, "momentum": momentum})
         return self.step(loss_of, optimizer, *batch)
 
@@ -242,20 +243,20 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     watch = Spy()
-    monkeypatch.setattr(rounds, "train_step", watch)
+    monkeypatch.setattr(step, "train_step", watch)
     return watch
 
 
 def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
     cfg = tiny_config(tmp_path / "run", seed=5, train__rounds=3)
     run(cfg)
-    starts = [i for i, step in enumerate(spy.seen) if step["momentum"] == 0]
+    starts = [i for i, step in enumerate(spy.seen) if not step["momentum"]]
     assert len(starts) == 3 and starts[:2] == [0, 12], "the optimiser is new in each round, and only there"
     for number, start in enumerate(starts):
         torch.manual_seed(derive(5, "init", number))
         fresh = build("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3)
         first = spy.seen[start]
-        assert first["lr"] == 0.05
+        assert first["lr"] == pytest.approx(0.05)
         assert all(map(torch.equal, first["weights"], fresh.parameters()))
     assert not all(map(torch.equal, spy.seen[starts[1]]["weights"], spy.seen[0]["weights"]))
 
@@ -272,8 +273,10 @@ def test_every_epoch_and_step_has_random_numbers_of_its_own(
     drawn: list[tuple[int, int, int]] = []  # seed, epoch and sample of each augmented image
     augmented = ResidentImages.augmented
 
-    def watched(self: ResidentImages, index: torch.Tensor, *, seed: int, epoch: torch.Tensor) -> torch.Tensor:
-        drawn.extend(zip([seed] * len(index), epoch.tolist(), index.tolist(), strict=True))
+    def watched(
+        self: ResidentImages, index: torch.Tensor, *, seed: torch.Tensor, epoch: torch.Tensor
+    ) -> torch.Tensor:
+        drawn.extend(zip([int(seed)] * len(index), epoch.tolist(), index.tolist(), strict=True))
         return augmented(self, index, seed=seed, epoch=epoch)
 
     monkeypatch.setattr(rounds, "derive", recorded)
@@ -296,9 +299,9 @@ def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path
     with np.load(tmp_path / "one" / "split.npz") as split:
         labeled = split["labeled"]
     assert len(spy.seen) == 12
-    for step in spy.seen:
-        assert step["positive"].all() and not step["negative"].any()
-        assert sorted(step["target"].tolist()) == sorted(data.train_labels[labeled].tolist())
+    for each in spy.seen:
+        assert each["positive"].all() and not each["negative"].any()
+        assert sorted(each["target"].tolist()) == sorted(data.train_labels[labeled].tolist())
 
     spy.seen.clear()
     run(tiny_config(tmp_path / "two"))
@@ -309,13 +312,13 @@ def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path
     pseudo = first["label"][first["positive"]]
     possible = {*data.train_labels[labeled].tolist(), *pseudo.tolist()}
     words = set(first["negative"][:, 0].tolist()) - {0}
-    for step in steps:
+    for each in steps:
         nl_bs = 20 * n_neg // (n_pos + n_neg)
-        assert int((~step["positive"]).sum()) == nl_bs > 0 and step["images"].shape == (20, 1, 8, 8)
-        assert set(step["target"][step["positive"]].tolist()) <= possible
-        assert (step["target"][~step["positive"]] == -1).all()
-        assert set(step["negative"][~step["positive"], 0].tolist()) <= words
-        assert not step["negative"][step["positive"]].any()
+        assert int((~each["positive"]).sum()) == nl_bs > 0 and each["images"].shape == (20, 1, 8, 8)
+        assert set(each["target"][each["positive"]].tolist()) <= possible
+        assert (each["target"][~each["positive"]] == -1).all()
+        assert set(each["negative"][~each["positive"], 0].tolist()) <= words
+        assert not each["negative"][each["positive"]].any()
 
 
 def test_balance_holds_for_the_first_rounds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ups_fast import reference
 from ups_fast.data import ResidentImages
+from ups_fast.fullgraph import fullgraph
 from ups_fast.models import Dropout, build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys
@@ -22,6 +23,7 @@ from ups_fast.selection import (
     ece,
     label,
     mc_dropout,
+    passes_over,
     reliability,
     report,
 )
@@ -46,10 +48,10 @@ class Scripted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.suffix(self.prefix(images), None)
 
-    def prefix(self, images: Tensor) -> Tensor:
+    def prefix(self, images: Tensor, skip: int = 0) -> Tensor:
         return (images[:, 0, 0, 0] * 255).round().long()
 
-    def suffix(self, samples: Tensor, keys: Tensor | None) -> Tensor:
+    def suffix(self, samples: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
         passes = torch.arange(len(self.logits)).repeat_interleave(len(samples) // len(self.logits))
         return self.logits[passes, samples]
 
@@ -176,6 +178,50 @@ def test_labels_depend_on_no_batch(name: str) -> None:
         assert (got.label == whole.label[order]).all()
     assert 0 < whole.positive.sum() < 60
     assert not torch.equal(whole.std, label(net, images, torch.arange(60), **{**settings, "seed": 4}).std)
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "cnn13"])
+@pytest.mark.parametrize("dropouts", [1, 2])
+def test_only_the_last_dropouts_act(name: str, dropouts: int) -> None:
+    torch.manual_seed(0)
+    net = build(name, n_classes=5, channels=1, size=12, dropout=0.3).eval()
+    images = resident(torch.randint(0, 256, (9, 12, 12, 1)).byte())
+    index, settings = (
+        torch.arange(9),
+        {"passes": 5, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.2, "tau_n": 0.2},
+    )
+    got = label(net, images, index, seed=3, dropouts=dropouts, batch_size=20, **settings)
+    layers = [module for module in net.modules() if isinstance(module, Dropout)]
+    assert len(layers) == {"wrn-16-1": 6, "cnn13": 2}[name]
+    for layer in layers[: len(layers) - dropouts]:
+        layer.p = 0.0
+    want = label(net, images, index, seed=3, batch_size=45, **settings)
+    assert torch.allclose(got.confidence, want.confidence, atol=1e-6) and torch.equal(got.label, want.label)
+    assert torch.allclose(got.std, want.std, atol=1e-6) and want.std.min() > 1e-5
+
+
+def test_a_network_has_only_so_many_dropouts(net: nn.Module, images: ResidentImages) -> None:
+    for dropouts in (-1, 4):
+        with pytest.raises(ValueError, match=rf"dropouts must be in 0 .. 3, .* got {dropouts}"):
+            label(net, images, torch.arange(23), dropouts=dropouts)
+
+
+def test_compiled_labels_are_the_eager_ones_and_nothing_compiles_twice() -> None:
+    torch.manual_seed(0)
+    images = resident(torch.randint(0, 256, (23, 8, 8, 1)).byte())
+    settings = {"passes": 3, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.25, "tau_n": 0.2, "batch_size": 30}
+    forward = fullgraph(passes_over)
+    net = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.3)
+    for seed in (1, 2):
+        with torch._dynamo.config.patch(error_on_recompile=True):  # nor does the last, smaller batch
+            got = label(net, images, torch.arange(23), seed=seed, forward=forward, **settings)
+        want = label(net, images, torch.arange(23), seed=seed, **settings)
+        assert torch.equal(got.label, want.label)
+        assert torch.allclose(got.confidence, want.confidence, atol=1e-5)
+        assert torch.allclose(got.std, want.std, atol=1e-5) and want.std.min() > 0
+        with torch.no_grad():
+            for weight in net.parameters():  # the next round's
+                weight *= 1.1
 
 
 def test_a_single_pass_is_deterministic_and_has_no_std(net: nn.Module, images: ResidentImages) -> None:

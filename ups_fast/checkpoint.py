@@ -34,7 +34,7 @@ CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safeten
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
-FORMAT, VERSION = "ups_fast checkpoint", 2
+FORMAT, VERSION = "ups_fast checkpoint", 3
 
 
 class RunFolderError(ValueError):
@@ -198,7 +198,7 @@ class Checkpoint:
     labelling: dict[str, Tensor] | None = None  # of the last finished round
     # None at the start of a round, where they are made anew from the seed.
     model: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
+    momentum: dict[str, Any] | None = None
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
@@ -255,7 +255,7 @@ def _misfit(state: Checkpoint) -> str:
         and len(state.rows) == state.round,
         "labelling": bool(tables) == (state.round > 0)
         and all(len(x) == len(state.unlabeled) for x in tables),
-        "model or optimizer": bool(state.model) == bool(state.optimizer)
+        "model or momentum": bool(state.model) == bool(state.momentum)
         and (bool(state.model) or state.epoch == state.step == 0),
     }
     return next((parts for parts, fit in fits.items() if not fit), "")

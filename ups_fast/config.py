@@ -98,9 +98,9 @@ class TrainConfig:
 class EngineConfig:
     step: str = _key(
         "auto",
-        "The training step: eager, or compile, by torch.compile, which takes a minute first; auto decides by the "
-        "device and says why.",
-        choices=("auto", "eager", "compile"),
+        "The training step: eager; compile, by torch.compile, which takes a minute first; graph, the same and the "
+        "whole step as one CUDA graph; auto decides by the device and says why.",
+        choices=("auto", "eager", "compile", "graph"),
     )
     precision: str = _key(
         "auto",
@@ -125,6 +125,12 @@ class SelectConfig:
         10,
         "Passes with dropout over each image; 1 switches uncertainty off (both kappas inf).",
         within="[1, 10000]",
+    )
+    dropouts: int = _key(
+        0,
+        "Only so many of the network's last dropout layers act in labelling passes: cheaper, and another method than "
+        "the published one; 0 means all.",
+        within="[0, 1000]",
     )
     balance_rounds: int = _key(
         0, "How many of the first rounds cut their positives to equal numbers per class.", within="[0, inf]"

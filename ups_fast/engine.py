@@ -1,4 +1,4 @@
-"""Training as functions of values: what a round learns from, its batches, schedule, one step, evaluation."""
+"""Training as functions of values: what a round learns from, its batches, the schedule, evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.data.resident import ResidentImages
-from ups_fast.ops import ups_loss
 from ups_fast.selection import Labelling, label
 
 
@@ -136,78 +135,6 @@ def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0, cosine: floa
     return lr * max(0.0, math.cos(cosine * math.pi * t))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-class StepPlan(NamedTuple):
-    """How the training step runs, and why."""
-
-    compiled: bool
-    dtype: torch.dtype  # of convolutions and products
-    why: str
-
-
-def plan_step(step: str, precision: str, device: torch.device) -> StepPlan:
-    """What `engine.step` and `engine.precision` mean on this device."""
-    half = has_bfloat16(device) if precision == "auto" else precision == "bfloat16"
-    dtype = torch.bfloat16 if half else torch.float32
-    if step != "auto":
-        return StepPlan(step == "compile", dtype, f"engine.step={step}")
-    if device.type == "cuda":
-        return StepPlan(True, dtype, "on a GPU")
-    return StepPlan(False, dtype, "on a CPU compiled steps were no faster")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster than of float32 there."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # an older torch does not tell: False
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-
-
-def loss_function(
-    model: nn.Module, *, compiled: bool = False, dtype: torch.dtype = torch.float32
-) -> Callable[..., Tensor]:
-    """The loss of a batch as a function of (images, keys, target, positive, negative), as `train_step` has them.
-
-    One forward pass over the joined batch, so that batch-norm sees both kinds; then CE + NCE.
-
-    compiled  by torch.compile, anew for each shape of the batch and for nothing else
-    dtype     of convolutions and products; statistics of batch-norm, the loss and all weights stay float32
-    """
-
-    def loss(
-        images: Tensor, keys: Tensor | None, target: Tensor, positive: Tensor, negative: Tensor
-    ) -> Tensor:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images, keys)
-        return ups_loss(logits, target, positive, negative)
-
-    return torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
-
-
-def train_step(
-    loss_of: Callable[..., Tensor],  # of `loss_function`
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,  # float32 [B, C, H, W]
-    keys: Tensor | None,  # int32 [B], by which dropout drops; None: by torch's generator
-    target: Tensor,  # int64 [B], -1 where not positive
-    positive: Tensor,  # bool [B]
-    negative: Tensor,  # int32 [B, ceil(C / 32)]
-) -> Tensor:  # float32 [], on the device
-    """One step of the optimiser. Never waits for the device."""
-    loss = loss_of(images, keys, target, positive, negative)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 class Evaluation(NamedTuple):
     """A network on labelled images, on the host. Accuracy is the mean of `correct`."""
 
@@ -221,10 +148,12 @@ def evaluate(
     labels: Tensor,  # int64 [M]
     *,
     batch_size: int = 512,
+    forward: Callable[..., Tensor] | None = None,  # as of `label`
 ) -> Evaluation:
     """One pass without dropout over all `images`, under the rule that labels the unlabelled ones."""
     index = torch.arange(len(images), device=images.device)
+    inf = math.inf
     found = label(
-        model, images, index, passes=1, kappa_p=math.inf, kappa_n=math.inf, batch_size=batch_size
+        model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
     ).cpu()
     return Evaluation(found.confidence, found.label == labels.cpu())

@@ -37,22 +37,20 @@ from ups_fast.config import Config, pick_device
 from ups_fast.data import ImageSet, ResidentImages, stratified_split
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
+    Mix,
     Supervision,
     batch_mix,
     epoch_plan,
     evaluate,
-    loss_function,
     lr_at,
     occurrences,
-    plan_step,
-    set_lr,
     supervise,
-    train_step,
 )
+from ups_fast.fullgraph import fullgraph
 from ups_fast.policy import Policy, parse_ops
-from ups_fast.reference import dropout_keys
 from ups_fast.seeds import derive
-from ups_fast.selection import Labelling, ece, label, or_none, reliability, report
+from ups_fast.selection import Labelling, ece, label, or_none, passes_over, reliability, report, skipped
+from ups_fast.step import TrainStep, plan_step
 
 EPOCH_BITS = (
     20  # of the number by which an image's augmentation is drawn; above them, how often it came before
@@ -116,13 +114,24 @@ class _Run:
         with _blame("model.name"):
             model = rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.step = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
-        self.loss_of = loss_function(self.model, compiled=self.step.compiled, dtype=self.step.dtype)
+        with _blame("engine.step"):
+            plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
         resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
         policy = _policy(cfg)
         with _blame("data.crop"):
             self.train_images = resident(data.train_images, policy=policy)
         self.test_images = resident(data.test_images)
+        with _blame("select.dropouts"):
+            skipped(model, cfg.select.dropouts)
+        self.forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
+        self.step = TrainStep(
+            self.model,
+            self.train_images,
+            len(data.classes),
+            plan,
+            momentum=cfg.train.momentum,
+            weight_decay=cfg.train.weight_decay,
+        )
         with _blame("data.n_labels"):
             self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
@@ -154,8 +163,8 @@ class _Run:
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
         )
-        compiled = "compiled" if self.step.compiled else "eager"
-        self._say(f"training step: {compiled}, {str(self.step.dtype)[6:]} ({self.step.why})")
+        mode, dtype, why = self.step.plan
+        self._say(f"training step: {mode}, {str(dtype)[6:]} ({why})")
         at = "all rounds are done" if state.round == rounds else "a new run"
         if found and state.round < rounds:
             at = f"going on from round {state.round}, epoch {state.epoch}"
@@ -177,13 +186,10 @@ class _Run:
         if mix.note:
             self._say(f"round {state.round}: {mix.note}")
         total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
-        positive = mix.positive(self.device)
-        augment, dropout = self._seed("augment"), self._seed("dropout")
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
         with self._outside():
-            optimizer = self._start()
-            self.model.train()
+            self._start(told, mix)
         while state.epoch < epochs:
             before = state.epoch * mix.steps
             with self._outside():
@@ -191,21 +197,16 @@ class _Run:
                 draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
                 plan = plan.to(self.device)
             if state.step == 0:
-                state.loss = torch.zeros((), device=self.device)
+                state.loss.zero_()
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
-                set_lr(optimizer, lr)
-                index = plan[step]
-                images = self.train_images.augmented(index, seed=augment, epoch=draw[step])
-                keys = dropout_keys(index, seed=dropout, draw=draw[step])
-                target, negative = told.target[index], told.negative[index]
-                state.loss += train_step(self.loss_of, optimizer, images, keys, target, positive, negative)
+                self.step(plan[step], draw[step], lr)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
-                self._save_if_due(optimizer)
+                self._save_if_due()
             lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
             self._end_epoch(float(state.loss) / mix.steps, lr)
-        self._save(optimizer)
+        self._save(training=True)
         self.progress.remove_task(bar)
 
     def finish_round(self) -> None:
@@ -213,7 +214,9 @@ class _Run:
         state, data = self.state, self.data
         size = self.cfg.select.batch_size
         with self._outside():
-            test = evaluate(self.model, self.test_images, data.test_labels, batch_size=size)
+            test = evaluate(
+                self.model, self.test_images, data.test_labels, batch_size=size, forward=self.forward
+            )
         labelling = self._label()
         with self._outside():
             save_model(self.folder, self.model, self.about)
@@ -256,27 +259,15 @@ class _Run:
             generator=self._stream("expand"),
         )
 
-    def _start(self) -> torch.optim.Optimizer:
-        """Gives network and optimiser the round's first state, or that of the checkpoint.
-
-        The network is one for the whole run and starts anew in place, so that nothing is compiled again.
-        """
-        train, state = self.cfg.train, self.state
+    def _start(self, told: Supervision, mix: Mix) -> None:
+        """Gives the step the round's first state, or that of the checkpoint."""
+        state, step = self.state, self.step
         torch.manual_seed(self._seed("init"))
-        self.model.load_state_dict(rebuild(self.about).state_dict())
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=train.lr,
-            momentum=train.momentum,
-            nesterov=train.momentum > 0,
-            weight_decay=train.weight_decay,
-        )
-        if state.model and state.optimizer:
-            self.model.load_state_dict(state.model)
-            optimizer.load_state_dict(state.optimizer)
-            state.model = state.optimizer = None
-            state.loss = state.loss.to(self.device)
-        return optimizer
+        weights = state.model or rebuild(self.about).state_dict()
+        seeds = {f"{name}_seed": self._seed(name) for name in ("augment", "dropout")}
+        step.start(told, mix, weights, state.momentum, **seeds)
+        step.loss.copy_(state.loss)
+        state.loss, state.model, state.momentum = step.loss, None, None
 
     def _label(self) -> Labelling:
         select, state = self.cfg.select, self.state
@@ -297,6 +288,8 @@ class _Run:
             temp_nl=select.temp_nl,
             passes=select.passes,
             batch_size=select.batch_size,
+            dropouts=select.dropouts,
+            forward=self.forward,
             balanced=state.round < select.balance_rounds,
             seed=self._seed("label"),
             progress=advance,
@@ -311,18 +304,18 @@ class _Run:
         with self._outside():
             self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
 
-    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
+    def _save_if_due(self) -> None:
         if self.stop.is_set() or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
-            self._save(optimizer)
+            self._save(training=True)
         self._end_if_asked()
 
-    def _save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Writes the checkpoint; between rounds without network and optimiser, which start anew."""
+    def _save(self, *, training: bool = False) -> None:
+        """Writes the checkpoint; between rounds without network and momentum, which start anew."""
         self._lap()
         state = self.state
         with self._outside():
-            if optimizer is not None:
-                state = replace(state, model=self.model.state_dict(), optimizer=optimizer.state_dict())
+            if training:
+                state = replace(state, model=self.model.state_dict(), momentum=self.step.momentum)
             self.board.flush()  # scalars of what the checkpoint calls done are not logged again
             save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()

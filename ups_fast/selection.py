@@ -78,8 +78,10 @@ def label(
     temp_nl: float = 2.0,
     passes: int = 10,
     batch_size: int = 512,
+    dropouts: int = 0,
     balanced: bool = False,
     seed: int = 0,
+    forward: Callable[..., Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Labelling:
     """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
@@ -88,21 +90,31 @@ def label(
     `balanced` cuts the positives to equal numbers per class. `progress` is told each finished batch's size.
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
-    order of `index` change nothing but the last bits of the logits.
+    order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
+    at once, whatever U and C are.
 
-    Raises ValueError for an impossible threshold (see `mc_select`), or passes > 1 where the network has no
-    `ups_fast.models.Dropout` with p > 0.
+    dropouts  if not 0, only so many of the network's last Dropouts act: another method, and cheaper, since all that
+              comes before them is computed once for all passes
+    forward   `passes_over`, or what `fullgraph` made of it; it always gets batches of one size
+
+    Raises ValueError for an impossible threshold (see `mc_select`), passes > 1 where the network has no
+    `ups_fast.models.Dropout` with p > 0, or `dropouts` where it has fewer.
     """
     thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
     if passes > 1 and not any(isinstance(module, Dropout) and module.p > 0 for module in model.modules()):
         raise ValueError(
             "model must have a Dropout of ups_fast.models with p > 0 for several passes, got none"
         )
+    skip, forward = skipped(model, dropouts), forward or passes_over
+    salt = torch.full((), seed, dtype=torch.int64, device=index.device)
+    rows = max(1, min(batch_size // passes, len(index)))
     parts = []
     # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
-        for chunk in index.split(max(1, batch_size // passes)):
-            logits = passes_over(model, images.clean(chunk), chunk, passes, seed)
+        for chunk in index.split(rows):
+            filling = chunk[-1:].expand(rows - len(chunk)) if len(chunk) else chunk
+            whole = torch.cat([chunk, filling])
+            logits = forward(model, images.clean(whole), whole, passes, salt, skip)[:, : len(chunk)]
             parts.append(mc_select(logits, **thresholds, packed=True))
             progress(len(chunk))
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))
@@ -122,21 +134,33 @@ def label(
     )
 
 
+def skipped(model: nn.Module, dropouts: int) -> int:
+    """How many of the network's first Dropouts are off where its last `dropouts` act; 0 means that all do."""
+    count = sum(isinstance(module, Dropout) for module in model.modules())
+    if not 0 <= dropouts <= count:
+        raise ValueError(f"dropouts must be in 0 .. {count}, as many as the network has, got {dropouts}")
+    return count - dropouts if dropouts else 0
+
+
 def passes_over(
     model: nn.Module,  # in eval mode; a Network for more than one pass
     batch: Tensor,  # [B, C, H, W]
     index: Tensor,  # int64 [B], sample ids
     passes: int,
-    seed: int,
+    seed: int | Tensor,  # int64 []
+    skip: int = 0,
 ) -> Tensor:  # [P, B, n_classes]
-    """The logits of P passes: what comes before dropout is computed once, the rest as one batch of P * B rows."""
+    """The logits of P passes: what comes before dropout is computed once, the rest as one batch of P * B rows.
+
+    skip  so many of the network's first Dropouts are off
+    """
     if passes == 1:
         return cast(Tensor, model(batch))[None]
     network = cast(Network, model)
-    hidden = network.prefix(batch)
+    hidden = network.prefix(batch, skip)
     draw = torch.arange(passes, device=index.device).repeat_interleave(len(index))
     keys = dropout_keys(index.repeat(passes), seed=seed, draw=draw)
-    logits = network.suffix(torch.cat([hidden] * passes), keys)
+    logits = network.suffix(torch.cat([hidden] * passes), keys, skip)
     return logits.view(passes, len(index), logits.shape[1])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.ops import augment, has_kernels
-from ups_fast.policy import POLICIES, Policy
+from ups_fast.policy import POLICIES, Policy, normalization, tables
 
 
 class ResidentImages:
@@ -40,6 +40,9 @@ class ResidentImages:
         self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
         nothing = torch.zeros(0, dtype=torch.int64, device=home)
         self._read(nothing, policy, 0, 0)  # what is wrong with the arguments is said now
+        size = (self.images.shape[1], self.images.shape[2], self.images.shape[3])
+        # A CUDA graph goes on reading them: they must outlive the cache that they come from.
+        self._tables = tables(policy, *size, home), normalization(self.mean, self.std, torch.float32, home)
 
     def __len__(self) -> int:
         return len(self.images)

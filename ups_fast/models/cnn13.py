@@ -48,25 +48,27 @@ class CNN13(Network):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.first_dropout = [isinstance(module, Dropout) for module in self.features].index(True)
+        self.dropouts = [i for i, module in enumerate(self.features) if isinstance(module, Dropout)]
         self.linear = weight_norm(nn.Linear(128, n_classes))
 
     def prefix(
         self,
         images: Tensor,  # [B, channels, H, W]
-    ) -> Tensor:  # [B, 128, H // 2, W // 2]
+        skip: int = 0,
+    ) -> Tensor:  # [B, 128, H // 2, W // 2]; with skip = 1 [B, 256, H // 4, W // 4]
         """All that comes before the first dropout: 42 % of the multiply-adds."""
         hidden = images
-        for module in self.features[: self.first_dropout]:
+        for module in self.features[: self.dropouts[skip]]:
             hidden = module(hidden)
         return hidden
 
     def suffix(
         self,
-        hidden: Tensor,  # [B, 128, H // 2, W // 2]
+        hidden: Tensor,  # as of `prefix`
         keys: Tensor | None,  # int32 [B]
+        skip: int = 0,
     ) -> Tensor:  # [B, n_classes]
-        for module in self.features[self.first_dropout :]:
+        for module in self.features[self.dropouts[skip] :]:
             hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
         logits: Tensor = self.linear(hidden)
         return logits

@@ -33,8 +33,9 @@ class Dropout(nn.Dropout):
 class Network(nn.Module, ABC):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
 
-    `prefix` has no dropout, so it is the same in every pass over an image and is computed once for all of them;
-    `suffix` has all dropout.
+    `prefix` has no dropout that acts, so it is the same in every pass over an image and is computed once for all of
+    them; `suffix` has the dropout. With `skip`, the first so many Dropouts belong to the prefix, in eval mode, and
+    are off.
     """
 
     min_size: ClassVar[int]  # of height and width
@@ -51,7 +52,7 @@ class Network(nn.Module, ABC):
         return self.suffix(self.prefix(images), keys)
 
     @abstractmethod
-    def prefix(self, images: Tensor) -> Tensor: ...
+    def prefix(self, images: Tensor, skip: int = 0) -> Tensor: ...
 
     @abstractmethod
-    def suffix(self, hidden: Tensor, keys: Tensor | None) -> Tensor: ...
+    def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor: ...

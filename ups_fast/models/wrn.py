@@ -136,17 +136,21 @@ class WideResNet(Network):
     def prefix(
         self,
         images: Tensor,  # [B, channels, H, W]
-    ) -> Tensor:  # [B, 16, H, W]
+        skip: int = 0,
+    ) -> Tensor:  # [B, 16, H, W], or as `skip` blocks make it
         """The first convolution; what follows before the first dropout would not be worth a split."""
         hidden: Tensor = self.stem(images)
+        for block in self.blocks[:skip]:
+            hidden = block(hidden, None)
         return hidden
 
     def suffix(
         self,
-        hidden: Tensor,  # [B, 16, H, W]
+        hidden: Tensor,  # as of `prefix`
         keys: Tensor | None,  # int32 [B]
+        skip: int = 0,
     ) -> Tensor:  # [B, n_classes]
-        for block in self.blocks:
+        for block in self.blocks[skip:]:
             hidden = block(hidden, keys)
         logits: Tensor = self.linear(self.head(hidden))
         return logits

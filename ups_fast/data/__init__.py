@@ -1,9 +1,25 @@
-"""Data sets, the split into labelled and unlabelled, and batches augmented on the device."""
+"""Data sets, the user's image folders, the split, and batches augmented on the device."""
 
 from __future__ import annotations
 
+from ups_fast.data.folder import Folder, scan
+from ups_fast.data.image import DamagedImage, read_image, resize_crop
+from ups_fast.data.reading import Damaged, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import ImageSet, load_set
 from ups_fast.data.split import stratified_split
 
-__all__ = ["ImageSet", "ResidentImages", "load_set", "stratified_split"]
+__all__ = [
+    "Damaged",
+    "DamagedImage",
+    "Folder",
+    "ImageSet",
+    "ResidentImages",
+    "as_image_set",
+    "check",
+    "load_set",
+    "read_image",
+    "resize_crop",
+    "scan",
+    "stratified_split",
+]

@@ -37,6 +37,7 @@ class ImageSet:
     mean: tuple[float, ...]  # [C], of pixels in [0, 1]
     std: tuple[float, ...]  # [C], above 0
     labeled: Tensor | None = None  # [L] int64, ascending
+    names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
 
 
 def load_set(name: str, root: str) -> ImageSet:

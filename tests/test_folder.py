@@ -1,0 +1,621 @@
+"""A user's folder or CSV file: what is found, what is said, what is left out, and the whole as an ImageSet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ups_fast.data import Folder, as_image_set, check, scan
+from ups_fast.data import image as image_module
+
+
+def put(root: Path, *names: str, size: tuple[int, int] = (6, 5)) -> None:
+    """An image at each path, of content that depends on its path."""
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(list(name.encode()))
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, format="PNG")
+
+
+def put_all(root: Path, *, test: bool = True) -> None:
+    put(root, *(f"labeled/{c}/{i}.png" for c in ("cat", "dog") for i in range(5)))
+    put(root, *(f"unlabeled/{i}.png" for i in range(4)))
+    if test:
+        put(root, "test/cat/0.png", "test/dog/0.png")
+
+
+def parts(folder: Folder) -> tuple[list[str], list[str], list[str]]:
+    labeled, unlabeled, test = (
+        [folder.paths[i] for i in index] for index in (folder.labeled, folder.unlabeled, folder.test)
+    )
+    assert sorted(labeled + unlabeled + test) == folder.paths == sorted(set(folder.paths))
+    for index in (folder.label, folder.labeled, folder.unlabeled, folder.test):
+        assert index.dtype == torch.int64
+    assert (folder.label[folder.unlabeled] == -1).all() and len(folder.label) == len(folder.paths)
+    assert all((folder.label[index] >= 0).all() for index in (folder.labeled, folder.test))
+    return labeled, unlabeled, test
+
+
+def said(folder: Folder, pattern: str) -> str:
+    (note,) = [note for note in folder.notes if re.search(pattern, note)]
+    assert "\n" not in note
+    note.encode()
+    return note
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+
+def test_folders_are_read_in_the_order_of_their_names(tmp_path):
+    put_all(tmp_path)
+    folder = scan(tmp_path)
+    labeled, unlabeled, test = parts(folder)
+    assert labeled == [f"labeled/{c}/{i}.png" for c in ("cat", "dog") for i in range(5)]
+    assert unlabeled == [f"unlabeled/{i}.png" for i in range(4)]
+    assert test == ["test/cat/0.png", "test/dog/0.png"]
+    assert folder.classes == ["cat", "dog"] and folder.root == tmp_path and folder.notes == []
+    assert folder.label[folder.labeled].tolist() == [0] * 5 + [1] * 5
+    assert folder.label[folder.test].tolist() == [0, 1]
+    again = scan(str(tmp_path), seed=9, test_share=0.5)  # with test images nothing is drawn
+    assert parts(again) == parts(folder)
+
+
+def test_nested_hidden_and_foreign_files(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, "labeled/cat/a/b/c/deep.JPeG", "unlabeled/x/y.TIFF", "unlabeled/z.WebP")
+    hidden = ["unlabeled/.h.png", "unlabeled/._y.png", "labeled/.ipynb_checkpoints/a.png", ".x/a.png"]
+    put(tmp_path, *hidden, "labeled/@eaDir/a.jpg", "unlabeled/__MACOSX/a.png", "labeled/cat/.c/a.png")
+    for name in ("labeled/cat/Thumbs.db", "unlabeled/.DS_Store", "unlabeled/desktop.ini"):
+        (tmp_path / name).write_bytes(b"1")
+    assert len(scan(tmp_path).paths) == 19 and scan(tmp_path).notes == []
+    for name in ("unlabeled/notes.txt", "unlabeled/more.TXT", "unlabeled/phone.heic", "unlabeled/jpg"):
+        (tmp_path / name).write_bytes(b"1")
+    put(tmp_path, "labeled/stray.png", "test/stray2.png", "stray3.jpg", "val/cat/a.png")
+    folder = scan(tmp_path)
+    assert len(folder.paths) == 19 and {"labeled/cat/a/b/c/deep.JPeG", "unlabeled/x/y.TIFF"} < set(
+        folder.paths
+    )
+    assert said(folder, "suffix") == "4 files ignored for the suffix: 2 '.txt', 1 without one, 1 '.heic'"
+    assert said(folder, "outside") == "3 images outside of any class left out, the first: 'stray3.jpg'"
+    assert said(folder, "other folders").endswith("not read: 'val'")
+    assert len(folder.notes) == 3
+
+
+ODD = [
+    "zwei Wörter.png",
+    "猫 🐈.png",
+    "a'b\"c;,%s{x}\\n.png",
+    " .png",
+    "-rf.png",
+    "e\u0301.png",
+    os.fsdecode(b"\xff.png"),
+]
+
+
+def test_odd_names(tmp_path):
+    put_all(tmp_path)
+    for name in ODD:
+        put(tmp_path, "unlabeled/a.png")
+        os.rename(tmp_path / "unlabeled/a.png", tmp_path / "unlabeled" / name)
+    put(tmp_path, *(f"labeled/Großer Hund, {{}} %s/{i}.png" for i in range(2)))
+    folder = scan(tmp_path)
+    assert {f"unlabeled/{name}" for name in ODD} < set(folder.paths)
+    assert folder.classes == ["Großer Hund, {} %s", "cat", "dog"]
+    said(folder, "^no test image is of class 'Großer Hund, {} %s'$")
+    (tmp_path / "unlabeled" / ODD[-1]).write_bytes(b"")
+    for _ in range(2):
+        folder, damaged = check(folder, cache=tmp_path / "run/checked.json")
+        assert [d.path for d in damaged] in ([f"unlabeled/{ODD[-1]}"], [])
+        damaged and damaged[0].reason.encode()
+    assert len(json.loads((tmp_path / "run/checked.json").read_text())["files"]) == len(folder.paths)
+
+
+def test_a_class_must_be_utf8(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, "labeled/emu/0.png")
+    os.rename(tmp_path / "labeled/emu", tmp_path / "labeled" / os.fsdecode(b"em\xfc"))
+    with pytest.raises(ValueError, match=r"^names of classes must be UTF-8, '.*' has 'em\\udcfc'$"):
+        scan(tmp_path)
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, "elsewhere/a.png", "elsewhere/deep/b.png", "elsewhere2/c.png")
+    (tmp_path / "unlabeled/link.png").symlink_to("../elsewhere/a.png")
+    (tmp_path / "unlabeled/link").symlink_to("../elsewhere/deep")
+    (tmp_path / "unlabeled/self").symlink_to(".")
+    (tmp_path / "unlabeled/up").symlink_to("..")
+    (tmp_path / "unlabeled/nothing.png").symlink_to("not there")
+    (tmp_path / "unlabeled/ring.png").symlink_to("ring.png")
+    (tmp_path / "unlabeled/ring").symlink_to("ring")
+    (tmp_path / "labeled/cat/up").symlink_to(tmp_path / "labeled")  # else every dog were a cat
+    (tmp_path / "labeled/emu").symlink_to(tmp_path / "elsewhere2")
+    (tmp_path / "elsewhere2/root").symlink_to(tmp_path)
+    for a in "pqr":  # each links to each: paths without end, but three folders
+        (tmp_path / "unlabeled" / a).mkdir()
+        for b in "pqr":
+            (tmp_path / "unlabeled" / a / f"to_{b}").symlink_to(tmp_path / "unlabeled" / b)
+    put(tmp_path, "unlabeled/p/p.png")
+    os.mkfifo(tmp_path / "unlabeled/pipe.png")
+    labeled, unlabeled, _ = parts(scan(tmp_path))
+    assert labeled == [
+        *(f"labeled/{c}/{i}.png" for c in ("cat", "dog") for i in range(5)),
+        "labeled/emu/c.png",
+    ]
+    new = ["link.png", "link/b.png", "nothing.png", "p/p.png", "ring.png"]
+    assert unlabeled == [*(f"unlabeled/{i}.png" for i in range(4)), *(f"unlabeled/{name}" for name in new)]
+    folder, damaged = check(scan(tmp_path))
+    assert [d.path for d in damaged] == ["unlabeled/nothing.png", "unlabeled/ring.png"]
+    assert len(folder.paths) == len(labeled) + len(unlabeled)  # two of them gone, two test images
+    said(folder, "^2 damaged files left out, such as '.*nothing.png' cannot be opened")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("rm -r labeled", r"'{root}' must have the folders labeled/<class>/ and unlabeled/, it lacks labeled and has "
+                          r"'test', 'unlabeled'"),
+        ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
+        ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
+        ("rm unlabeled/*", r"'{root}' has no unlabelled images: .*"),
+        ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
+        ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
+        ("rm -r labeled/cat test/cat", r"'{root}' must have labelled images of at least two classes, got only 'dog'"),
+        ("rm -r labeled/*", r"'{root}' must have labelled images of at least two classes, got none"),
+        ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labelled"),
+        ("rm -r test/*", r"test/ of '{root}' has no images in class folders: .*"),
+        ("rm -r labeled; echo > labeled", r"'{root}' must have .*, it lacks labeled .*"),
+        ("rm -r test labeled/*/[1-9].png", r"'{root}' has no test images, and no class has .*"),
+    ],
+)  # fmt: skip
+def test_scan_refuses(tmp_path, change, sentence):
+    put_all(tmp_path)
+    assert os.system(f"cd '{tmp_path}' && {change}") == 0
+    with pytest.raises(ValueError, match=f"^{sentence.replace('{root}', re.escape(str(tmp_path)))}$"):
+        scan(tmp_path)
+
+
+def test_scan_refuses_arguments(tmp_path):
+    for root in (tmp_path / "nothing", str(tmp_path / "a\0b")):
+        with pytest.raises(
+            ValueError, match=f"^there is no folder or CSV file {re.escape(repr(str(root)))}$"
+        ):
+            scan(root)
+    for share in (0, 1, -1, 2, float("nan")):
+        with pytest.raises(ValueError, match=f"^test_share must be above 0 and below 1, got {share}$"):
+            scan(tmp_path, test_share=share)
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    put_all(tmp_path)
+    put(tmp_path, "unlabeled/locked/a.png")
+    real = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    folder = scan(tmp_path)
+    assert "unlabeled/locked/a.png" not in folder.paths
+    said(folder, r"^folder 'unlabeled/locked' cannot be read \(Permission denied\) and is left out$")
+
+
+def test_an_empty_class_of_test_is_a_note(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, "labeled/emu/0.png")
+    (tmp_path / "test/emu").mkdir()
+    folder = scan(tmp_path)
+    assert said(folder, "class folder") == f"class folder 'test/emu' of {str(tmp_path)!r} has no images"
+    said(folder, "^no test image is of class 'emu'$")
+
+
+# --- a share held out --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.2, 1), (0.5, 3), (0.01, 1), (0.99, 4)])
+def test_without_test_images_a_share_is_held_out(tmp_path, share, expected):
+    put_all(tmp_path, test=False)
+    put(tmp_path, "labeled/emu/only.png", "labeled/fox/a.png", "labeled/fox/b.png")
+    folder = scan(tmp_path, test_share=share)
+    labeled, _, test = parts(folder)
+    assert folder.label[folder.test].bincount().tolist() == [expected, expected, 0, 1]
+    assert folder.label[folder.labeled].bincount().tolist() == [5 - expected, 5 - expected, 1, 1]
+    assert not set(labeled) & set(test)
+    note = said(folder, "held out")
+    assert f"{len(test)} of the 13 labelled ones ({share:.0%} of each class, drawn by seed 0)" in note
+    said(folder, "^no test image is of class 'emu': it has a single labelled image$")
+
+
+def test_what_is_held_out_follows_the_seed_and_the_names_alone(tmp_path):
+    put(
+        tmp_path / "a",
+        *(f"labeled/{c}/{i}.png" for c in ("cat", "dog") for i in range(20)),
+        "unlabeled/0.png",
+    )
+    state = torch.get_rng_state()
+    first = parts(scan(tmp_path / "a", seed=1))[2]
+    assert len(first) == 8 and parts(scan(tmp_path / "a", seed=1))[2] == first
+    assert torch.equal(state, torch.get_rng_state())
+    for other in (0, 2, 2**63 - 1):
+        assert parts(scan(tmp_path / "a", seed=other))[2] != first
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert parts(scan(tmp_path / "b", seed=1))[2] == first
+    put(tmp_path / "b", "labeled/cat/new.png", "labeled/bee/0.png", "labeled/bee/1.png")
+    more = {name for name in parts(scan(tmp_path / "b", seed=1))[2] if "bee" not in name}
+    assert len(more & set(first)) >= 7  # one more image changes at most one draw
+
+
+def test_what_is_held_out_never_changes(tmp_path):
+    """A run of last year can be drawn again: this is the stored answer, to be kept for good."""
+    put_all(tmp_path, test=False)
+    assert parts(scan(tmp_path, seed=3, test_share=0.4))[2] == [
+        "labeled/cat/2.png",
+        "labeled/cat/3.png",
+        "labeled/dog/0.png",
+        "labeled/dog/4.png",
+    ]
+
+
+def test_equal_files_are_held_out_together(tmp_path):
+    put_all(tmp_path, test=False)
+    for i in range(5):
+        for copy in "ab":
+            data = (tmp_path / f"labeled/cat/{i}.png").read_bytes()
+            (tmp_path / f"labeled/cat/{i}{copy}.png").write_bytes(data)
+    for seed in range(10):
+        folder = scan(tmp_path, seed=seed)
+        _, _, test = parts(folder)
+        cats = {Path(name).stem for name in test if "cat" in name}
+        assert len(cats) == 3 and len({name[0] for name in cats}) == 1
+        assert len(folder.notes) == 1  # no leak
+
+
+# --- equal content -----------------------------------------------------------------------------------------
+
+
+def copy(root: Path, source: str, target: str) -> None:
+    (root / target).write_bytes((root / source).read_bytes())
+
+
+def test_equal_files_across_parts_are_said(tmp_path):
+    put_all(tmp_path)
+    copy(tmp_path, "labeled/cat/3.png", "test/cat/x.png")
+    copy(tmp_path, "labeled/cat/1.png", "labeled/dog/wrong.png")
+    copy(tmp_path, "test/dog/0.png", "unlabeled/y.png")
+    copy(tmp_path, "labeled/dog/2.png", "unlabeled/z.png")
+    copy(tmp_path, "labeled/dog/2.png", "unlabeled/zz.png")
+    copy(tmp_path, "unlabeled/0.png", "unlabeled/same.png")  # harmless
+    folder = scan(tmp_path)
+    assert folder.notes == [
+        "1 test image equal to labelled ones: the test accuracy will look too good "
+        "(such as 'test/cat/x.png' and 'labeled/cat/3.png')",
+        "1 image equal to ones of another class: one of the two labels is wrong "
+        "(such as 'labeled/dog/wrong.png' and 'labeled/cat/1.png')",
+        "1 unlabelled image equal to test images: the test is not only of unseen images "
+        "(such as 'unlabeled/y.png' and 'test/dog/0.png')",
+        "2 unlabelled images equal to labelled ones: they count twice "
+        "(such as 'unlabeled/z.png' and 'labeled/dog/2.png')",
+    ]
+
+
+def test_files_of_equal_size_or_beginning_are_not_equal(tmp_path, monkeypatch):
+    put_all(tmp_path)
+    for name, tail in (("labeled/cat/b.png", b"1"), ("test/dog/b.png", b"2"), ("unlabeled/b.png", b"1")):
+        (tmp_path / name).write_bytes(bytes(1 << 17) + tail)  # they differ in the last byte
+    for name in ("labeled/cat/e.png", "test/dog/e.png", "unlabeled/e.png"):
+        (tmp_path / name).write_bytes(b"")  # empty files are damaged, not equal
+    folder = scan(tmp_path)
+    assert len(folder.notes) == 1
+    said(folder, "^1 unlabelled image equal to labelled ones.*'unlabeled/b.png' and 'labeled/cat/b.png'")
+
+
+def test_files_of_other_sizes_are_never_opened(tmp_path, monkeypatch):
+    put_all(tmp_path)
+    sizes = [i for i, file in enumerate(sorted(tmp_path.rglob("*.png")))]
+    for i, file in zip(sizes, sorted(tmp_path.rglob("*.png")), strict=True):
+        file.write_bytes(bytes(100 + i))
+
+    def never(*_):
+        raise AssertionError("a file was opened")
+
+    monkeypatch.setattr("ups_fast.data.equal.open", never, raising=False)
+    assert scan(tmp_path).notes == []
+
+
+# --- a CSV file --------------------------------------------------------------------------------------------
+
+
+def table(root: Path, text: str | bytes) -> Path:
+    file = root / "my.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def test_a_csv_file(tmp_path):
+    put(tmp_path, "a b/ü.png", "c.png", "d.png", "e.png", "f.png", "no_suffix", "g/h,1.png")
+    text = (
+        "\ufeffpath, Label ,SPLIT,comment\r\n"
+        'a b/ü.png, cat ,train,"two\r\nlines"\r\n'
+        "./c.png,dog,,\r\n"
+        "\r\n,,,\r\n"
+        "d.png,,,unlabelled\r\n"
+        "no_suffix,,train\r\n"
+        "e.png,cat,Test,\r\n"
+        "a b\\..\\f.png,dog, test ,\r\n"
+        '"g/h,1.png",,,\r\n'
+        "d.png,,,again\r\n"
+        "gone.png,,,"
+    )
+    folder = scan(table(tmp_path, text))
+    assert parts(folder) == (
+        ["a b/ü.png", "c.png"], ["d.png", "g/h,1.png", "gone.png", "no_suffix"], ["e.png", "f.png"]
+    )  # fmt: skip
+    assert folder.classes == ["cat", "dog"] and folder.root == tmp_path
+    assert folder.label.tolist() == [0, 1, -1, 0, 1, -1, -1, -1]
+    said(folder, "^1 row of '.*my.csv' repeated others and were left out$")
+    folder, damaged = check(folder)
+    assert [d.path for d in damaged] == ["gone.png"] and "No such file" in damaged[0].reason
+
+
+def test_a_csv_file_without_split_has_a_share_held_out(tmp_path):
+    names = [f"{i}.png" for i in range(10)]
+    put(tmp_path, *names, "u.png")
+    rows = "".join(f"{name},{'ab'[i % 2]}\n" for i, name in enumerate(names))
+    folder = scan(table(tmp_path, f"path,label\n{rows}u.png,\n"))
+    assert [len(part) for part in parts(folder)] == [8, 1, 2]
+    said(folder, "held out")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", r"'.*my\.csv' must begin with a line of column names, .* got ''"),
+        ("path;label\n", r"'.*' must begin with a line of column names, .* got 'path;label'"),
+        ("path,label,path\n", r"'.*' must begin with .*, each once, .*"),
+        ("a.png,cat\n", r"'.*' must begin with .* got 'a\.png,cat'"),
+        ("path,label\n", r"'.*' must have labelled images of at least two classes, got none"),
+        ("path,label\na,x,b,c\n", r"line 2 of '.*' has 4 fields, but there are 2 columns"),
+        ("path,label\na.png,x\n\n,y\n", r"line 4 of '.*' must have a path, got ''"),
+        ("path,label,split\na.png,x,val\n", r"line 2 of '.*' must have the split train, test or nothing, got 'val'"),
+        ("path,label,split\na.png,,test\n", r"line 2 of '.*' is a test image and must have a label, got none"),
+        ("path,label\na.png,x\n./a.png,y\n", r"line 3 of '.*' contradicts an earlier one on 'a\.png'"),
+        ("path,label\nq.png,x\nr.png,y\n", r"none of the 2 files that '.*' lists is there"),
+        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabelled images: .*"),
+        ("path,label,split\na.png,x\nb.png,y\nc.png,z,test\nd.png\n", r"the test images of '.*' have class 'z', .*"),
+        ('path,label\n"a.png,x\n', r"'.*' must be a CSV file in UTF-8: .*"),
+        (b"path,label\n\xff\xfe.png,x\n", r"'.*' must be a CSV file in UTF-8: .*"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), r"'.*' must be a CSV file in UTF-8: .*"),
+        ("path,label\n" + "x" * 200_000 + ",a\n", r"'.*' must be a CSV file in UTF-8: field larger than .*"),
+    ],
+)  # fmt: skip
+def test_a_csv_file_is_refused(tmp_path, text, sentence):
+    put(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        scan(table(tmp_path, text))
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+
+def test_damaged_files_are_found_and_left_out(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, "labeled/ape/0.png", "labeled/ape/1.png", "unlabeled/gone.png", "unlabeled/cut.png")
+    (tmp_path / "labeled/ape/0.png").write_bytes(b"")
+    (tmp_path / "test/dog/1.jpg").write_text("no image")
+    (tmp_path / "unlabeled/cut.png").write_bytes((tmp_path / "unlabeled/cut.png").read_bytes()[:60])
+    before = scan(tmp_path)
+    (tmp_path / "unlabeled/gone.png").unlink()
+    calls: list[tuple[int, int]] = []
+    folder, damaged = check(before, progress=lambda *args: calls.append(args), threads=3)
+    reasons = {
+        "labeled/ape/0.png": "is empty",
+        "test/dog/1.jpg": "is not an image",
+        "unlabeled/cut.png": "cannot be decoded",
+        "unlabeled/gone.png": "No such file",
+    }
+    assert [d.path for d in damaged] == list(reasons)
+    for found, what in zip(damaged, reasons.values(), strict=True):
+        assert what in found.reason and str(tmp_path / found.path) in found.reason
+    assert calls == [(i + 1, len(before.paths)) for i in range(len(before.paths))]
+    kept = tuple([name for name in part if name not in [d.path for d in damaged]] for part in parts(before))
+    assert parts(folder) == kept
+    name_of = {path: before.label[i].item() for i, path in enumerate(before.paths)}
+    assert folder.label.tolist() == [name_of[path] for path in folder.paths]
+    said(folder, "^4 damaged files left out, such as '.*labeled/ape/0.png' is empty$")
+    assert check(folder)[1] == [] and check(folder)[0].paths == folder.paths
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (
+            ["labeled/dog"],
+            r"no labelled image of class 'dog' in '.*' can be read: '.*0\.png' is empty",
+        ),
+        (["unlabeled"], r"no unlabelled image in '.*' can be read: .*"),
+        (["test/cat", "test/dog"], r"no test image in '.*' can be read: .*"),
+    ],
+)
+def test_what_is_left_must_be_enough(tmp_path, names, sentence):
+    put_all(tmp_path)
+    for name in names:
+        for file in (tmp_path / name).iterdir():
+            file.write_bytes(b"")
+    for read in (check, lambda folder: as_image_set(folder, 4, 3)):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            read(scan(tmp_path))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Files that were decoded, by name."""
+    names: list[str] = []
+    real = image_module.read_image
+
+    def read(path, channels):
+        names.append(Path(path).name)
+        return real(path, channels)
+
+    monkeypatch.setattr("ups_fast.data.reading.read_image", read)
+    return names
+
+
+def test_a_check_is_cheap_to_repeat(tmp_path, reads):
+    put_all(tmp_path / "data")
+    (tmp_path / "data/unlabeled/3.png").write_bytes(b"")
+    folder, cache = scan(tmp_path / "data"), tmp_path / "run/deep/checked.json"
+    first = check(folder, cache=cache)
+    assert len(reads) == 16 and [file.name for file in cache.parent.iterdir()] == ["checked.json"]
+    calls: list[tuple[int, int]] = []
+    reads.clear()
+    again = check(folder, cache=str(cache), progress=lambda *args: calls.append(args))
+    assert reads == ["3.png"] and again[1] == first[1] and again[0].paths == first[0].paths
+    assert calls == [(15, 16), (16, 16)]
+    reads.clear()
+    put(tmp_path / "data", "unlabeled/3.png", "unlabeled/new.png")  # mended, new, changed, touched
+    (tmp_path / "data/labeled/cat/1.png").write_bytes(b"changed")
+    os.utime(tmp_path / "data/labeled/cat/2.png", ns=(1, 1))
+    folder, damaged = check(scan(tmp_path / "data"), cache=cache)
+    assert sorted(reads) == ["1.png", "2.png", "3.png", "new.png"]
+    assert [d.path for d in damaged] == ["labeled/cat/1.png"] and len(folder.paths) == 16
+    reads.clear()
+    check(folder)  # without a cache all are read
+    assert len(reads) == 16
+
+
+def test_an_interrupted_check_remembers_what_it_did(tmp_path, reads):
+    put_all(tmp_path / "data")
+    folder, cache = scan(tmp_path / "data"), tmp_path / "checked.json"
+
+    def stop(done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(folder, cache=cache, progress=stop, threads=1)
+    reads.clear()
+    check(folder, cache=cache)
+    assert len(reads) == 6
+
+
+@pytest.mark.parametrize("content", ["", '{"ups_fast": "files that can be read"', "cut", "list"])
+def test_a_cache_that_was_cut_is_written_anew(tmp_path, reads, content):
+    put_all(tmp_path / "data")
+    folder, cache = scan(tmp_path / "data"), tmp_path / "checked.json"
+    check(folder, cache=cache)
+    whole = cache.read_text()
+    cache.write_text({"cut": whole[:-20], "list": whole[:48] + "[]}"}.get(content, content))
+    reads.clear()
+    check(folder, cache=cache)
+    assert len(reads) == 16 and cache.read_text() == whole
+
+
+def test_a_foreign_file_is_never_overwritten(tmp_path):
+    put_all(tmp_path)
+    precious = tmp_path / "labeled/cat/0.png"
+    before = precious.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"^cache must be a new file or one that a check wrote, got '.*0\.png'$"
+    ):
+        check(scan(tmp_path), cache=precious)
+    assert precious.read_bytes() == before
+    with pytest.raises(ValueError, match=r"^cache '.*' cannot be read \(Is a directory\)$"):
+        check(scan(tmp_path), cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(tmp_path):
+    put_all(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    cache = tmp_path / "run/checked.json"
+    cache.parent.mkdir()
+    os.mkdir(cache.with_name(f".checked.json.{os.getpid()}.tmp"))
+    folder, damaged = check(scan(tmp_path), cache=cache)
+    assert damaged == [] and len(folder.paths) == 16
+    said(folder, r"^'.*checked\.json' could not be written \(Is a directory\): the next check begins anew$")
+
+
+def test_threads_must_be_some(tmp_path):
+    put_all(tmp_path)
+    with pytest.raises(ValueError, match=r"^threads must be at least 1, got 0$"):
+        check(scan(tmp_path), threads=0)
+
+
+# --- as an ImageSet ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_as_image_set(tmp_path, channels):
+    put_all(tmp_path)
+    put(tmp_path, "unlabeled/wide.png", size=(20, 90))
+    (tmp_path / "labeled/cat/2.png").write_bytes(b"")
+    (tmp_path / "unlabeled/1.png").write_text("text")
+    (tmp_path / "test/cat/1.png").write_bytes(b"\x89PNG")
+    folder = scan(tmp_path)
+    calls: list[tuple[int, int]] = []
+    data, damaged = as_image_set(folder, 5, channels, threads=3, progress=lambda *args: calls.append(args))
+    assert [d.path for d in damaged] == ["labeled/cat/2.png", "test/cat/1.png", "unlabeled/1.png"]
+    assert calls == [(i + 1, 18) for i in range(18)]
+    left = check(folder)[0]
+    labeled, unlabeled, test = parts(left)
+    assert data.names == labeled + unlabeled and data.classes == ["cat", "dog"] and data.name == "folder"
+    for images, names in ((data.train_images, data.names), (data.test_images, test)):
+        assert images.shape == (len(names), 5, 5, channels) and images.dtype == torch.uint8
+        for image, name in zip(images, names, strict=True):
+            expected = image_module.resize_crop(image_module.read_image(tmp_path / name, channels), 5)
+            assert np.array_equal(image, expected)
+    assert data.labeled is not None and data.labeled.tolist() == list(range(9))
+    assert data.train_labels.tolist() == [0] * 4 + [1] * 5 + [-1] * 4 and data.test_labels.tolist() == [0, 1]
+    pixels = data.train_images.double().div(255).flatten(0, 2)
+    torch.testing.assert_close(torch.tensor(data.mean).double(), pixels.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(data.std).double(), pixels.std(0, correction=0), rtol=1e-5, atol=0
+    )
+
+
+def test_as_image_set_refuses(tmp_path):
+    put_all(tmp_path)
+    folder = scan(tmp_path)
+    for size, channels, sentence in (
+        (0, 3, "size must be at least 1, got 0"),
+        (8, 2, "channels must be 1 or 3, got 2"),
+        (
+            10**6,
+            3,
+            r"16 images of size=1000000 and channels=3 take 44,703 GiB, this machine has \d+: choose .*",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            as_image_set(folder, size, channels)
+
+
+# --- many files --------------------------------------------------------------------------------------------
+
+
+def test_twenty_thousand_files_are_indexed_at_once(tmp_path):
+    put_all(tmp_path)
+    for part in range(4):
+        folder = tmp_path / f"unlabeled/{part}"
+        folder.mkdir()
+        for i in range(5000):
+            os.close(os.open(folder / f"{i}.jpg", os.O_CREAT | os.O_WRONLY))
+    tracemalloc.start()
+    start = time.perf_counter()
+    index = scan(tmp_path)
+    seconds = time.perf_counter() - start
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(index.unlabeled) == 20_004 and index.notes == []
+    assert seconds < 10, "0.3 s, or 2 s while memory is traced, on a busy core"
+    assert size < 200 * len(index.paths)

@@ -1,0 +1,326 @@
+"""The index of a user's images, in folders or listed in a CSV file: which files there are and what is known of each."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.equal import notes_on_equal_files, same_content
+from ups_fast.data.image import SUFFIXES
+from ups_fast.seeds import derive
+
+PARTS = LABELED, UNLABELED, TEST = "labeled", "unlabeled", "test"
+_NOBODYS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what systems leave beside people's images
+
+Rows = dict[str, tuple[str, str]]  # by path: its part, and its class or ""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a data set, without their pixels. Each file is in exactly one of the three parts."""
+
+    root: Path  # what paths are relative to
+    paths: list[str]  # [N] with "/", ascending
+    label: Tensor  # int64 [N], -1 where unlabelled
+    labeled: Tensor  # int64 [L] into paths, ascending; likewise
+    unlabeled: Tensor  # [U]
+    test: Tensor  # [M]
+    classes: list[str]  # by name; label counts into them
+    notes: list[str]  # sentences for the user
+
+
+def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
+    """Finds the images of `root`; none is opened, unless to compare two files of one size.
+
+    root  a folder with labeled/<class>/, unlabeled/ and perhaps test/<class>/, each with its images at any depth;
+          or a CSV file with the columns path (relative to the file), label (empty: unlabelled) and perhaps split
+          (train, test or empty). Other columns are ignored
+
+    Hidden files and files that are no images by their suffix are ignored; links are followed, loops of them are not.
+    Without test images, `test_share` of the labelled ones of each class is held out: at least one, never all, drawn
+    by `seed` and the names alone, so that further images hardly change it; equal files stay together.
+
+    Raises ValueError with one sentence where no run could follow: a part or a class without an image, a test class
+    that is not in labeled, a row that contradicts itself. What a run survives (a test image that is labelled too,
+    one image in two classes, what was left out) becomes a note.
+    """
+    place = Path(root).expanduser()
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must be above 0 and below 1, got {test_share}")
+    notes: list[str] = []
+    if os.path.isdir(place):
+        base, rows = place, _folders(place, notes)
+    elif os.path.isfile(place):
+        base, rows = place.parent, _table(place, notes)
+    else:
+        raise ValueError(f"there is no folder or CSV file {str(place)!r}")
+    paths = sorted(rows)
+    classes = _classes(str(place), rows, notes)
+    number = {name: c for c, name in enumerate(classes)} | {"": -1}
+    label = np.fromiter((number[rows[path][1]] for path in paths), np.int64, len(paths))
+    part = np.fromiter((PARTS.index(rows[path][0]) for path in paths), np.int8, len(paths))
+    content = same_content(base, paths, label >= 0)
+    if not (part == 2).any():
+        part[_held_out(str(place), paths, label, content, classes, test_share, seed, notes)] = 2
+    labeled, unlabeled, test = (np.flatnonzero(part == p) for p in range(3))
+    notes += notes_on_equal_files(paths, label, content, labeled, unlabeled, test)
+    return Folder(
+        base,
+        paths,
+        torch.from_numpy(label),
+        torch.from_numpy(labeled),
+        torch.from_numpy(unlabeled),
+        torch.from_numpy(test),
+        classes,
+        notes,
+    )
+
+
+def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
+    """The folder without these files, given by their place in `paths` with a sentence on each.
+
+    Raises ValueError if a class is left without labelled images, or there are no unlabelled or test images left.
+    """
+    if not damaged:
+        return folder
+    where = repr(str(folder.root))
+    keep = torch.ones(len(folder.paths), dtype=torch.bool)
+    keep[list(damaged)] = False
+    needed = {
+        f"labelled image of class {name!r}": folder.labeled[folder.label[folder.labeled] == c]
+        for c, name in enumerate(folder.classes)
+    }
+    needed |= {"unlabelled image": folder.unlabeled, "test image": folder.test}
+    for what, index in needed.items():
+        if not keep[index].any():
+            raise ValueError(f"no {what} in {where} can be read: {damaged[int(index[0])]}")
+    place = keep.cumsum(0) - 1
+    labeled, unlabeled, test = (
+        place[index[keep[index]]] for index in (folder.labeled, folder.unlabeled, folder.test)
+    )
+    paths = [path for path, kept in zip(folder.paths, keep.tolist(), strict=True) if kept]
+    note = f"{_many(len(damaged), 'damaged file')} left out, such as {damaged[min(damaged)]}"
+    notes = [*folder.notes, note]
+    return Folder(folder.root, paths, folder.label[keep], labeled, unlabeled, test, folder.classes, notes)
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def _folders(root: Path, notes: list[str]) -> Rows:
+    where = repr(str(root))
+    there, stray = _folders_in(root, "")
+    if lacking := [part for part in (LABELED, UNLABELED) if part not in there]:
+        raise ValueError(
+            f"{where} must have the folders labeled/<class>/ and unlabeled/, "
+            f"it lacks {' and '.join(lacking)} and has {', '.join(map(repr, there)) or 'no folder'}"
+        )
+    if others := [name for name in there if name not in PARTS]:
+        some = ", ".join(map(repr, others[:5]))
+        notes.append(f"{where} has other folders, which are not read: {some}{', ...' * (len(others) > 5)}")
+    ignored: Counter[str] = Counter()
+    rows: Rows = {path: (UNLABELED, "") for path in _images_below(root, UNLABELED, ignored, notes)}
+    for part in (LABELED, TEST):
+        if part not in there:
+            continue
+        names, stray_here = _folders_in(root, part)
+        for name in names:
+            found = _images_below(root, f"{part}/{name}", ignored, notes)
+            if not found:
+                empty = f"class folder {f'{part}/{name}'!r} of {where} has no images"
+                if part == LABELED:
+                    raise ValueError(f"{empty}: put some there or delete it")
+                notes.append(empty)
+            rows |= {path: (part, name) for path in found}
+        if part == TEST and not any(row[0] == TEST for row in rows.values()):
+            raise ValueError(
+                f"test/ of {where} has no images in class folders: put some there, or delete it to have labelled "
+                "images held out"
+            )
+        stray += stray_here
+    if stray:
+        notes.append(f"{_many(len(stray), 'image')} outside of any class left out, the first: {stray[0]!r}")
+    if ignored:
+        most = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:5]
+        kinds = ", ".join(f"{n:,} {repr(suffix) if suffix else 'without one'}" for suffix, n in most)
+        notes.append(f"{_many(ignored.total(), 'file')} ignored for the suffix: {kinds}")
+    return rows
+
+
+def _seen_by_people(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _NOBODYS
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _folders_in(root: Path, part: str) -> tuple[list[str], list[str]]:
+    """Names of the folders in root/part, ascending, and paths of the images that lie directly in it."""
+    try:
+        names = sorted(filter(_seen_by_people, os.listdir(root / part)))
+    except OSError as error:
+        raise ValueError(f"{str(root / part)!r} cannot be read ({error.strerror})") from error
+    folders = [name for name in names if os.path.isdir(root / part / name)]
+    images = set(names).difference(folders)
+    return folders, sorted(posixpath.join(part, name) for name in images if _suffix(name) in SUFFIXES)
+
+
+def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]) -> list[str]:
+    """Paths of the images at any depth below root/part; `ignored` counts the suffixes of other files.
+
+    A real folder is read once, under its own name before that of a link, and none that holds root/part itself.
+    """
+    home, above = Path(os.path.realpath(root / part)), Path(os.path.realpath((root / part).parent))
+    seen = {_identity(folder) for folder in (*home.parents, above, *above.parents)}
+    found: list[str] = []
+    real, links = [part], list[str]()
+    while real or links:
+        folder = real.pop() if real else links.pop(0)
+        try:
+            identity = _identity(root / folder)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(root / folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            notes.append(f"folder {folder!r} cannot be read ({error.strerror}) and is left out")
+            continue
+        for entry in filter(lambda entry: _seen_by_people(entry.name), inside):
+            path = f"{folder}/{entry.name}"
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(path)
+            elif entry.is_dir(follow_symlinks=False):
+                real.append(path)
+            elif _suffix(entry.name) not in SUFFIXES:
+                ignored[_suffix(entry.name)] += 1
+            elif entry.is_symlink() or entry.is_file():  # a link to nothing counts: it is to be found damaged
+                found.append(path)
+    return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+# --- a CSV file ---------------------------------------------------------------------------------------------
+
+
+def _table(file: Path, notes: list[str]) -> Rows:
+    where = repr(str(file))
+    rows: Rows = {}
+    twice = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            table = csv.reader(text, strict=True)
+            header = [name.strip().lower() for name in next(table, [])]
+            if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
+                raise ValueError(
+                    f"{where} must begin with a line of column names, each once, path and label among them, "
+                    f"got {','.join(header)[:200]!r}"
+                )
+            for row in filter(any, table):  # lines of commas alone are what is left of a spreadsheet
+                line = f"line {table.line_num} of {where}"
+                if len(row) > len(header):
+                    raise ValueError(f"{line} has {len(row)} fields, but there are {len(header)} columns")
+                path, known = _row(dict(zip(header, row, strict=False)), file.parent, line)
+                twice += path in rows
+                if rows.setdefault(path, known) != known:
+                    raise ValueError(f"{line} contradicts an earlier one on {path!r}")
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{where} must be a CSV file in UTF-8: {error}") from error
+    if rows and not any(os.path.exists(file.parent / path) for path in rows):
+        raise ValueError(f"none of the {_many(len(rows), 'file')} that {where} lists is there")
+    if twice:
+        notes.append(f"{_many(twice, 'row')} of {where} repeated others and were left out")
+    return rows
+
+
+def _row(row: Mapping[str, str], base: Path, line: str) -> tuple[str, tuple[str, str]]:
+    """The path of a row, relative to base, with its part and class."""
+    path, label = row.get("path", ""), row.get("label", "").strip()
+    split = row.get("split", "").strip().lower()
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{line} must have a path, got {path!r}")
+    if split not in ("", "train", "test"):
+        raise ValueError(f"{line} must have the split train, test or nothing, got {split!r}")
+    if split == "test" and not label:
+        raise ValueError(f"{line} is a test image and must have a label, got none")
+    if "\\" in path and not os.path.lexists(base / path):
+        path = path.replace("\\", "/")  # written on Windows
+    part = TEST if split == "test" else LABELED if label else UNLABELED
+    return posixpath.normpath(path), (part, label)
+
+
+# --- what both have in common -------------------------------------------------------------------------------
+
+
+def _classes(where: str, rows: Rows, notes: list[str]) -> list[str]:
+    """Names of the classes, ascending. Raises ValueError where a part is missing or its classes do not fit."""
+    classes, tested = (
+        sorted({name for part, name in rows.values() if part == wanted}) for wanted in (LABELED, TEST)
+    )
+    if len(classes) < 2:
+        got = f"only {classes[0]!r}" if classes else "none"
+        raise ValueError(f"{where!r} must have labelled images of at least two classes, got {got}")
+    if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
+        raise ValueError(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
+    if strange := [name for name in tested if name not in set(classes)]:
+        some = ", ".join(map(repr, strange[:5]))
+        raise ValueError(f"the test images of {where!r} have class {some}, of which no image is labelled")
+    if not any(part == UNLABELED for part, _ in rows.values()):
+        raise ValueError(f"{where!r} has no unlabelled images: without them there is nothing to learn from")
+    if tested and (untested := [name for name in classes if name not in set(tested)]):
+        notes.append(f"no test image is of class {', '.join(map(repr, untested[:5]))}")
+    return classes
+
+
+def _held_out(
+    where: str,
+    paths: list[str],
+    label: np.ndarray,
+    content: np.ndarray,
+    classes: list[str],
+    share: float,
+    seed: int,
+    notes: list[str],
+) -> np.ndarray:
+    """The labelled images, as places in paths, that become the test part; its draw is one of contents, not files."""
+    held: list[np.ndarray] = []
+    single: list[str] = []
+    for c, name in enumerate(classes):
+        members = np.flatnonzero(label == c)
+        drawn = sorted(np.unique(content[members]), key=lambda i: derive(seed, "held out", paths[i]))
+        n = min(max(1, int(share * len(drawn) + 0.5)), len(drawn) - 1)
+        if n == 0:
+            single.append(name)
+        held.append(members[np.isin(content[members], drawn[:n])])
+    index = np.concatenate(held)
+    if not len(index):
+        raise ValueError(
+            f"{where!r} has no test images, and no class has the two different labelled images of which one could "
+            "be held out: label more, or give test images"
+        )
+    notes.append(
+        f"{where!r} has no test images, so {len(index):,} of the {int((label >= 0).sum()):,} labelled ones "
+        f"({share:.0%} of each class, drawn by seed {seed}) are held out to test, and not learned from"
+    )
+    if single:
+        some = ", ".join(map(repr, single[:5]))
+        notes.append(f"no test image is of class {some}: it has a single labelled image")
+    return index

@@ -1,0 +1,162 @@
+"""One image file, read the slow and sure way: any kind that Pillow knows becomes uint8 [H, W, C], or DamagedImage."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_KINDS = "jpg jpeg jpe jfif png webp bmp dib tif tiff gif avif jp2 ppm pgm pbm pnm"
+SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
+# A file is what its content says, whatever its suffix, but only of these kinds: others may run programs (EPS).
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
+
+
+class DamagedImage(ValueError):
+    """A file that cannot be read as an image. The message is a sentence that names it."""
+
+
+def read_image(path: str | Path, channels: int) -> np.ndarray:  # [H, W, C] uint8
+    """The file's first frame as people see it in a viewer, with 1 channel (grey) or 3 (RGB).
+
+    Turned as its EXIF orientation says; what is transparent lies on white, as in most viewers. Colours become grey
+    by the luma of ITU-R 601, and CMYK becomes RGB without its colour profile. 16 bits are scaled to 8 over the
+    whole range, never clipped. Wider numbers have no agreed range: integers must be in 0..65535 and are read as
+    16 bits, floats must be in 0..1.
+
+    Raises DamagedImage for whatever is wrong with the file, be it that it is gone, and nothing else.
+    """
+    from PIL import ImageOps
+
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    with _pillow_unheard(), _opened(path) as image:
+        image.load()
+        with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
+            ImageOps.exif_transpose(image, in_place=True)
+        return _as_bytes(image, channels)
+
+
+def resize_crop(
+    image: np.ndarray,  # [H, W, C] uint8, C = 1 or 3
+    size: int,
+) -> np.ndarray:  # [size, size, C] uint8
+    """Scales the shorter side to `size` (bilinear, antialiased) and keeps the middle of the longer one.
+
+    The middle is cut out first, so that a very long image takes no more memory than a square one.
+    """
+    from PIL import Image
+
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    height, width, channels = image.shape
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    return np.array(square).reshape(size, size, channels)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The file as a Pillow image, not yet decoded; an error while it is used says which file and why."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = repr(str(path))
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe could wait for ever
+            raise DamagedImage(f"{name} is not a file")
+        file = open(path, "rb")  # noqa: SIM115  (the errors of opening are not those of decoding)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DamagedImage):
+            raise
+        raise DamagedImage(f"{name} cannot be opened ({_reason(error)})") from error
+    # Pillow gets no name: it would map some files into memory, and one that shrinks would then kill the process.
+    with file:
+        try:
+            if not os.fstat(file.fileno()).st_size:
+                raise DamagedImage(f"{name} is empty")
+            with Image.open(file, formats=_formats()) as image:
+                yield image
+        except UnidentifiedImageError as error:
+            raise DamagedImage(f"{name} is not an image, or of a kind that cannot be read") from error
+        except DamagedImage:
+            raise
+        except Exception as error:  # a broken file makes Pillow raise anything, from KeyError to struct.error
+            raise DamagedImage(f"{name} cannot be decoded ({_reason(error)})") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def _as_bytes(image: Image.Image, channels: int) -> np.ndarray:  # [H, W, C] uint8
+    """A decoded image of any mode as bytes, of 1 or 3 channels."""
+    from PIL import Image
+
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    if image.mode == "F":
+        numbers = np.asarray(image)
+        if not (numbers.min() >= 0 and numbers.max() <= 1):  # so that NaN is refused too
+            raise ValueError("its floating-point numbers are not in 0..1")
+        image = Image.fromarray(np.rint(numbers * 255).astype(np.uint8))
+    elif image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its integers are not in 0..65535")
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+# Python's warning filters belong to the process, not to a thread: the first reader silences Pillow's warnings, and
+# the last one puts the filters back.
+_lock = threading.Lock()
+_readers = 0
+_filters = warnings.catch_warnings()
+
+
+@contextmanager
+def _pillow_unheard() -> Iterator[None]:
+    """Pillow warns of odd files that it reads all the same; what it cannot read raises."""
+    global _readers, _filters
+    with _lock:
+        if not _readers:
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if not _readers:
+                _filters.__exit__(None, None, None)

@@ -1,0 +1,221 @@
+"""All files of a Folder, read by threads: which are damaged, and the whole as an ImageSet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ups_fast.data.folder import Folder, leave_out
+from ups_fast.data.image import DamagedImage, read_image, resize_crop
+from ups_fast.data.sets import ImageSet, _moments
+
+Progress = Callable[[int, int], object]  # files done, files in all
+Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
+_HEADER = '{"ups_fast": "files that can be read"'
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Damaged:
+    path: str  # as in Folder.paths
+    reason: str  # a sentence that names the file
+
+
+def check(
+    folder: Folder,
+    *,
+    cache: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Folder, list[Damaged]]:
+    """Decodes every file once: the folder without those that cannot be read, and these.
+
+    cache     a file that remembers the good ones by path, size and time of change, also when the check is
+              interrupted: only others are decoded by the next check. None: nothing is remembered
+    threads   None: one for each core
+    progress  is called in this thread after each file
+
+    Raises ValueError as `leave_out` does, or if `cache` is a file of something else.
+    """
+    threads = _threads(threads)
+    good = {} if cache is None else _remembered(Path(cache))
+    stamps = {path: stamp for path in folder.paths if (stamp := _stamp(folder, path)) is not None}
+    good = {path: stamp for path, stamp in good.items() if stamps.get(path) == stamp}
+    todo = [i for i, path in enumerate(folder.paths) if path not in good]
+    done, total = len(folder.paths) - len(todo), len(folder.paths)
+    damaged: dict[int, str] = {}
+    notes: list[str] = []
+    if progress and done:
+        progress(done, total)
+
+    def reason(i: int) -> str | None:
+        try:
+            read_image(_file(folder, i), 3)
+        except DamagedImage as error:
+            return str(error)
+        return None
+
+    try:
+        for i, why in zip(todo, _in_order(reason, todo, threads), strict=True):
+            path = folder.paths[i]
+            if why is not None:
+                damaged[i] = why
+            elif path in stamps:
+                good[path] = stamps[path]
+            done += 1
+            if progress:
+                progress(done, total)
+    finally:
+        if cache is not None and todo:
+            notes = _remember(Path(cache), good)
+    left = leave_out(folder, damaged)
+    return replace(left, notes=left.notes + notes), _listed(folder, damaged)
+
+
+def as_image_set(
+    folder: Folder,
+    size: int,
+    channels: int,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[ImageSet, list[Damaged]]:
+    """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
+
+    The labelled images come first in the training set, then the unlabelled ones, each in the order of their paths.
+    Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    order = torch.cat([folder.labeled, folder.unlabeled, folder.test])
+    images = _room(len(order), size, channels)
+    pixels = images.numpy()
+
+    def read(row: int, i: int) -> str | None:
+        try:
+            pixels[row] = resize_crop(read_image(_file(folder, i), channels), size)
+        except DamagedImage as error:
+            return str(error)
+        return None
+
+    damaged: dict[int, str] = {}
+    places = order.tolist()
+    reasons = _in_order(lambda item: read(*item), enumerate(places), _threads(threads))
+    for done, (i, why) in enumerate(zip(places, reasons, strict=True), 1):
+        if why is not None:
+            damaged[i] = why
+        if progress:
+            progress(done, len(places))
+    left = leave_out(folder, damaged)
+    if damaged:  # move up, one by one: a copy of all would need the memory twice
+        for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
+            pixels[row] = pixels[old]
+    train = torch.cat([left.labeled, left.unlabeled])
+    train_images = images[: len(train)]
+    mean, std = _moments(train_images)
+    data = ImageSet(
+        "folder",
+        left.classes,
+        train_images,
+        left.label[train],
+        images[len(train) : len(left.paths)],
+        left.label[left.test],
+        mean,
+        std,
+        labeled=torch.arange(len(left.labeled)),
+        names=[left.paths[i] for i in train.tolist()],
+    )
+    return data, _listed(folder, damaged)
+
+
+def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8
+    needed = n * size * size * channels
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"{n:,} images of size={size} and channels={channels} take {needed / 2**30:,.0f} GiB, this machine has "
+            f"{memory / 2**30:,.0f}: choose a smaller size"
+        )
+    return torch.empty(n, size, size, channels, dtype=torch.uint8)
+
+
+def _file(folder: Folder, i: int) -> str:
+    return os.path.join(folder.root, folder.paths[i])
+
+
+def _listed(folder: Folder, damaged: dict[int, str]) -> list[Damaged]:
+    return [Damaged(folder.paths[i], damaged[i]) for i in sorted(damaged)]
+
+
+def _threads(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return threads or len(os.sched_getaffinity(0))
+
+
+def _in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """function(item) of each item, in order; only a few are under way or waiting, however many there are."""
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 8 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# --- what is remembered of files ----------------------------------------------------------------------------
+
+
+def _stamp(folder: Folder, path: str) -> Stamp | None:
+    try:
+        status = os.stat(os.path.join(folder.root, path))
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _remembered(cache: Path) -> dict[str, Stamp]:
+    """What an earlier check wrote. A file that is cut short counts as empty, a foreign one is never overwritten."""
+    try:
+        text = cache.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"cache {str(cache)!r} cannot be read ({error.strerror})") from error
+    if text and not text.startswith(_HEADER):
+        raise ValueError(f"cache must be a new file or one that a check wrote, got {str(cache)!r}")
+    try:
+        files = json.loads(text)["files"]
+    except (ValueError, KeyError):
+        return {}
+    return files if isinstance(files, dict) else {}
+
+
+def _remember(cache: Path, good: dict[str, Stamp]) -> list[str]:
+    """Replaces the file as a whole. Where it cannot be written, a note says so: the check itself is good."""
+    tmp = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tmp.write_text(f'{_HEADER}, "files": {json.dumps(good)}}}\n', encoding="ascii")
+            os.replace(tmp, cache)
+        finally:
+            tmp.unlink(missing_ok=True)
+    except OSError as error:
+        return [f"{str(cache)!r} could not be written ({error.strerror}): the next check begins anew"]
+    return []

@@ -52,6 +52,22 @@ inline Tensor dense_rows(const Tensor& x) {
   return dense ? x : torch::stable::contiguous(x);
 }
 
+// Itself, if its elements lie without gaps in the order of one of torch's two layouts; else a contiguous copy.
+inline Tensor dense(const Tensor& x) {
+  int64_t channels_last = 1, contiguous = 1;
+  bool is_last = x.dim() >= 2, is_contiguous = true;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    is_contiguous = is_contiguous && (x.size(d) == 1 || x.stride(d) == contiguous);
+    contiguous *= x.size(d);
+  }
+  for (int64_t i = 0; is_last && i < x.dim(); ++i) {  // channels, then the last dimension to the third, then rows
+    const int64_t d = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
+    is_last = x.size(d) == 1 || x.stride(d) == channels_last;
+    channels_last *= x.size(d);
+  }
+  return is_contiguous || is_last ? x : torch::stable::contiguous(x);
+}
+
 // float32 statistics for all but float64 logits.
 inline ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -69,6 +69,8 @@ def test_the_kernels_serve_this_device():
         "augment",
         "augment_plan",
         "counter_dropout",
+        "mish",
+        "mish_backward",
     )
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ups_fast::{op}", "CUDA")
@@ -121,6 +123,24 @@ def test_counter_dropout_is_the_cpus(shape, dtype):
         assert torch.equal(ups_fast.counter_dropout(last, keys.to(DEVICE), p=0.3, layer=4).cpu(), want)
         compiled = torch.compile(ups_fast.counter_dropout, fullgraph=True, dynamic=False)
         assert torch.equal(compiled(last, keys.to(DEVICE), p=0.3, layer=4).cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mish_is_the_references(dtype):
+    """Within two roundings of the result: the exponentials of host and device differ in their last bit."""
+    x = torch.cat([torch.linspace(-100, 100, 9999), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])])
+    x = x.to(DEVICE, dtype).requires_grad_()
+    want = reference.mish(x.detach().double())
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-30, "equal_nan": True}
+    torch.testing.assert_close(ups_fast.mish(x).double(), want, **close)
+    (got,) = torch.autograd.grad(ups_fast.mish(x).sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad(reference.mish(exact).sum(), exact)
+    torch.testing.assert_close(
+        got.double(), slope, rtol=4 * torch.finfo(dtype).eps, atol=1e-6, equal_nan=True
+    )
+    image = torch.randn(3, 8, 5, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    assert ups_fast.mish(image).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_graph_of_augment_replays_for_another_epoch():

@@ -244,6 +244,20 @@ class Kernels:
         results.check()
         return y
 
+    def mish(self, x: Tensor, d_y: Tensor | None = None, *, seed=0, max_blocks=MANY) -> Tensor:
+        """The value, or with d_y the gradient."""
+        results = Results()
+        y = results.new(x.shape, x.dtype)
+        function = self.lib.mish
+        function.restype, number, pointer = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p
+        error = function(
+            ctypes.c_uint64(seed), number(max_blocks), ctypes.c_int(DTYPES.index(x.dtype)), pointer(x.data_ptr()),
+            pointer(None if d_y is None else d_y.data_ptr()), number(x.numel()), pointer(y.data_ptr()),
+        ).decode()  # fmt: skip
+        assert not error, error
+        results.check()
+        return y
+
     def augment(
         self, images: Tensor, index: Tensor, policy: Policy, plan: Tensor | None = None, *, seed=0
     ) -> Tensor:
@@ -344,6 +358,25 @@ def test_counter_dropout(kernels, shape, dtype):
         for each in (x, x.mT.contiguous().mT):
             got = kernels.counter_dropout(each, keys, p, layer, max_blocks=blocks)
             assert torch.equal(got, want)
+
+
+# mish ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 255, 3001])
+def test_mish(kernels, n, dtype):
+    x = torch.linspace(-100, 100, n).to(dtype)
+    x[: min(n, 4)] = torch.tensor([0.0, nan, inf, -inf][:n]).to(dtype)
+    eps, exact = torch.finfo(dtype).eps, x.double().requires_grad_()
+    want = reference.mish(exact)
+    d_y = torch.linspace(-3, 3, n).to(dtype)
+    (slope,) = torch.autograd.grad(want, exact, d_y.double())
+    for blocks in (MANY, 1):
+        got = kernels.mish(x, max_blocks=blocks)
+        torch.testing.assert_close(got.double(), want.detach(), rtol=4 * eps, atol=1e-30, equal_nan=True)
+        got = kernels.mish(x, d_y, max_blocks=blocks)
+        torch.testing.assert_close(got.double(), slope, rtol=8 * eps, atol=8 * eps, equal_nan=True)
 
 
 # mc_select -----------------------------------------------------------------------------------------------------------

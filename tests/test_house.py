@@ -17,7 +17,7 @@ from ups_fast import ops, reference
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ups_fast"
-OPS = ["mc_select", "nce_loss", "ups_loss", "counter_dropout", "augment"]
+OPS = ["mc_select", "nce_loss", "ups_loss", "counter_dropout", "mish", "augment"]
 
 # A module imports only from rooms to its left; the rooms of the second row import nothing above themselves but the ops.
 ORDER = ["policy", "reference_augment", "reference", "ops", "selection", "engine", "step", "rounds", "train"]

@@ -11,7 +11,7 @@ from typing import Any
 
 try:
     from . import reference
-    from .ops import augment, augment_plan, backend, counter_dropout, mc_select, nce_loss, ups_loss
+    from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
     from .reference import Selection, dropout_keys
 except KeyboardInterrupt:
@@ -31,6 +31,7 @@ __all__ = [
     "dropout_keys",
     "load_model",
     "mc_select",
+    "mish",
     "nce_loss",
     "reference",
     "ups_loss",

@@ -54,6 +54,8 @@ _lib.define(
     tags=_tags,
 )
 _lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor", tags=_tags)
+_lib.define("mish(Tensor x) -> Tensor", tags=_tags)
+_lib.define("mish_backward(Tensor d_y, Tensor x) -> Tensor d_x", tags=_tags)
 _lib.define(
     "augment(Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends, Tensor norm,"
     " Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> Tensor",
@@ -124,6 +126,13 @@ def counter_dropout(
     return torch.ops.ups_fast.counter_dropout(x, keys, float(p), layer)
 
 
+def mish(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not _has_kernels(x):
+        return reference.mish(x)  # fuses with its neighbours
+    reference.check_mish(x)
+    return torch.ops.ups_fast.mish(x)
+
+
 def augment_plan(
     index: Tensor,  # int64 [B]
     *,
@@ -192,7 +201,7 @@ def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> 
     return tensor(seed), tensor(epoch)
 
 
-for _function in (mc_select, nce_loss, ups_loss, counter_dropout, augment_plan, augment):
+for _function in (mc_select, nce_loss, ups_loss, counter_dropout, mish, augment_plan, augment):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
 
 
@@ -277,6 +286,16 @@ def _(x, keys, p, layer):
     return torch.empty_like(x)
 
 
+@torch.library.register_fake("ups_fast::mish", lib=_lib)
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ups_fast::mish_backward", lib=_lib)
+def _(d_y, x):
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("ups_fast::augment", lib=_lib)
 def _(images, index, variants, operations, blends, norm, seed, epoch, plan, settings):
     return norm.new_empty(index.shape + images.shape[1:])
@@ -351,14 +370,29 @@ class _Loss(_Op):
         return (rows if ctx.shape else rows.sum()), None
 
 
-class _LossBackward(_Op):
+class _Mish(_Op):
+    backward_op: Any
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @classmethod
+    def backward(cls, ctx, d_y):
+        return cls.backward_op(d_y, *ctx.saved_tensors)
+
+    jvp = backward  # elementwise: the slope times the tangent
+
+
+class _Backward(_Op):
     @staticmethod
     def setup_context(ctx, inputs, output):
         pass
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("the losses of ups_fast have no second derivative; use ups_fast.reference for one")
+        raise RuntimeError("the ops of ups_fast have no second derivative; use ups_fast.reference for one")
 
     jvp = backward
 
@@ -401,5 +435,6 @@ def _register(name: str, base: type[_Op], **ops: Any) -> Any:
 
 
 for _name in ("nce_loss", "ups_loss"):
-    _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _LossBackward))
+    _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _Backward))
+_register("mish", _Mish, backward_op=_register("mish_backward", _Backward))
 _register("counter_dropout", _Dropout)

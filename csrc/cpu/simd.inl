@@ -31,6 +31,8 @@ UPS_HD Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
 
+UPS_HD Int<float> splat_int(int32_t x) { return Int<float>{} + x; }
+
 template <class V>
 UPS_HD V load_unaligned(const void* from) {
   V v;
@@ -75,6 +77,19 @@ UPS_HD Vec<T> load_logits_tail(const S* from, int n) {
   S full[kLanes<T>];
   for (int i = 0; i < kLanes<T>; ++i) full[i] = from[i < n ? i : 0];
   return load_logits(full, T{});
+}
+
+// The inverse of load_logits, rounded to the nearest, of a tie to the even one.
+UPS_HD void store_values(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof v); }
+UPS_HD void store_values(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof v); }
+UPS_HD void store_values(BFloat16* to, Vec<float> v) {
+  const Int<float> bits = bits_as<Int<float>>(v);
+  const Int<float> rounded = bits + ((bits >> 16 & 1) + 0x7fff);
+  const Halves halves = __builtin_convertvector((v == v ? rounded : splat_int(0x7fc00000)) >> 16, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+UPS_HD void store_values(Half* to, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) to[i] = static_cast<Half>(static_cast<float>(v[i]));
 }
 
 // Lane i receives lane (i + step) mod kLanes.

@@ -71,7 +71,7 @@ Tensor counter_dropout_cuda(const Tensor& x, const Tensor& keys, double p, int64
                                  call.threshold,
                                  call.layer_number,
                                  call.scale};
-    launch("counter_dropout", counter_dropout_elements<T>, counter_dropout_plan(elements), x, args);
+    launch("counter_dropout", counter_dropout_elements<T>, elementwise_plan(elements), x, args);
   });
   return call.y;
 }

@@ -105,8 +105,9 @@ inline LaunchPlan augment_plan(int64_t images, int64_t pixels, size_t canvas_byt
   const int threads = pixels <= 256 ? 64 : pixels <= 2048 ? 128 : 256;
   return {0, threads, threads, images, static_cast<int>(canvas_bytes)};
 }
-// counter_dropout: four elements a thread, as blocks walk over them.
-inline LaunchPlan counter_dropout_plan(int64_t elements) {
+
+// counter_dropout, mish: four elements a thread, as blocks walk over them.
+inline LaunchPlan elementwise_plan(int64_t elements) {
   const int64_t blocks = ceil_div(elements, 4 * 256);
   return {0, 1, 256, blocks < INT32_MAX ? blocks : INT32_MAX};
 }

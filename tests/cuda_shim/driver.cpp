@@ -9,6 +9,7 @@
 #include "../../csrc/cuda/augment.cu"
 #include "../../csrc/cuda/counter_dropout.cu"
 #include "../../csrc/cuda/mc_select.cu"
+#include "../../csrc/cuda/mish.cu"
 #include "../../csrc/cuda/nce_loss.cu"
 #include "../../csrc/cuda/ups_loss.cu"
 
@@ -196,7 +197,7 @@ const char* augment_plan_draws(uint64_t seed, const int64_t* index, int64_t B, c
 
 const char* counter_dropout(uint64_t seed, int64_t max_blocks, int dtype, const void* x, const int32_t* keys,
                             int64_t rows, int64_t C, int64_t S, bool channels_last, double p, int64_t layer, void* y) {
-  const LaunchPlan plan = at_most(max_blocks, counter_dropout_plan(rows * C * S));
+  const LaunchPlan plan = at_most(max_blocks, elementwise_plan(rows * C * S));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const DropoutArgs<T> args = {static_cast<const T*>(x),
@@ -210,6 +211,17 @@ const char* counter_dropout(uint64_t seed, int64_t max_blocks, int dtype, const 
                                  static_cast<uint32_t>(layer),
                                  1 / (1 - p)};
     return launch(plan, seed, counter_dropout_elements<T>, args);
+  });
+}
+
+// d_y null: the value itself.
+const char* mish(uint64_t seed, int64_t max_blocks, int dtype, const void* x, const void* d_y, int64_t elements,
+                 void* y) {
+  const LaunchPlan plan = at_most(max_blocks, elementwise_plan(elements));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const MishArgs<T> args = {static_cast<const T*>(x), static_cast<const T*>(d_y), static_cast<T*>(y), elements};
+    return launch(plan, seed, mish_elements<T>, args);
   });
 }
 

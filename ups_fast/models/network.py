@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ups_fast.ops import counter_dropout
+from ups_fast.ops import counter_dropout, mish
 
 
 class Dropout(nn.Dropout):
@@ -28,6 +28,13 @@ class Dropout(nn.Dropout):
         if keys is None:
             return super().forward(x)
         return counter_dropout(x, keys, p=self.p, layer=self.layer) if self.p else x
+
+
+class Mish(nn.Module):
+    """ups_fast.mish as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mish(x)
 
 
 class Network(nn.Module, ABC):

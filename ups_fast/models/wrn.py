@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network
+from ups_fast.models.network import Dropout, Mish, Network
 
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
@@ -21,7 +21,7 @@ def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
 
 
 def _activation(name: str) -> nn.Module:
-    return nn.Mish() if name == "mish" else nn.LeakyReLU(0.1, inplace=True)
+    return Mish() if name == "mish" else nn.LeakyReLU(0.1, inplace=True)
 
 
 class _Block(nn.Module):

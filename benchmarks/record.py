@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -73,6 +74,8 @@ def commit() -> str:
     """
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parents[1])
         return done.stdout.strip()
 
@@ -192,7 +195,7 @@ def duration(row: dict[str, Any]) -> str:
     unit, scale = next(
         x for x in (("s", 1), ("ms", 1e3), ("us", 1e6)) if row["median"] * x[1] >= 1 or x[0] == "us"
     )
-    low, middle, high = (f"{row[name] * scale:.3g}" for name in ("q1", "median", "q3"))
+    low, middle, high = (number(row[name] * scale) for name in ("q1", "median", "q3"))
     return f"{middle} {unit} [{low}, {high}]"
 
 

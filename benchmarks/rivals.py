@@ -22,7 +22,9 @@ THRESHOLD, ADDED = 256 * MAGNITUDE, int(110 * MAGNITUDE)
 FILL = (125, 123, 114)
 
 
-def torchvision_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+def torchvision_transform(
+    mean: tuple[float, ...], std: tuple[float, ...], device: str
+) -> Callable[[Tensor], Tensor]:
     """uint8 [3, 32, 32] -> float32, an image at a time: a v2 transform draws once for all that it is given.
 
     v2 has all 16 operations, but its RandAugment lacks Invert, SolarizeAdd and the square and draws from others.
@@ -36,13 +38,13 @@ def torchvision_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> Ca
     ) -> Tensor:
         return tv.affine(image, 0.0, list(shift), 1.0, [math.degrees(math.atan(each)) for each in shear])
 
-    colour = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
+    colour = torch.tensor(FILL, dtype=torch.uint8, device=device)[:, None, None]
 
     def square(image: Tensor, longest: float, value: Tensor) -> Tensor:
         height, width = image.shape[1:]
         top = max(0, int(random.uniform(0, height) - longest / 2))
         left = max(0, int(random.uniform(0, width) - longest / 2))
-        return tv.erase(image, top, left, int(longest), int(longest), value.to(image.device))
+        return tv.erase(image, top, left, int(longest), int(longest), value)
 
     operations: list[Callable[[Tensor], Tensor]] = [
         tv.autocontrast,
@@ -62,7 +64,7 @@ def torchvision_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> Ca
         lambda image: moved(image, shift=(either(SHIFT), 0)),
         lambda image: moved(image, shift=(0, either(SHIFT))),
     ]
-    nothing = torch.zeros(1, 1, 1)
+    nothing = torch.zeros(1, 1, 1, device=device)
     rest = v2.Compose(
         [
             v2.RandomHorizontalFlip(),

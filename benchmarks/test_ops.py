@@ -192,7 +192,7 @@ def test_augment(benchmark, device, name):
         chain = published.training_transform(MEAN, STD)
         call = lambda: torch.stack([chain(picture) for picture in pictures])  # noqa: E731
     elif name == "torchvision v2":
-        chain = rivals.torchvision_transform(MEAN, STD)
+        chain = rivals.torchvision_transform(MEAN, STD, device)
         call = lambda: torch.stack([chain(image) for image in planes])  # noqa: E731
     elif name == "kornia":
         pytest.importorskip("kornia", reason="kornia is not installed")
@@ -208,6 +208,14 @@ def test_augment(benchmark, device, name):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        measure(benchmark, f"augment {device}", name, call, device, rounds, moved=moved)
+        measure(
+            benchmark,
+            f"augment {device}" if GPU else "augment cpu, 1 thread",
+            name,
+            call,
+            device,
+            rounds,
+            moved=moved,
+        )
     finally:
         torch.set_num_threads(threads)

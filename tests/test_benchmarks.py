@@ -91,6 +91,13 @@ def test_the_table_is_made_of_all_records(tmp_path):
     assert table.count("- test_x[kornia]: not installed") == 3
 
 
+def test_the_table_in_the_repository_is_of_its_records(tmp_path):
+    for path in record.RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    record.tabulate(tmp_path)
+    assert (record.RESULTS / "README.md").read_text() == (tmp_path / "README.md").read_text()
+
+
 WITHOUT = """
 import sys
 for name in ("omegaconf", "safetensors", "sklearn", "tensorboard", "torchmetrics", "kornia"):

@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# A reference op must not be measured, or tested, for the kernel that is missing: here a fallback is an error.
+bench gpu-check: export UPS_FAST_STRICT = 1
+BENCHMARKS := benchmarks --record --benchmark-only --benchmark-disable-gc --benchmark-quiet -q -s
+
 .PHONY: setup train test test-slow bench lint gpu-check clean
 
 # The extension is built without build isolation, against the torch that will load it.
@@ -25,7 +29,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -s
+	$(BIN)/python -m pytest $(BENCHMARKS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,10 +37,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files "*.h" "*.cpp" "*.inl" "*.cu" "*.cuh")
 
-# On a machine with a GPU, in whatever environment is active: no network, no virtual environment.
+# On a machine with a GPU, in whatever environment is active: no network, no virtual environment, and of the trainer's
+# packages only torchvision. Kernels, their tests (compute-sanitizer among them), then the benchmarks and their record.
 gpu-check:
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check needs a GPU that torch can see')"
+	UPS_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=10 $(shell grep -l "mark\.gpu" tests/test_*.py)
+	$(PYTHON) -m pytest $(BENCHMARKS) -p no:cacheprovider --durations=10
 
 clean:
 	rm -rf .venv build ups_fast/*.so *.egg-info

@@ -1,12 +1,13 @@
 """The published recipe written anew, as the rival: Pillow in worker processes, an eager step that waits for its device.
 
 What the UPS code (Rizve et al., 2021) does to a training image, call by call, drawn from Python's and NumPy's global
-random states, and what its training loop does with a batch. Posterize to 0 bits is a black image, which Pillow itself
-refuses since 13. The network is ours, called without keys: torch's dropout, torch's mish.
+random states, what its training loop does with a batch, and how it labels. Posterize to 0 bits is a black image, which
+Pillow itself refuses since 13. The network is ours, called without keys: torch's dropout, torch's mish.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
+
+from ups_fast.models.network import Mish
 
 
 def _either(value: float) -> float:
@@ -113,6 +116,15 @@ class MarkedImages(Dataset):
         return image, self.targets[index], self.marks[index]
 
 
+def torch_only(model: nn.Module) -> nn.Module:
+    """A network of ours with torch's own mish."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Mish):
+                setattr(module, name, nn.Mish())
+    return model
+
+
 def batches(
     positive: MarkedImages, negative: MarkedImages, size: int, workers: int
 ) -> Iterator[list[Tensor]]:
@@ -145,3 +157,79 @@ def training_step(
     optimizer.step()
     model.zero_grad()
     return value
+
+
+def clean_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
+    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+@torch.no_grad()
+def label(
+    model: nn.Module,
+    loader: DataLoader,  # of clean images, in order
+    device: str,
+    *,
+    passes: int = 10,
+    tau_p: float = 0.70,
+    tau_n: float = 0.05,
+    kappa_p: float = 0.05,
+    kappa_n: float = 0.005,
+    temp_nl: float = 2.0,
+    balanced: bool = False,
+) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """Positive samples and their labels, negative samples and the row of marks of each, in lists.
+
+    Each pass is one through the whole network, dropout being in train mode, and the softmaxes of a batch are stacked.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    best, surest, doubt, marks = [], [], [], []
+    for images, _, _ in loader:
+        images = images.to(device)
+        positive, negative = [], []
+        for _ in range(passes):
+            logits = model(images)
+            positive.append(F.softmax(logits, dim=1))
+            negative.append(F.softmax(logits / temp_nl, dim=1))
+        p, q = torch.stack(positive), torch.stack(negative)
+        std, (value, winner) = p.std(dim=0), p.mean(dim=0).max(dim=1)
+        best.extend(winner.cpu().tolist())
+        surest.extend(value.cpu().tolist())
+        doubt.extend(std.gather(1, winner[:, None])[:, 0].cpu().tolist())
+        surely_not = (q.mean(dim=0) < tau_n) & (q.std(dim=0) < kappa_n)
+        marks.extend(surely_not.cpu().numpy().astype(int).tolist())
+    chosen = [i for i in range(len(best)) if surest[i] >= tau_p and doubt[i] < kappa_p]
+    if balanced:
+        groups = [[i for i in chosen if best[i] == c] for c in range(len(marks[0]))]
+        most = max(25, min(map(len, groups)))
+        chosen = [i for group in groups for i in sorted(group, key=doubt.__getitem__)[:most]]
+    kept = set(chosen)
+    rest = [i for i in range(len(best)) if i not in kept and sum(marks[i]) > 0]
+    return chosen, [best[i] for i in chosen], rest, [marks[i] for i in rest]
+
+
+def short_round(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    labeled: MarkedImages,  # augmented; all marks are ones
+    unlabeled: MarkedImages,  # clean
+    *,
+    epochs: int,
+    size: int,
+    workers: int,
+    device: str,
+) -> None:
+    """The first round: epochs over the labelled images, at a learning rate per step, then labels for all others."""
+    loader = DataLoader(labeled, size, sampler=RandomSampler(labeled), num_workers=workers, drop_last=True)
+    total = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.0, math.cos(7 / 16 * math.pi * step / total))
+    )
+    model.train()
+    for _ in range(epochs):
+        for batch in loader:
+            training_step(model, optimizer, batch, device)
+            schedule.step()
+    label(model, DataLoader(unlabeled, size, num_workers=workers), device, balanced=True)

@@ -479,6 +479,13 @@ for c in (1, 3, 10, 14, 28, 33, 100, 224, 300, 512, 1000, 1500, 2500):
         (ups_fast.ups_loss(x, *rows) + ups_fast.nce_loss(x, s.negative)).backward()
 x = torch.randn(3000, 10, device="cuda", requires_grad=True)
 ups_fast.nce_loss(x, x.detach() > 0).backward()
+for size, channels in ((32, 3), (9, 1)):
+    images = torch.randint(0, 256, (50, size, size, channels), dtype=torch.uint8, device="cuda")
+    index = torch.randperm(50, device="cuda")
+    chain = dict(policy="published", seed=1, epoch=2, mean=(0.5,) * channels, std=(0.2,) * channels)
+    x = ups_fast.augment(images, index, **chain).requires_grad_()
+    keys = ups_fast.dropout_keys(index, seed=1, draw=2)
+    ups_fast.counter_dropout(x, keys, p=0.3, layer=1).sum().backward()
 torch.cuda.synchronize()
 """
 
@@ -494,4 +501,8 @@ def test_compute_sanitizer(tool):
         capture_output=True,
         text=True,
     )
+    if "Device not supported" in done.stdout:
+        pytest.skip(
+            "compute-sanitizer cannot reach this GPU (a sandbox?): memory accesses are not proved here"
+        )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

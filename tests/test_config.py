@@ -57,6 +57,25 @@ def test_file_and_words_are_merged_over_the_defaults(write):
         assert (config._get(cfg, name) == key.default) == (name not in changed), name
 
 
+def test_a_recipe_lies_under_the_file_and_the_words(write):
+    path = write("recipe: paper\ndata: {n_labels: 20, crop: 1}\ntrain: {epochs: 7}\n")
+    cfg = load(path, ["data.cutout=3"])
+    assert (cfg.recipe, cfg.train.rounds, cfg.data.ops, cfg.model.name) == ("paper", 20, "published", "cnn13")
+    assert (cfg.train.epochs, cfg.data.crop, cfg.data.cutout) == (7, 1, 3)
+    assert load(path, ["recipe=none"]) == load(write("data: {n_labels: 20, crop: 1}\ntrain: {epochs: 7}\n"))
+    fast = load(path, ["recipe=fast"])
+    assert (fast.recipe, fast.data.ops != "published", fast.train.epochs) == ("fast", True, 7)
+    with pytest.raises(ValueError, match="recipe must be text, got"):
+        load(write("recipe: [paper]\n"))
+
+
+@pytest.mark.parametrize("path", sorted(config.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_say_only_what_differs(path):
+    assert path.stem in KEYS["recipe"].choices
+    for name, value in config._read(path).items():
+        assert KEYS[name].default != value, name
+
+
 @pytest.mark.parametrize("word", ["inf", ".inf", "Infinity"])
 def test_infinity_has_no_single_spelling(base, word):
     assert load(base, [f"select.kappa_p={word}"]).select.kappa_p == math.inf
@@ -150,7 +169,9 @@ def test_a_resolved_config_reads_back_the_same(base, tmp_path):
         ("train.rounds=0", "train.rounds must be in [1, 10000], got 0"),
         ("train.epochs=0", "train.epochs must be in [1, 1000000], got 0"),
         ("train.batch_size=0", "train.batch_size must be in [1, 1000000], got 0"),
-        ("select.batch_size=0", "select.batch_size must be in [1, 1000000], got 0"),
+        ("select.batch_size=-1", "select.batch_size must be in [0, 1000000], got -1"),
+        ("recipe=papper", "recipe must be one of none, paper, fast, got 'papper' (did you mean paper?)"),
+        ("recipe=3", "recipe must be one of none, paper, fast, got '3'"),
         ("train.lr=0", "train.lr must be above 0 and finite, got 0.0"),
         ("train.lr=inf", "train.lr must be above 0 and finite, got inf"),
         ("train.momentum=1", "train.momentum must be in [0, 1), got 1.0"),

@@ -75,6 +75,15 @@ def test_supervision_expands_the_positives_to_the_number_of_negatives() -> None:
     assert told.positives.tolist() == [0] * 6 and told.negatives.tolist() == [4, 5, 6, 7, 8, 9]
 
 
+def test_labelled_images_may_come_several_times() -> None:
+    found = labelling([1, 0], [5, -1], [[], [3]], 40)
+    told = supervise(LABELS, LABELED, found, 40, repeat=3, device="cpu", generator=generator())
+    assert told.positives.tolist() == [0, 1, 2, 3] * 3 + [4] and told.negatives.tolist() == [5]
+    assert supervise(
+        LABELS, LABELED, None, 40, repeat=3, device="cpu", generator=generator()
+    ).positives.tolist() == [0, 1, 2, 3], "round 0 has nothing else"
+
+
 @pytest.mark.parametrize(
     ("n_pos", "n_neg", "size"), [(3, 8, 8), (3, 9, 9), (3, 3, 3), (5, 3, 5), (1, 7, 7), (4, 0, 4), (0, 9, 0)]
 )

@@ -213,6 +213,16 @@ def test_killed_with_few_checkpoints(plan: Plan, tmp_path: Path, uninterrupted: 
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.parametrize("n", [15, 16, 18])  # at the end of round 0, at the start of round 1 and later
+def test_killed_around_a_warm_start(n: int, tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    warm = {"train__warm_start": True, "train__repeat_labels": 3, "checkpoint_seconds": ALWAYS}
+    assert run(whole, **warm) == FINISHED
+    assert run(folder, ("train_step", n, kill), **warm) == -signal.SIGKILL
+    assert run(folder, **warm) == FINISHED
+    assert_same_run(folder, whole)
+
+
 def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
     state = checkpoint.load_checkpoint(folder)

@@ -261,6 +261,17 @@ def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
     assert not all(map(torch.equal, spy.seen[starts[1]]["weights"], spy.seen[0]["weights"]))
 
 
+def test_a_warm_start_goes_on_from_the_last_weights(tmp_path: Path, spy: Spy) -> None:
+    result, _ = run(tiny_config(tmp_path / "run", train__warm_start=True, train__rounds=1))
+    last = ups_fast.load_model(result.folder).parameters()
+    run(
+        tiny_config(tmp_path / "run", train__warm_start=True, train__rounds=2)
+    )  # another process would do the same
+    first = spy.seen[12]
+    assert all(map(torch.equal, first["weights"], last)) and not first["momentum"]
+    assert first["lr"] == pytest.approx(0.05)
+
+
 def test_every_epoch_and_step_has_random_numbers_of_its_own(
     tmp_path: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

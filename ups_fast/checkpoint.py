@@ -196,7 +196,7 @@ class Checkpoint:
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
     labelling: dict[str, Tensor] | None = None  # of the last finished round
-    # None at the start of a round, where they are made anew from the seed.
+    # None at the start of a round, where they are made anew: weights from the seed, if not the last round's go on.
     model: dict[str, Any] | None = None
     momentum: dict[str, Any] | None = None
 
@@ -255,8 +255,8 @@ def _misfit(state: Checkpoint) -> str:
         and len(state.rows) == state.round,
         "labelling": bool(tables) == (state.round > 0)
         and all(len(x) == len(state.unlabeled) for x in tables),
-        "model or momentum": bool(state.model) == bool(state.momentum)
-        and (bool(state.model) or state.epoch == state.step == 0),
+        "model or momentum": bool(state.model) >= bool(state.momentum)  # a model alone begins a round
+        and (bool(state.momentum) or state.epoch == state.step == 0),
     }
     return next((parts for parts, fit in fits.items() if not fit), "")
 

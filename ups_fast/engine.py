@@ -30,6 +30,7 @@ def supervise(
     labelling: Labelling | None,  # on the host; None in round 0, which learns from the labels alone
     n_classes: int,
     *,
+    repeat: int = 1,  # the labelled images come so often among the positives of rounds that have others
     device: torch.device | str,
     generator: torch.Generator,  # of the host; draws the top-up of the expanded list, once per round
 ) -> Supervision:
@@ -43,7 +44,7 @@ def supervise(
         target[found] = labelling.label[labelling.positive]
         negative[labelling.index] = labelling.negative
         negatives = labelling.index[labelling.negative.any(dim=1)]
-        positives = expand(torch.cat([labeled, found]), len(negatives), generator)
+        positives = expand(torch.cat([labeled.repeat(repeat), found]), len(negatives), generator)
     return Supervision(target.to(device), negative.to(device), positives, negatives)
 
 

@@ -55,6 +55,7 @@ from ups_fast.step import TrainStep, plan_step
 EPOCH_BITS = (
     20  # of the number by which an image's augmentation is drawn; above them, how often it came before
 )
+LABELLING_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 8192 * 32 * 32}  # in a batch: no results depend on it
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 
 
@@ -178,7 +179,7 @@ class _Run:
             self._say(table_line(row))
 
     def train_round(self) -> None:
-        """Trains the round's network from where the checkpoint stands. Each round starts from new weights."""
+        """Trains the round's network from where the checkpoint stands."""
         cfg, state = self.cfg, self.state
         epochs, batch_size = self._budget(state.round)
         told = self._supervision()
@@ -212,7 +213,7 @@ class _Run:
     def finish_round(self) -> None:
         """Tests the network, labels all that is unlabelled, writes the round's files, last the checkpoint."""
         state, data = self.state, self.data
-        size = self.cfg.select.batch_size
+        size = self._labelling_batch()
         with self._outside():
             test = evaluate(
                 self.model, self.test_images, data.test_labels, batch_size=size, forward=self.forward
@@ -233,6 +234,7 @@ class _Run:
         self.board.add_round(row)
         state.rows.append(row)
         state.labelling = dict(vars(labelling))
+        state.model = self.model.state_dict() if self.cfg.train.warm_start else None
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
         self._write_rows()
@@ -255,12 +257,13 @@ class _Run:
             self.state.labeled,
             Labelling(**last) if last else None,
             len(self.data.classes),
+            repeat=self.cfg.train.repeat_labels,
             device=self.device,
             generator=self._stream("expand"),
         )
 
     def _start(self, told: Supervision, mix: Mix) -> None:
-        """Gives the step the round's first state, or that of the checkpoint."""
+        """Gives the step the state of the checkpoint; a round that it says nothing of has new weights."""
         state, step = self.state, self.step
         torch.manual_seed(self._seed("init"))
         weights = state.model or rebuild(self.about).state_dict()
@@ -287,7 +290,7 @@ class _Run:
             kappa_n=select.kappa_n,
             temp_nl=select.temp_nl,
             passes=select.passes,
-            batch_size=select.batch_size,
+            batch_size=self._labelling_batch(),
             dropouts=select.dropouts,
             forward=self.forward,
             balanced=state.round < select.balance_rounds,
@@ -310,7 +313,7 @@ class _Run:
         self._end_if_asked()
 
     def _save(self, *, training: bool = False) -> None:
-        """Writes the checkpoint; between rounds without network and momentum, which start anew."""
+        """Writes the checkpoint; between rounds without momentum, and without a network that starts anew."""
         self._lap()
         state = self.state
         with self._outside():
@@ -370,6 +373,11 @@ class _Run:
             train.first_epochs if first and train.first_epochs else train.epochs,
             train.first_batch_size if first and train.first_batch_size else train.batch_size,
         )
+
+    def _labelling_batch(self) -> int:
+        """Images that go through the network at once without gradients; 32x32 ones if the config leaves it open."""
+        _, height, width, _ = self.train_images.images.shape
+        return self.cfg.select.batch_size or max(1, LABELLING_PIXELS[self.device.type] // (height * width))
 
     def epochs_done(self) -> int:
         """Of the whole run."""

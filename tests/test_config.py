@@ -143,7 +143,7 @@ def test_a_resolved_config_reads_back_the_same(base, tmp_path):
         ("seed=${oc.env:HOME}", "seed must be an integer itself and not a reference"),
         ("run_dir=${seed}", "run_dir must be text itself and not a reference"),
         ("run_dir=???", "run_dir must be text itself and not a reference"),
-        ("data.name=cifar", "cifar100, svhn, fashion_mnist, npz, got 'cifar' (did you mean cifar10?)"),
+        ("data.name=cifar", "cifar100, svhn, fashion_mnist, npz, folder, got 'cifar' (did you mean cifar10?)"),
         ("model.preact=both", "model.preact must be one of published, fixed, got 'both'"),
         ("model.activation=relu", "model.activation must be one of mish, leaky_relu, got 'relu'"),
         ("trian.epochs=3", "unknown key 'trian.epochs' (did you mean train.epochs?)"),
@@ -171,6 +171,10 @@ def test_a_resolved_config_reads_back_the_same(base, tmp_path):
         ("train.batch_size=0", "train.batch_size must be in [1, 1000000], got 0"),
         ("select.batch_size=-1", "select.batch_size must be in [0, 1000000], got -1"),
         ("recipe=papper", "recipe must be one of none, paper, fast, got 'papper' (did you mean paper?)"),
+        ("data.name=folder", "data.n_labels must be 0 for folder, where the files say what is labelled"),
+        ("data.size=32", "data.size is for data.name=folder, images of digits keep theirs, got 32"),
+        ("data.channels=2", "data.channels must be 1 or 3, got 2"),
+        ("data.test_share=1", "data.test_share must be in (0, 1), got 1.0"),
         ("recipe=3", "recipe must be one of none, paper, fast, got '3'"),
         ("train.lr=0", "train.lr must be above 0 and finite, got 0.0"),
         ("train.lr=inf", "train.lr must be above 0 and finite, got inf"),
@@ -326,7 +330,7 @@ def test_config_files_load_and_say_only_what_differs(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and lines[1].startswith("# ") and not lines[2].startswith("#")
     given = config._read(path)
-    if path.name == "npz.yaml":  # the example that shows everything
+    if path.name in ("npz.yaml", "folder.yaml"):  # the examples that show everything
         assert list(given) == list(KEYS)
     else:
         del given["data.name"]  # which is always said
@@ -334,7 +338,7 @@ def test_config_files_load_and_say_only_what_differs(path):
 
 
 def test_the_files_have_names_of_their_own():
-    assert len({path.stem for path in FILES}) == len(FILES) == 9
+    assert len({path.stem for path in FILES}) == len(FILES) == 10
 
 
 @pytest.mark.parametrize(

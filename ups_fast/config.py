@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz")
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "folder")
 
 
 def _key(default: Any, text: str, *, within: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -34,10 +34,26 @@ def _key(default: Any, text: str, *, within: str = "", choices: tuple[str, ...] 
 
 @dataclass
 class DataConfig:
-    name: str = _key("digits", "Which data set; npz means your own arrays.", choices=DATA_SETS)
-    root: str = _key("data", "Folder of the downloaded data set; for npz the .npz file itself.")
+    name: str = _key(
+        "digits", "Which data set; folder means your own image files, npz your own arrays.", choices=DATA_SETS
+    )
+    root: str = _key(
+        "data",
+        "Folder of the data set, or where to download it; for npz the .npz file itself, for folder also a CSV file.",
+    )
     n_labels: int = _key(
-        0, "How many labelled images to draw, the same number of each class; 0 for npz.", within="[0, inf]"
+        0,
+        "How many labelled images to draw, the same number of each class; 0 for folder and npz.",
+        within="[0, inf]",
+    )
+    size: int = _key(
+        0,
+        "For folder: the side to which images are scaled, by their shorter side, and cropped; else 0.",
+        within="[0, 4096]",
+    )
+    channels: int = _key(3, "For folder: 3 for colour, 1 for grey.", within="[1, 3]")
+    test_share: float = _key(
+        0.2, "For folder, without test images: the share of labelled ones held out to test.", within="(0, 1)"
     )
     flip: bool = _key(False, "Mirror half of the training images left to right.")
     crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, 2047]")
@@ -275,12 +291,23 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"train.warmup_epochs must not exceed a round's {shortest} epochs, got {train.warmup_epochs}"
         )
-    if cfg.data.name == "npz" and cfg.data.n_labels:
+    data = cfg.data
+    if data.name in ("npz", "folder") and data.n_labels:
         raise ValueError(
-            f"data.n_labels must be 0 for npz, where the file says what is labelled, got {cfg.data.n_labels}"
+            f"data.n_labels must be 0 for {data.name}, where the files say what is labelled, got {data.n_labels}"
         )
-    if cfg.data.name != "npz" and not cfg.data.n_labels:
-        raise ValueError(f"data.n_labels must say how many images of {cfg.data.name} are labelled, got 0")
+    if data.name not in ("npz", "folder") and not data.n_labels:
+        raise ValueError(f"data.n_labels must say how many images of {data.name} are labelled, got 0")
+    if data.channels == 2:
+        raise ValueError("data.channels must be 1 or 3, got 2")
+    if data.name == "folder" and not data.size:
+        raise ValueError(
+            "data.size must say to which side the images of a folder are scaled, such as 64, got 0"
+        )
+    if data.name != "folder" and data.size:
+        raise ValueError(
+            f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
+        )
     _device_parts(cfg.device)
 
 

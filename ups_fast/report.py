@@ -44,6 +44,7 @@ def write_pseudo_labels(
     classes: Sequence[str],  # C names
     *,
     first: int = 0,  # the training set's index that counts as 0
+    names: Sequence[str] | None = None,  # [N] the file of each training image
 ) -> None:
     """Writes one line per unlabelled sample, in columns:
 
@@ -54,10 +55,12 @@ def write_pseudo_labels(
     positive    1 if the label is trusted, else 0
     negative    numbers of the classes that it surely is not, separated by spaces
     name        the label's class name
+    path        the image's file, where it has one, as in the folder or table that was read
     """
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "label", "confidence", "std", "positive", "negative", "name"])
+    head = ["index", "label", "confidence", "std", "positive", "negative", "name"]
+    writer.writerow([*head, "path"] if names else head)
     negative = unpack_mask(labelling.negative, len(classes)).numpy()
     columns = zip(
         (labelling.index - first).tolist(),
@@ -68,9 +71,12 @@ def write_pseudo_labels(
         (" ".join(map(str, np.flatnonzero(row))) for row in negative),
         strict=True,
     )
-    for row in columns:
-        writer.writerow([*map(str, row), classes[row[1]] if row[1] >= 0 else ""])
-    write_atomic(Path(path), table.getvalue().encode())
+    for row, index in zip(columns, labelling.index.tolist(), strict=True):
+        file = [names[index]] if names else []
+        writer.writerow([*map(str, row), classes[row[1]] if row[1] >= 0 else "", *file])
+    write_atomic(
+        Path(path), table.getvalue().encode("utf-8", "surrogateescape")
+    )  # a file's name may be no text
 
 
 def write_report(
@@ -80,6 +86,8 @@ def write_report(
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
     cfg: Config,
     classes: Sequence[str],  # C names
+    *,
+    notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
     truth = torch.full_like(labelling.label, -1) if truth is None else truth
@@ -87,7 +95,8 @@ def write_report(
     draw(rows, labelling, truth, cfg).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
-    write_atomic(page, _page(rows, labelling, truth, cfg, classes, image.getvalue()).encode())
+    text = _page(rows, labelling, truth, cfg, classes, notes, image.getvalue())
+    write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
 
@@ -131,7 +140,7 @@ def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> Figure
 
 def headline(rows: Rows, cfg: Config) -> str:
     """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
-    name = Path(cfg.data.root).stem if cfg.data.name == "npz" else cfg.data.name
+    name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "folder") else cfg.data.name
     first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
     if len(rows) == 1:
         return f"{name}: test accuracy {_percent(last)} after one round"
@@ -331,12 +340,20 @@ _READING = """
 
 
 def _page(
-    rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, classes: Sequence[str], image: bytes
+    rows: Rows,
+    labelling: Labelling,
+    truth: Tensor,
+    cfg: Config,
+    classes: Sequence[str],
+    notes: Sequence[str],
+    image: bytes,
 ) -> str:
     """The whole of report.html: one file without links to others."""
     title = html.escape(headline(rows, cfg))
     settings = html.escape(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     picture = base64.b64encode(image).decode()
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -357,7 +374,7 @@ def _page(
 {_table(*_round_table(rows))}
 <h2>Positive pseudo-labels by class, last round</h2>
 {_table(*_class_table(labelling, truth, classes))}
-<h2>Settings</h2>
+{data}<h2>Settings</h2>
 <pre>{settings}</pre>
 </main>
 </body>

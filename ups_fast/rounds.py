@@ -49,13 +49,22 @@ from ups_fast.engine import (
 from ups_fast.fullgraph import fullgraph
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
-from ups_fast.selection import Labelling, ece, label, or_none, passes_over, reliability, report, skipped
+from ups_fast.selection import (
+    Labelling,
+    ece,
+    label,
+    labelling_rows,
+    or_none,
+    passes_over,
+    reliability,
+    report,
+    skipped,
+)
 from ups_fast.step import TrainStep, plan_step
 
 EPOCH_BITS = (
     20  # of the number by which an image's augmentation is drawn; above them, how often it came before
 )
-LABELLING_PIXELS = {"cpu": 512 * 32 * 32, "cuda": 8192 * 32 * 32}  # in a batch: no results depend on it
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 
 
@@ -375,9 +384,8 @@ class _Run:
         )
 
     def _labelling_batch(self) -> int:
-        """Images that go through the network at once without gradients; 32x32 ones if the config leaves it open."""
         _, height, width, _ = self.train_images.images.shape
-        return self.cfg.select.batch_size or max(1, LABELLING_PIXELS[self.device.type] // (height * width))
+        return self.cfg.select.batch_size or labelling_rows(self.device, height, width)
 
     def epochs_done(self) -> int:
         """Of the whole run."""

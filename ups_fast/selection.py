@@ -134,6 +134,11 @@ def label(
     )
 
 
+def labelling_rows(device: torch.device, height: int, width: int) -> int:
+    """How many images of this size a device takes at once, without gradients: no results depend on it."""
+    return max(1, (8192 if device.type == "cuda" else 512) * 32 * 32 // (height * width))
+
+
 def skipped(model: nn.Module, dropouts: int) -> int:
     """How many of the network's first Dropouts are off where its last `dropouts` act; 0 means that all do."""
     count = sum(isinstance(module, Dropout) for module in model.modules())

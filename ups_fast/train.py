@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 try:
     import torch
@@ -23,6 +23,9 @@ except KeyboardInterrupt:  # in the first seconds: nothing has been done, and no
     if __name__ == "__main__":
         sys.exit(130)
     raise
+
+if TYPE_CHECKING:
+    from ups_fast.data import ImageSet
 
 DESCRIPTION = """\
 Train a classifier from few labels and many unlabelled images by UPS.
@@ -87,17 +90,24 @@ def _train(cfg: config.Config) -> None:
 
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
-    from ups_fast.data import load_set
 
-    data = load_set(cfg.data.name, cfg.data.root)
+    data = _load(cfg, console)
+    for note in data.notes:
+        console.print(note)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
     try:
         # Of one's own arrays the labelled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
-        report.write_pseudo_labels(table, result.labelling, data.classes, first=first)
+        report.write_pseudo_labels(table, result.labelling, data.classes, first=first, names=data.names)
         png, page = report.write_report(
-            result.folder, result.rows, result.labelling, result.truth, cfg, data.classes
+            result.folder,
+            result.rows,
+            result.labelling,
+            result.truth,
+            cfg,
+            data.classes,
+            notes=[*data.notes, *data.damaged],
         )
     except (ValueError, OSError) as error:
         again = "once that is mended, the same command makes the report without training again"
@@ -113,6 +123,25 @@ def _train(cfg: config.Config) -> None:
             "train.epochs may be too few, select.tau_p too low, or select.balance_rounds too few"
         )
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
+
+
+def _load(cfg: config.Config, console: Console) -> ImageSet:
+    from ups_fast.data import as_image_set, load_set, scan
+    from ups_fast.display import progress_bar
+
+    if cfg.data.name != "folder":
+        return load_set(cfg.data.name, cfg.data.root)
+    folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading images", total=len(folder.paths), now="")
+        data, _ = as_image_set(
+            folder,
+            cfg.data.size,
+            cfg.data.channels,
+            threads=cfg.threads or None,
+            progress=lambda done, total: bar.update(task, completed=done),
+        )
+    return data
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def check(
         return None
 
     try:
-        for i, why in zip(todo, _in_order(reason, todo, threads), strict=True):
+        for i, why in zip(todo, in_order(reason, todo, threads), strict=True):
             path = folder.paths[i]
             if why is not None:
                 damaged[i] = why
@@ -113,7 +113,7 @@ def as_image_set(
 
     damaged: dict[int, str] = {}
     places = order.tolist()
-    reasons = _in_order(lambda item: read(*item), enumerate(places), _threads(threads))
+    reasons = in_order(lambda item: read(*item), enumerate(places), _threads(threads))
     for done, (i, why) in enumerate(zip(places, reasons, strict=True), 1):
         if why is not None:
             damaged[i] = why
@@ -137,6 +137,8 @@ def as_image_set(
         std,
         labeled=torch.arange(len(left.labeled)),
         names=[left.paths[i] for i in train.tolist()],
+        notes=tuple(left.notes),
+        damaged=tuple(damaged[i] for i in sorted(damaged)),
     )
     return data, _listed(folder, damaged)
 
@@ -166,7 +168,7 @@ def _threads(threads: int | None) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def _in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
     """function(item) of each item, in order; only a few are under way or waiting, however many there are."""
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:

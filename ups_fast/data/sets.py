@@ -38,6 +38,8 @@ class ImageSet:
     std: tuple[float, ...]  # [C], above 0
     labeled: Tensor | None = None  # [L] int64, ascending
     names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
+    notes: tuple[str, ...] = ()  # sentences for the user
+    damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read
 
 
 def load_set(name: str, root: str) -> ImageSet:

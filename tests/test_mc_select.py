@@ -281,3 +281,13 @@ def test_reference_matches_oracle():
         z = logits_of(p, n, c)
         for thresholds in ({}, LOOSE, {"temp_nl": 5.0}):
             check_against_oracle(reference.mc_select(z, **thresholds), z, **thresholds)
+
+
+@pytest.mark.parametrize("c", [2, 10, 33, 100])
+def test_parts_of_a_set_make_the_whole(isa, c):
+    """So that logits [P, N, C] that do not fit into memory can be selected from part by part."""
+    logits = 3 * torch.randn(5, 257, c, generator=torch.Generator().manual_seed(c))
+    whole = ups_fast.mc_select(logits, packed=True)
+    for size in (1, 7, 100):
+        parts = [ups_fast.mc_select(part, packed=True) for part in logits.split(size, dim=1)]
+        assert all(map(torch.equal, whole, map(torch.cat, zip(*parts, strict=True))))

@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -37,15 +38,26 @@ def read_image(path: str | Path, channels: int) -> np.ndarray:  # [H, W, C] uint
 
     Raises DamagedImage for whatever is wrong with the file, be it that it is gone, and nothing else.
     """
-    from PIL import ImageOps
-
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    with _pillow_unheard(), _opened(path) as image:
-        image.load()
-        with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
-            ImageOps.exif_transpose(image, in_place=True)
-        return _as_bytes(image, channels)
+    name = repr(str(path))
+    with _opened(path, name) as file:
+        return _decoded(file, name, channels)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The file as it is. Raises DamagedImage as `read_image` does where it is gone, empty or no file."""
+    name = repr(str(path))
+    with _opened(path, name) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise DamagedImage(f"{name} cannot be read ({_reason(error)})") from error
+
+
+def decode_image(encoded: bytes, channels: int, name: str) -> np.ndarray:  # [H, W, C] uint8
+    """What `read_image` makes of a file with these bytes; `name` stands for it in sentences."""
+    return _decoded(BytesIO(encoded), name, channels)
 
 
 def resize_crop(
@@ -56,25 +68,29 @@ def resize_crop(
 
     The middle is cut out first, so that a very long image takes no more memory than a square one.
     """
+    height, width, _ = image.shape
+    side = min(height, width)
+    return resize_box(image, ((height - side) // 2, (width - side) // 2, side, side), size)
+
+
+def resize_box(
+    image: np.ndarray,  # [H, W, C] uint8, C = 1 or 3
+    box: tuple[int, int, int, int],  # top, left, height and width, within the image
+    size: int,
+) -> np.ndarray:  # [size, size, C] uint8
+    """Cuts the box out and scales it (bilinear, antialiased): what lies around it is not seen."""
     from PIL import Image
 
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    height, width, channels = image.shape
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
-        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-    )
-    return np.array(square).reshape(size, size, channels)
+    top, left, height, width = box
+    cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+    picture = Image.fromarray(cut[..., 0] if cut.shape[2] == 1 else cut)
+    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The file as a Pillow image, not yet decoded; an error while it is used says which file and why."""
-    from PIL import Image, UnidentifiedImageError
-
-    name = repr(str(path))
+def _opened(path: str | Path, name: str) -> Iterator[BinaryIO]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe could wait for ever
             raise DamagedImage(f"{name} is not a file")
@@ -83,19 +99,39 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         if isinstance(error, DamagedImage):
             raise
         raise DamagedImage(f"{name} cannot be opened ({_reason(error)})") from error
-    # Pillow gets no name: it would map some files into memory, and one that shrinks would then kill the process.
     with file:
-        try:
-            if not os.fstat(file.fileno()).st_size:
-                raise DamagedImage(f"{name} is empty")
-            with Image.open(file, formats=_formats()) as image:
-                yield image
-        except UnidentifiedImageError as error:
-            raise DamagedImage(f"{name} is not an image, or of a kind that cannot be read") from error
-        except DamagedImage:
-            raise
-        except Exception as error:  # a broken file makes Pillow raise anything, from KeyError to struct.error
-            raise DamagedImage(f"{name} cannot be decoded ({_reason(error)})") from error
+        if not os.fstat(file.fileno()).st_size:
+            raise DamagedImage(f"{name} is empty")
+        yield file
+
+
+@contextmanager
+def decoding(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The file as a Pillow image, not yet decoded; an error while it is used says which file and why.
+
+    Pillow gets no name: it would map some files into memory, and one that shrinks would then kill the process.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with _pillow_unheard(), Image.open(file, formats=_formats()) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise DamagedImage(f"{name} is not an image, or of a kind that cannot be read") from error
+    except DamagedImage:
+        raise
+    except Exception as error:  # a broken file makes Pillow raise anything, from KeyError to struct.error
+        raise DamagedImage(f"{name} cannot be decoded ({_reason(error)})") from error
+
+
+def _decoded(file: BinaryIO, name: str, channels: int) -> np.ndarray:  # [H, W, C] uint8
+    from PIL import ImageOps
+
+    with decoding(file, name) as image:
+        image.load()
+        with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
+            ImageOps.exif_transpose(image, in_place=True)
+        return _as_bytes(image, channels)
 
 
 @cache

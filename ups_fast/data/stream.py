@@ -1,0 +1,242 @@
+"""Images that stay in their files and stream into batches: the interface of both loaders, and the plain one, Pillow.
+
+A loader turns files into uint8 [B, S, S, C], ahead of time and in threads; the rest of the augmentation is the same op
+that serves images in memory. All that is drawn derives from seed, draw and sample id: an image is treated alike in any
+batch, order or process, and a run that was stopped goes on by starting at its step.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.boxes import Box, box_draws, middle_box, random_box
+from ups_fast.data.image import DamagedImage, decode_image, read_bytes, resize_box
+from ups_fast.ops import augment, augment_plan, has_kernels
+from ups_fast.policy import POLICIES, Policy
+
+NO_DALI = (
+    "DALI is not installed: `pip install nvidia-dali-cuda130` (or 'ups_fast[dali]'), with CUDA 12 "
+    "`pip install nvidia-dali-cuda120`"
+)
+
+BoxOf = Callable[[int, int, int], Box]  # of a row of the batch, whose image has this height and width
+
+
+class Sample(NamedTuple):
+    """What reading made of one image: pixels that are ready, or else something for the loader to decode."""
+
+    id: int
+    pixels: np.ndarray | None = None  # [S, S, C] uint8
+    encoded: bytes = b""
+    box: Box = (0, 0, 0, 0)
+
+
+class FileImages:
+    """Images as `ResidentImages` serves them, but read from their files batch by batch, in the order asked for.
+
+    root, paths   the files, [N]; a sample id is a position in `paths`
+    size          height and width of the batches, S
+    channels      1 (grey) or 3 (RGB)
+    mean, std     per channel, of pixels in [0, 1]; std above 0
+    policy        what is done to the images of `training`, once they are [S, S, C]
+    resized_crop  range of the share of the area that a training image shows, within (0, 1], scaled to [S, S] whatever
+                  its shape (torchvision's RandomResizedCrop); None: training images are cut as clean ones
+    resize        clean images: the shorter side becomes `resize` (such as 256 for S = 224; None: S), then the middle
+                  is kept
+    threads       that read and decode; None: one for each core
+    prefetch      batches made ahead. The encoded bytes of prefetch + 1 batches are all that is held of files
+    images        uint8 [N, H, W, C] in place of the files: then root is None and paths are empty
+
+    Files that are gone or damaged never stop a run: such an image is black before it is normalised, and `lost` has
+    its id with a sentence. Raises ValueError or TypeError that names the argument.
+    """
+
+    lost: dict[int, str]  # by sample id
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        paths: Sequence[str],
+        *,
+        size: int,
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        policy: Policy = POLICIES["none"],
+        resized_crop: tuple[float, float] | None = None,
+        resize: int | None = None,
+        threads: int | None = None,
+        prefetch: int = 2,
+        images: Tensor | None = None,  # [N, H, W, C] uint8
+    ) -> None:
+        for name, value, low in (("size", size, 1), ("resize", resize, size), ("threads", threads, 1)):
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        if resized_crop is not None and not 0 < resized_crop[0] <= resized_crop[1] <= 1:
+            raise ValueError(f"resized_crop must be a range within (0, 1], got {resized_crop}")
+        if images is not None and (
+            images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != channels or 0 in images.shape
+        ):
+            got = f"{str(images.dtype)[6:]} {list(images.shape)}"
+            raise ValueError(f"images must be uint8 [N, H, W, {channels}], got {got}")
+        self.root, self.paths, self.images = root, paths, None if images is None else images.numpy()
+        self.size, self.channels, self.policy = size, channels, policy
+        self.mean, self.std, self.resized_crop = tuple(mean), tuple(std), resized_crop
+        self.share = size / (resize or size)
+        self.threads, self.prefetch = threads or len(os.sched_getaffinity(0)), prefetch
+        self.device = torch.device(device)
+        self.home = self.device if has_kernels(self.device) else torch.device("cpu")
+        self.lost = {}
+        none = torch.zeros(0, dtype=torch.int64)
+        self._finished(torch.zeros(0, size, size, channels, dtype=torch.uint8), none, none, 0, policy)
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.images is None else len(self.images)
+
+    def training(
+        self,
+        plan: Tensor,  # int64 [steps, B], sample ids
+        draw: Tensor,  # int64 [steps, B], which of a sample's augmentations
+        *,
+        seed: int,
+        start: int = 0,
+    ) -> Iterator[Tensor]:  # each [B, C, S, S] float32, channels_last, on the device
+        """The batches of the steps from `start`, augmented as the policy draws from seed, draw and sample id."""
+        if plan.dim() != 2 or plan.shape != draw.shape:
+            raise ValueError(f"plan and draw must be [steps, B], got {list(plan.shape)} and {list(draw.shape)}")
+        plan, draw = self._checked("plan", plan[start:]), draw[start:].to("cpu", torch.int64)
+        batches = self._streamed((ids.numpy(), self._drawn(ids, d, seed)) for ids, d in zip(plan, draw, strict=True))
+        return (
+            self._finished(batch, ids, d, seed, self.policy)
+            for batch, ids, d in zip(batches, plan, draw, strict=True)
+        )
+
+    def clean(
+        self,
+        index: Tensor,  # int64 [n], sample ids
+        batch_size: int,
+    ) -> Iterator[Tensor]:  # each [batch_size, C, S, S] float32, channels_last, on the device; the last may be short
+        """The middle of each image, normalised: (pixel / 255 - mean) / std."""
+        if index.dim() != 1 or batch_size < 1:
+            raise ValueError(f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}")
+        parts = self._checked("index", index).split(batch_size) if len(index) else ()
+        batches = self._streamed((ids.numpy(), self._middle) for ids in parts)
+        return (
+            self._finished(batch, ids, ids, 0, POLICIES["none"])
+            for batch, ids in zip(batches, parts, strict=True)
+        )
+
+    # --- boxes and pixels -----------------------------------------------------------------------------------
+
+    def _checked(self, name: str, ids: Tensor) -> Tensor:
+        ids = ids.to("cpu", torch.int64)
+        if ids.numel() and not (ids.min() >= 0 and ids.max() < len(self)):
+            got = f"{ids.min()}..{ids.max()}"
+            raise ValueError(f"{name} must hold sample ids of 0..{len(self) - 1}, got {got}")
+        return ids
+
+    def _middle(self, row: int, height: int, width: int) -> Box:
+        return middle_box(height, width, self.share)
+
+    def _drawn(self, ids: Tensor, draw: Tensor, seed: int) -> BoxOf:
+        if self.resized_crop is None:
+            return self._middle
+        draws, scale = box_draws(ids.numpy(), draw.numpy(), seed), self.resized_crop
+        return lambda row, height, width: random_box(draws[row], height, width, scale)
+
+    def _finished(self, batch: Tensor, ids: Tensor, draw: Tensor, seed: int, policy: Policy) -> Tensor:
+        """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalised."""
+        if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early
+            batch.record_stream(torch.cuda.current_stream(batch.device))
+        batch, ids, draw = (x.to(self.home) for x in (batch, ids, draw))
+        plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, epoch=draw)
+        rows = torch.arange(len(ids), device=self.home)
+        out = augment(
+            batch, rows, policy=policy, seed=seed, epoch=0, mean=self.mean, std=self.std, plan=plan
+        )
+        return out.to(self.device)
+
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def _streamed(self, jobs: Iterable[tuple[np.ndarray, BoxOf]]) -> Iterator[Tensor]:
+        """The uint8 batch of each job, in order. Readers work ahead; one further thread puts batches together."""
+        waiting: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as maker:
+            try:
+                for ids, box_of in jobs:
+                    reads = [
+                        readers.submit(self._read, i, row, box_of) for row, i in enumerate(ids.tolist())
+                    ]
+                    waiting.append(maker.submit(self._made, reads))
+                    if len(waiting) > self.prefetch:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:  # when the user stops early, nothing more is begun
+                maker.shutdown(wait=False, cancel_futures=True)
+                readers.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, i: int, row: int, box_of: BoxOf) -> Sample:
+        """One image of a batch, in a reader's thread."""
+        if self.images is not None:
+            return self._opened(i, self.images[i], row, box_of)
+        try:
+            return self._opened(i, read_bytes(self._file(i)), row, box_of)
+        except DamagedImage as error:
+            return self._missed(i, error)
+
+    def _opened(self, i: int, content: bytes | np.ndarray, row: int, box_of: BoxOf) -> Sample:
+        """What can be done with one image in a reader's thread: here all. Raises DamagedImage."""
+        if isinstance(content, bytes):
+            content = decode_image(content, self.channels, repr(self._file(i)))
+        return Sample(i, resize_box(content, box_of(row, *content.shape[:2]), self.size))
+
+    def _made(self, reads: list[Future[Sample]]) -> Tensor:  # [B, S, S, C] uint8
+        """A batch of what the readers found."""
+        return torch.from_numpy(np.stack([read.result().pixels for read in reads]))  # type: ignore[misc]
+
+    def _file(self, i: int) -> str:
+        return os.path.join(self.root or "", self.paths[i])
+
+    def _missed(self, i: int, error: DamagedImage) -> Sample:
+        self.lost[i] = str(error)
+        return Sample(i, np.zeros((self.size, self.size, self.channels), np.uint8))
+
+
+class PlainImages(FileImages):
+    """Files decoded by Pillow, in threads: what every other loader is held against."""
+
+
+def file_images(loader: str, root: str | Path | None, paths: Sequence[str], **settings: object) -> FileImages:
+    """The loader by its name, with the arguments of `FileImages`.
+
+    auto   DALI where it is installed; without it the plain one, and a warning says what to install
+    dali   raises ImportError with the same sentence where DALI is not installed
+    plain  Pillow
+    """
+    if loader not in ("auto", "dali", "plain"):
+        raise ValueError(f"loader must be auto, dali or plain, got {loader!r}")
+    if loader == "auto" and find_spec("nvidia.dali") is None:
+        warnings.warn(f"files are decoded by Pillow, which is slower: {NO_DALI}", stacklevel=2)
+        loader = "plain"
+    if loader == "plain":
+        return PlainImages(root, paths, **settings)  # type: ignore[arg-type]
+    from ups_fast.data.dali import DaliImages
+
+    return DaliImages(root, paths, **settings)  # type: ignore[arg-type]

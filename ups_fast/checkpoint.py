@@ -31,6 +31,7 @@ from ups_fast.models import build
 from ups_fast.selection import Labelling
 
 CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
+READABLE = "readable.json"  # which files of a folder have been found good
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
@@ -125,7 +126,7 @@ def _tmp(path: Path) -> Path:
 
 def _is_ours(path: Path) -> bool:
     """What a run that was killed before its config.yaml stood may have left."""
-    return path in (path.with_name(LOCK), _tmp(path.with_name(CONFIG)))
+    return path in (path.with_name(LOCK), path.with_name(READABLE), _tmp(path.with_name(CONFIG)))
 
 
 def _no_run(folder: Path) -> RunFolderError:
@@ -170,13 +171,22 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fingerprint(data: ImageSet) -> str:
-    """Tells data sets apart: sizes for people, a hash over every pixel and label for the rest."""
+    """Tells data sets apart: sizes for people, a hash over every label and pixel (or file) for the rest."""
     digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
     for tensor in (data.train_images, data.train_labels, data.test_images, data.test_labels, data.labeled):
         if tensor is not None:
             digest.update(repr(list(tensor.shape)).encode())
             digest.update(tensor.reshape(-1).numpy().data)
-    sizes = f"{len(data.train_images)} training and {len(data.test_images)} test images"
+    if data.root is not None:  # files are known by name, size and time of change
+        for name in (*(data.names or ()), *(data.test_names or ())):
+            with suppress(
+                OSError
+            ):  # one that is gone was there when the run began, or it would not be listed
+                status = os.stat(os.path.join(data.root, name))
+                digest.update(
+                    f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+                )
+    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
     return f"{sizes}, hash {digest.hexdigest()}"
 
 

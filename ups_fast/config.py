@@ -55,6 +55,18 @@ class DataConfig:
     test_share: float = _key(
         0.2, "For folder, without test images: the share of labelled ones held out to test.", within="(0, 1)"
     )
+    loader: str = _key(
+        "auto",
+        "resident: all images in memory, on the device. dali, plain: read from their files batch by batch, decoded by "
+        "NVIDIA DALI or by Pillow. auto decides by what fits, and says why.",
+        choices=("auto", "resident", "dali", "plain"),
+    )
+    resized_crop: float = _key(
+        0.0,
+        "For folder: train on random parts of images, of at least this share of the area, scaled to data.size; 0 is "
+        "off. Such images are read from their files.",
+        within="[0, 1]",
+    )
     flip: bool = _key(False, "Mirror half of the training images left to right.")
     crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, 2047]")
     ops: str = _key(
@@ -300,6 +312,11 @@ def validate(cfg: Config) -> None:
         raise ValueError(f"data.n_labels must say how many images of {data.name} are labelled, got 0")
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
+    if data.resized_crop and (data.name != "folder" or data.loader == "resident"):
+        raise ValueError(
+            f"data.resized_crop is for images that are read from a folder's files, got {data.resized_crop} with "
+            f"data.name={data.name} and data.loader={data.loader}"
+        )
     if data.name == "folder" and not data.size:
         raise ValueError(
             "data.size must say to which side the images of a folder are scaled, such as 64, got 0"

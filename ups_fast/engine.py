@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.data.resident import ResidentImages
+from ups_fast.data.stream import FileImages
 from ups_fast.selection import Labelling, label
 
 
@@ -145,7 +146,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    images: ResidentImages,
+    images: ResidentImages | FileImages,
     labels: Tensor,  # int64 [M]
     *,
     batch_size: int = 512,

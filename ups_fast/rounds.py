@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ from ups_fast.checkpoint import (
     write_atomic,
 )
 from ups_fast.config import Config, pick_device
-from ups_fast.data import ImageSet, ResidentImages, stratified_split
+from ups_fast.data import FileImages, ImageSet, ResidentImages, file_images, stratified_split
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -47,7 +48,7 @@ from ups_fast.engine import (
     supervise,
 )
 from ups_fast.fullgraph import fullgraph
-from ups_fast.policy import Policy, parse_ops
+from ups_fast.policy import POLICIES, Policy, parse_ops
 from ups_fast.seeds import derive
 from ups_fast.selection import (
     Labelling,
@@ -76,6 +77,7 @@ class Result:
     rows: list[Row]  # one per round
     labelling: Labelling  # of the last round
     truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
+    lost: list[str]  # sentences on files that could not be read any more, and were black images instead
 
 
 class Interrupted(KeyboardInterrupt):
@@ -126,11 +128,9 @@ class _Run:
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with _blame("engine.step"):
             plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
-        resident = partial(ResidentImages, mean=data.mean, std=data.std, device=self.device)
-        policy = _policy(cfg)
         with _blame("data.crop"):
-            self.train_images = resident(data.train_images, policy=policy)
-        self.test_images = resident(data.test_images)
+            self.train_images = self._images(data.train_images, data.names, _policy(cfg))
+        self.test_images = self._images(data.test_images, data.test_names, POLICIES["none"])
         with _blame("select.dropouts"):
             skipped(model, cfg.select.dropouts)
         self.forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
@@ -146,6 +146,37 @@ class _Run:
             self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
+
+    def _images(self, images: Tensor, names: list[str] | None, policy: Policy) -> ResidentImages | FileImages:
+        """A part of the data, on the device or in its files."""
+        data, cfg = self.data, self.cfg.data
+        common: dict[str, Any] = {
+            "mean": data.mean, "std": data.std, "device": self.device, "policy": policy
+        }  # fmt: skip
+        if data.root is None and cfg.loader in ("auto", "resident"):
+            return ResidentImages(images, **common)
+        _, height, width, channels = images.shape
+        if height != width:
+            raise ValueError(
+                f"data.loader={cfg.loader} needs square images, got {height}x{width}: use resident"
+            )
+        return file_images(
+            cfg.loader,
+            data.root,
+            names or [],
+            size=height,
+            channels=channels,
+            resized_crop=(cfg.resized_crop, 1.0) if cfg.resized_crop else None,
+            threads=self.cfg.threads or None,
+            images=images if data.root is None else None,
+            **common,
+        )
+
+    def _batches(self, plan: Tensor, draw: Tensor) -> Iterator[Tensor | None]:
+        """The images of an epoch's remaining steps; those on the device are read by the step itself."""
+        if isinstance(self.train_images, ResidentImages):
+            return repeat(None)
+        return self.train_images.training(plan, draw, seed=self._seed("augment"), start=self.state.step)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
@@ -171,7 +202,7 @@ class _Run:
             self._write_selection(state.labelling)
         self._say(
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
-            f"{len(self.data.test_images):,} test images; {self.cfg.model.name} on {self.device}"
+            f"{len(self.data.test_labels):,} test images; {self.cfg.model.name} on {self.device}"
         )
         mode, dtype, why = self.step.plan
         self._say(f"training step: {mode}, {str(dtype)[6:]} ({why})")
@@ -208,9 +239,12 @@ class _Run:
                 plan = plan.to(self.device)
             if state.step == 0:
                 state.loss.zero_()
+            batches = self._batches(plan, draw)
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
-                self.step(plan[step], draw[step], lr)
+                with self._outside():
+                    batch = next(batches)
+                self.step(plan[step], draw[step], lr, batch)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due()
@@ -257,7 +291,10 @@ class _Run:
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round
-        return Result(self.folder, self.state.rows, Labelling(**self.state.labelling), self._truth())
+        parts = [each for each in (self.train_images, self.test_images) if isinstance(each, FileImages)]
+        lost = sorted({sentence for part in parts for sentence in part.lost.values()})
+        labelling = Labelling(**self.state.labelling)
+        return Result(self.folder, self.state.rows, labelling, self._truth(), lost)
 
     def _supervision(self) -> Supervision:
         last = self.state.labelling
@@ -384,7 +421,7 @@ class _Run:
         )
 
     def _labelling_batch(self) -> int:
-        _, height, width, _ = self.train_images.images.shape
+        _, height, width, _ = self.data.train_images.shape
         return self.cfg.select.batch_size or labelling_rows(self.device, height, width)
 
     def epochs_done(self) -> int:
@@ -426,7 +463,7 @@ def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
     if data.labeled is None:
         seed = derive(cfg.seed, "split")
         return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
-    unlabeled = torch.ones(len(data.train_images), dtype=torch.bool)
+    unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
     unlabeled[data.labeled] = False
     return data.labeled, unlabeled.nonzero()[:, 0]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.data.resident import ResidentImages
+from ups_fast.data.stream import FileImages
 from ups_fast.models import Dropout, Network
 from ups_fast.ops import mc_select
 from ups_fast.reference import Selection, dropout_keys, unpack_mask
@@ -68,7 +69,7 @@ def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
 @torch.no_grad()
 def label(
     model: nn.Module,
-    images: ResidentImages,
+    images: ResidentImages | FileImages,
     index: Tensor,  # int64 [U], on the device of the images
     *,
     tau_p: float = 0.70,
@@ -111,10 +112,9 @@ def label(
     parts = []
     # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
-        for chunk in index.split(rows):
-            filling = chunk[-1:].expand(rows - len(chunk)) if len(chunk) else chunk
-            whole = torch.cat([chunk, filling])
-            logits = forward(model, images.clean(whole), whole, passes, salt, skip)[:, : len(chunk)]
+        for chunk, batch in zip(index.split(rows), images.clean_batches(index, rows), strict=True):
+            whole = torch.arange(rows, device=index.device).clamp(max=len(chunk) - 1) if len(chunk) else chunk
+            logits = forward(model, batch[whole], chunk[whole], passes, salt, skip)[:, : len(chunk)]
             parts.append(mc_select(logits, **thresholds, packed=True))
             progress(len(chunk))
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.data.resident import ResidentImages
+from ups_fast.data.stream import FileImages
 from ups_fast.engine import Mix, Supervision
 from ups_fast.fullgraph import fullgraph
 from ups_fast.ops import has_kernels, ups_loss
@@ -106,7 +107,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        images: ResidentImages,  # N of them
+        images: ResidentImages | FileImages,  # N of them
         n_classes: int,
         plan: StepPlan,
         *,
@@ -123,6 +124,9 @@ class TrainStep:
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
         self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
+        self.batch: Tensor | None = (
+            None  # [B, C, S, S] of images that come from files; others are read in the step
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self.optimizer = torch.optim.SGD(
@@ -160,6 +164,9 @@ class TrainStep:
         positive = mix.positive(self.device)
         if len(positive) != len(self.positive):
             self.rows, self.positive = self.rows.new_zeros(2, len(positive)), positive
+            if isinstance(self.images, FileImages):
+                shape = len(positive), self.images.channels, self.images.size, self.images.size
+                self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
             self.graph = self._capture() if self.plan.mode == "graph" else None
         self.positive.copy_(positive)
 
@@ -168,8 +175,11 @@ class TrainStep:
         index: Tensor,  # int64 [B], sample ids, the positives first
         draw: Tensor,  # int64 [B], which of a sample's augmentations and dropout masks
         lr: float,
+        images: Tensor | None = None,  # [B, C, S, S], augmented, where they come from files
     ) -> None:
         """One step; adds its loss to `loss`. Never waits for the device."""
+        if self.batch is not None and images is not None:
+            self.batch.copy_(images)
         self.rows[0].copy_(index)
         self.rows[1].copy_(draw)
         self.lr.fill_(lr)
@@ -180,7 +190,10 @@ class TrainStep:
 
     def _step(self) -> None:
         index, draw = self.rows
-        images = self.images.augmented(index, seed=self.seeds[0], epoch=draw)
+        images = self.batch
+        if isinstance(self.images, ResidentImages):
+            images = self.images.augmented(index, seed=self.seeds[0], epoch=draw)
+        assert images is not None
         keys = dropout_keys(index, seed=self.seeds[1], draw=draw)
         target, negative = self.target[index], self.negative[index]
         self.loss += train_step(self.loss_of, self.optimizer, images, keys, target, self.positive, negative)

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -91,7 +92,7 @@ def _train(cfg: config.Config) -> None:
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
 
-    data = _load(cfg, console)
+    data = _load(cfg, device, console)
     for note in data.notes:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
@@ -107,11 +108,13 @@ def _train(cfg: config.Config) -> None:
             result.truth,
             cfg,
             data.classes,
-            notes=[*data.notes, *data.damaged],
+            notes=[*data.notes, *data.damaged, *result.lost],
         )
     except (ValueError, OSError) as error:
         again = "once that is mended, the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
+    if result.lost:
+        console.print(f"{len(result.lost):,} files could not be read any more, such as {result.lost[0]}")
     console.print(report.headline(result.rows, cfg))
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
@@ -125,23 +128,43 @@ def _train(cfg: config.Config) -> None:
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 
 
-def _load(cfg: config.Config, console: Console) -> ImageSet:
-    from ups_fast.data import as_image_set, load_set, scan
+def _load(cfg: config.Config, device: torch.device, console: Console) -> ImageSet:
+    from ups_fast.checkpoint import READABLE
+    from ups_fast.data import as_file_set, as_image_set, check, load_set, scan
     from ups_fast.display import progress_bar
 
     if cfg.data.name != "folder":
         return load_set(cfg.data.name, cfg.data.root)
+    size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
     folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    needed, room = len(folder.paths) * size * size * channels, _memory(device) // 2
+    why = {"resident": "", "dali": "data.loader=dali", "plain": "data.loader=plain"}.get(cfg.data.loader)
+    if why is None and cfg.data.resized_crop:
+        why = f"data.resized_crop={cfg.data.resized_crop}"
+    if why is None and needed > room:
+        why = f"they would take {needed / 2**30:.1f} GiB of memory, more than half of what there is"
     with progress_bar(console) as bar:
         task = bar.add_task("reading images", total=len(folder.paths), now="")
-        data, _ = as_image_set(
-            folder,
-            cfg.data.size,
-            cfg.data.channels,
-            threads=cfg.threads or None,
-            progress=lambda done, total: bar.update(task, completed=done),
-        )
-    return data
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done)
+
+        if not why:
+            data, _ = as_image_set(folder, size, channels, threads=threads, progress=progress)
+            console.print(f"all images are in memory: {needed / 2**20:,.0f} MiB")
+            return data
+        cache = Path(cfg.run_dir) / READABLE
+        folder, damaged = check(folder, cache=cache, threads=threads, progress=progress)
+    console.print(f"images stay in their files: {why}")
+    data = as_file_set(folder, size, channels, threads=threads)
+    return replace(data, damaged=tuple(each.reason for each in damaged))
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes where images would live."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 if __name__ == "__main__":

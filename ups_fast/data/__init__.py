@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from ups_fast.data.folder import Folder, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
-from ups_fast.data.reading import Damaged, as_image_set, check
+from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import ImageSet, load_set
 from ups_fast.data.split import stratified_split
+from ups_fast.data.stream import FileImages, file_images
 
 __all__ = [
     "Damaged",
     "DamagedImage",
+    "FileImages",
     "Folder",
     "ImageSet",
     "ResidentImages",
+    "as_file_set",
     "as_image_set",
     "check",
+    "file_images",
     "load_set",
     "read_image",
     "resize_crop",

@@ -81,7 +81,9 @@ class DaliImages(FileImages):
             self._stream = torch.cuda.Stream(self.home)
         pool = dynamic.ThreadPool(self.threads, device_id=place)
         self._context = dynamic.EvalContext(device_id=place, cuda_stream=self._stream, thread_pool=pool)
-        self._in_use = Lock()  # a context serves one thread at a time, but two streams of batches may be read at once
+        self._in_use = (
+            Lock()
+        )  # a context serves one thread at a time, but two streams of batches may be read at once
         self._strange: set[int] = set()  # ids of files that DALI cannot decode, whatever their header says
         self._workers = ThreadPoolExecutor(self.threads)  # that scale, on a CPU
 
@@ -96,7 +98,9 @@ class DaliImages(FileImages):
     def _made(self, reads: list[Future[Sample]]) -> Tensor:  # [B, S, S, C] uint8, on a GPU there
         samples = [read.result() for read in reads]
         rows = [row for row, sample in enumerate(samples) if sample.pixels is None]
-        out = torch.empty(len(samples), self.size, self.size, self.channels, dtype=torch.uint8, device=self.home)
+        out = torch.empty(
+            len(samples), self.size, self.size, self.channels, dtype=torch.uint8, device=self.home
+        )
         with torch.cuda.stream(self._stream):  # does nothing for None
             found = self._found([samples[row] for row in rows])
             for row, image in zip(rows, found, strict=True):
@@ -124,7 +128,9 @@ class DaliImages(FileImages):
                 raise
             return [None] if len(samples) == 1 else [self._found([sample])[0] for sample in samples]
 
-    def _decoded(self, samples: list[Sample]) -> list[Tensor]:  # uint8 [h, w, 1 or 3], the boxes; scaled on a GPU
+    def _decoded(
+        self, samples: list[Sample]
+    ) -> list[Tensor]:  # uint8 [h, w, 1 or 3], the boxes; scaled on a GPU
         """Raises RuntimeError where DALI fails."""
         if self.images is not None:
             cuts = [_cut(self.images[sample.id], sample.box) for sample in samples]

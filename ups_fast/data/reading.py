@@ -20,6 +20,7 @@ from ups_fast.data.sets import ImageSet, _moments
 
 Progress = Callable[[int, int], object]  # files done, files in all
 Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
+MOMENTS = 1000  # images of a large folder from which mean and std are taken
 _HEADER = '{"ups_fast": "files that can be read"'
 
 A = TypeVar("A")
@@ -141,6 +142,40 @@ def as_image_set(
         damaged=tuple(damaged[i] for i in sorted(damaged)),
     )
     return data, _listed(folder, damaged)
+
+
+def as_file_set(
+    folder: Folder,
+    size: int,
+    channels: int,
+    *,
+    threads: int | None = None,
+) -> ImageSet:
+    """Images that stay in their files, to be streamed as [size, size, channels]. `check` the folder first.
+
+    Mean and std are those of MOMENTS training images, spread evenly over the set.
+    """
+    train = torch.cat([folder.labeled, folder.unlabeled])
+    some = train[torch.linspace(0, len(train) - 1, min(MOMENTS, len(train))).round().long()].tolist()
+    pixels = in_order(
+        lambda i: resize_crop(read_image(_file(folder, i), channels), size), some, _threads(threads)
+    )
+    mean, std = _moments(torch.stack([torch.from_numpy(image) for image in pixels]))
+    return ImageSet(
+        "folder",
+        folder.classes,
+        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        folder.label[train],
+        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        folder.label[folder.test],
+        mean,
+        std,
+        labeled=torch.arange(len(folder.labeled)),
+        names=[folder.paths[i] for i in train.tolist()],
+        notes=tuple(folder.notes),
+        root=str(folder.root),
+        test_names=[folder.paths[i] for i in folder.test.tolist()],
+    )
 
 
 def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8

@@ -6,7 +6,7 @@ copied: the op's reference goes through Pillow image by image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class ResidentImages:
     ) -> Tensor:  # [B, C, H, W] float32, channels_last
         """Normalises, nothing else: (pixel / 255 - mean) / std."""
         return self._read(index, POLICIES["none"], 0, 0)
+
+    def clean_batches(
+        self,
+        index: Tensor,  # [n] int64, on the device
+        batch_size: int,
+    ) -> Iterator[Tensor]:  # each [batch_size, C, H, W], the last may be short
+        return map(self.clean, index.split(batch_size))
 
     def augmented(
         self,

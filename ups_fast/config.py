@@ -56,7 +56,16 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = _key("wrn-28-2", "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13.")
+    name: str = _key(
+        "wrn-28-2",
+        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13; for real images torchvision:NAME or timm:NAME, "
+        "such as torchvision:resnet50.",
+    )
+    weights: str = _key(
+        "",
+        "File of pretrained weights, .safetensors or .pth, with which every round of a torchvision or timm network "
+        "starts; empty means none.",
+    )
     dropout: float = _key(
         0.3, "Dropout rate; dropout is also what makes labelling passes differ.", within="[0, 1)"
     )

@@ -278,9 +278,10 @@ def rebuild(about: Mapping[str, Any]) -> nn.Module:
 
 
 def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
-    """The weights and `about`, with which `load_model` makes the network again."""
+    """The weights and `about`, with which `load_model` makes the network again; pretrained ones are not needed then."""
+    about = {**about, "model": {**about["model"], "weights": ""}}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(folder / MODEL, safetensors.torch.save(weights, {"ups_fast": json.dumps(dict(about))}))
+    write_atomic(folder / MODEL, safetensors.torch.save(weights, {"ups_fast": json.dumps(about)}))
 
 
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Module:

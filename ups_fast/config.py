@@ -57,8 +57,8 @@ class DataConfig:
     )
     loader: str = _key(
         "auto",
-        "resident: all images in memory, on the device. dali, plain: read from their files batch by batch, decoded by "
-        "NVIDIA DALI or by Pillow. auto decides by what fits, and says why.",
+        "Where images come from. resident: all in memory, on the device; dali, plain: from their files batch by batch, "
+        "decoded by NVIDIA DALI or by Pillow; auto decides by what fits, and says why.",
         choices=("auto", "resident", "dali", "plain"),
     )
     resized_crop: float = _key(
@@ -85,7 +85,16 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = _key("wrn-28-2", "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13.")
+    name: str = _key(
+        "wrn-28-2",
+        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13; for real images torchvision:NAME or timm:NAME, "
+        "such as torchvision:resnet50.",
+    )
+    weights: str = _key(
+        "",
+        "File of pretrained weights, .safetensors or .pth, with which every round of a torchvision or timm network "
+        "starts; empty means none.",
+    )
     dropout: float = _key(
         0.3, "Dropout rate; dropout is also what makes labelling passes differ.", within="[0, 1)"
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
 from ups_fast.models.network import Dropout, Network
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "Dropout", "Network", "WideResNet", "build"]
+__all__ = ["CNN13", "Backbone", "Dropout", "Network", "WideResNet", "build"]
 
 
 def build(
@@ -25,21 +26,24 @@ def build(
     preact: str = "fixed",
     activation: str = "mish",
     bn_momentum: float = 0.1,
+    weights: str = "",
 ) -> Network:
     """A freshly initialised network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
-    name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"
+    name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
+                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, see `Backbone`
     channels     1 or 3
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
-                 The network then takes any size from that minimum on.
+                 The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
     dropout      in [0, 1)
     preact       WRN only. "fixed": every conv1 is fed the activated input. "published": the first block of
                  stages 2 and 3 feeds conv1 the raw input, as the published UPS code does; its bn1 is dead.
     activation   WRN only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1.
     bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
-                 eval mode means anything, so short runs want the default.
+                 eval mode means anything, so short runs want the default. WRN and CNN-13 only.
+    weights      networks of torchvision and timm only: file of pretrained weights, "" for none
 
-    Weights are drawn from the global torch generator. A ValueError names the argument and what it got.
+    Other weights are drawn from the global torch generator. A ValueError names the argument and what it got.
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be at least 2, got {n_classes}")
@@ -53,9 +57,15 @@ def build(
         raise ValueError(f"preact must be 'published' or 'fixed', got {preact!r}")
     if activation not in ("mish", "leaky_relu"):
         raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
+    library = name.partition(":")[0] if ":" in name else ""
+    if weights and library not in LIBRARIES:
+        raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
 
+    height, width = (size, size) if isinstance(size, int) else size
     model: Network
-    if name == "cnn13":
+    if library in LIBRARIES:
+        model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
+    elif name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
     elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):
         model = WideResNet(
@@ -69,9 +79,11 @@ def build(
             bn_momentum=bn_momentum,
         )
     else:
-        raise ValueError(f"model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), got {name!r}")
+        raise ValueError(
+            "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), or 'torchvision:NAME' or 'timm:NAME', "
+            f"got {name!r}"
+        )
 
-    height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < model.min_size:
         raise ValueError(
             f"size: {name} needs images from {model.min_size}x{model.min_size}, got {height}x{width}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -19,7 +17,7 @@ class CNN13(Network):
     """
 
     # Two poolings and a 3x3 convolution without padding leave one pixel: floor(floor(12 / 2) / 2) - 2 = 1.
-    min_size: ClassVar[int] = 12
+    min_size: int = 12
 
     def __init__(self, n_classes: int, channels: int, *, dropout: float, bn_momentum: float) -> None:
         super().__init__()

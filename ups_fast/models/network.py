@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ class Network(nn.Module, ABC):
     are off.
     """
 
-    min_size: ClassVar[int]  # of height and width
+    min_size: int  # of height and width
 
     def forward(
         self,

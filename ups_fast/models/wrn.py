@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from ups_fast.models.network import Dropout, Mish, Network
@@ -76,7 +74,7 @@ class WideResNet(Network):
     stages 2 and 3 feed conv1 the activated input, or the raw one with `published_preact`, as published.
     """
 
-    min_size: ClassVar[int] = 8
+    min_size: int = 8
 
     def __init__(
         self,

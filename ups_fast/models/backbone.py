@@ -1,0 +1,181 @@
+"""Networks of torchvision and timm for real images, with pretrained weights from a file where wanted."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ups_fast.models.network import Dropout, Network
+from ups_fast.models.pretrained import imported, load_weights
+
+LIBRARIES = ("torchvision", "timm")
+_SIZED = {"vit": "image_size", "maxvit": "input_size"}  # families of torchvision that are built for one size
+
+
+class Backbone(Network):
+    """float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least the shorter side of `size`.
+
+    Dropout by one rule for all architectures: a Dropout in front of the classifier, the last linear layer. Where
+    that layer ends an nn.Sequential with dropout of its own (VGG, AlexNet), those in it act too, from the first
+    one on. All other dropout of the library, and the random skipping of branches (StochasticDepth, DropPath), is
+    off in training too: it would draw from torch's generator, and here randomness depends on keys alone. So
+    `prefix` is nearly all of the network, passes cost next to nothing, and their spread is the uncertainty of the
+    classifier given its features.
+
+    name     "torchvision:NAME" or "timm:NAME", a classifier that ends in its linear layer
+    size     (height, width); transformers may take no other, convolutional networks all larger ones too
+    dropout  of each of these Dropouts, in [0, 1)
+    weights  file of pretrained weights in the library's own names: .safetensors, or what torch.save made of a
+             state_dict; "" for none, then the library's initialisation from the global torch generator. A
+             classifier of another number of classes, or none, is replaced by a new one, with a warning.
+
+    With one channel the first convolution has the sum of the kernels of red, green and blue: the network is that
+    for three channels, fed three copies of the grey image. Activations and normalisation are the library's: preact,
+    activation and bn_momentum do not apply.
+    Raises ValueError, one sentence, for a name, size or file that does not work, or a library that is missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_classes: int,
+        channels: int,
+        size: tuple[int, int],
+        *,
+        dropout: float,
+        weights: str = "",
+    ) -> None:
+        super().__init__()
+        build = _builder(name, n_classes, channels, size)
+        try:
+            self.net = build()
+            _calm(self.net)
+            classifier = _classifier(self.net, torch.empty(2, channels, *size, device="meta"))
+        except Exception as error:  # each network has its own way to say so
+            why = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise ValueError(
+                f"size: {name} cannot take {size[0]}x{size[1]} images with {channels} channels: {why}"
+            ) from error
+        if not classifier:
+            raise ValueError(
+                f"{name} does not end in one linear layer that makes its logits: choose another network"
+            )
+        if weights:
+            load_weights(self.net, weights, name, classifier)
+        self.min_size = min(size)
+        self.head = _cut(self.net, classifier, dropout)
+        self.dropouts = [i for i, module in enumerate(self.head) if isinstance(module, Dropout)]
+
+    def prefix(
+        self,
+        images: Tensor,  # [B, channels, H, W]
+        skip: int = 0,
+    ) -> Tensor:  # [B, features]: what the first Dropout gets, or the one after `skip` of them
+        hidden: Tensor = self.net(images)
+        for module in self.head[: self.dropouts[skip]]:
+            hidden = module(hidden)
+        return hidden
+
+    def suffix(
+        self,
+        hidden: Tensor,  # as of `prefix`
+        keys: Tensor | None,  # int32 [B]
+        skip: int = 0,
+    ) -> Tensor:  # [B, n_classes]
+        for module in self.head[self.dropouts[skip] :]:
+            hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
+        return hidden
+
+
+def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) -> Callable[[], nn.Module]:
+    """A function that makes the library's network; all that is wrong with the name is said here."""
+    library, _, short = name.partition(":")
+    extra = {"torchvision": "train", "timm": "timm"}[library]
+    source = imported("torchvision.models" if library == "torchvision" else "timm", extra)
+    options: dict[str, Any] = {}
+    if library == "timm":
+        _check_name(name, short, source.list_models() + source.list_models(pretrained=True), "")
+        known = source.models.get_pretrained_cfg(short)
+        if known and known.fixed_input_size:
+            options["img_size"] = size
+        return lambda: source.create_model(short, num_classes=n_classes, in_chans=channels, **options)
+
+    other = source.get_model_builder(short).__module__ if short in source.list_models() else ""
+    _check_name(name, short, source.list_models(module=source), other)
+    if (family := short.partition("_")[0]) in _SIZED:
+        options[_SIZED[family]] = size[0] if family == "vit" else size  # a wrong width is found by the trial
+
+    def build() -> nn.Module:
+        net: nn.Module = source.get_model(short, weights=None, num_classes=n_classes, **options)
+        if channels == 1:
+            first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+            first.in_channels, first.weight = 1, nn.Parameter(first.weight.detach().sum(1, keepdim=True))
+        return net
+
+    return build
+
+
+def _check_name(name: str, short: str, names: list[str], other: str) -> None:
+    if short in names:
+        return
+    if other:
+        raise ValueError(f"{name} is not an image classifier but of {other}")
+    near = [f"{name.partition(':')[0]}:{found}" for found in difflib.get_close_matches(short[:100], names)]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ValueError(f"there is no network {name[:100]!r}{hint}")
+
+
+def _calm(net: nn.Module) -> None:
+    """Switches off all that draws from torch's generator in training."""
+    for module in net.modules():
+        drops = isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
+        for rate in ("drop_prob", "drop_rate", *(["p"] if drops else [])):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
+
+
+def _classifier(
+    net: nn.Module,
+    images: Tensor,  # [B, channels, H, W], on the meta device
+) -> str:
+    """The name of the linear layer whose output is the network's, "" where there is none.
+
+    Found by a training step's forward pass without memory or arithmetic, which also tells whether the size works.
+    """
+    made: list[tuple[str, Tensor]] = []
+    trial = copy.deepcopy(net).to("meta").train()
+    for name, module in trial.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, inputs, made_now, name=name: made.append((name, made_now)))
+    logits = trial(images)
+    last = next((name for name, tensor in made if tensor is logits), "")
+    return last if [name for name, _ in made].count(last) == 1 else ""
+
+
+def _cut(net: nn.Module, classifier: str, dropout: float) -> nn.Sequential:
+    """Takes the classifier off, with what is before it in its nn.Sequential from the first dropout on."""
+    path, _, last = classifier.rpartition(".")
+    parent = net.get_submodule(path)
+    parts = {last: parent.get_submodule(last)}
+    if isinstance(parent, nn.Sequential):
+        names = list(dict(parent.named_children()))
+        names = names[: names.index(last) + 1]
+        first = next((name for name in names if isinstance(parent.get_submodule(name), nn.Dropout)), last)
+        parts = {name: parent.get_submodule(name) for name in names[names.index(first) :]}
+    head: list[nn.Module] = []
+    layer = 0
+    for name, module in parts.items():
+        setattr(parent, name, nn.Identity())
+        dropping = isinstance(module, nn.Dropout)
+        if dropping or (name == last and not (head and isinstance(head[-1], Dropout))):
+            head.append(Dropout(dropout, layer))
+            layer += 1
+        if not dropping:
+            head.append(module)
+    return nn.Sequential(*head)

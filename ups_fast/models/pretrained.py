@@ -1,0 +1,79 @@
+"""Pretrained weights from a file of this machine, checked before a network gets any of them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def imported(module: str, extra: str) -> Any:
+    """A library that only some networks need; ValueError says how to install it, or ups_fast[extra]."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(
+            f"{package} is needed and cannot be imported ({error}): pip install {package}, or ups_fast[{extra}]"
+        ) from error
+
+
+def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
+    """Fills the network with the file's weights; a classifier of other classes is left as it was made, with a warning.
+
+    classifier  name of the layer
+    path        .safetensors, or a state_dict of torch.save, bare or under "state_dict" or "model". Kernels for three
+                channels are summed where the network has one.
+
+    Raises ValueError, one sentence, where the file cannot be read or does not fit; the network is then unchanged.
+    """
+    found, wanted = _read(path), net.state_dict()
+    for key in found.keys() & wanted.keys():
+        if found[key].ndim == 4 and found[key].shape[1] == 3 and wanted[key].shape[1:2] == (1,):
+            found[key] = found[key].float().sum(1, keepdim=True)
+    old, new = found.get(f"{classifier}.weight"), wanted[f"{classifier}.weight"]
+    replaced = old is None or (old.ndim == 2 and old.shape[1] == new.shape[1] and len(old) != len(new))
+    if replaced:
+        for key in [key for key in wanted if key.rpartition(".")[0] == classifier]:
+            found[key] = wanted[key]
+
+    def kind(tensor: Tensor) -> str:
+        return f"{'real' if tensor.is_floating_point() else 'whole'} numbers {list(tensor.shape)}"
+
+    wrong = [f"{key} is unknown" for key in found if key not in wanted]
+    for key, tensor in wanted.items():
+        if key not in found:
+            if not key.endswith("num_batches_tracked"):  # old files have none
+                wrong.append(f"{key} is missing")
+        elif kind(found[key]) != kind(tensor):
+            wrong.append(f"{key} is {kind(found[key])} and must be {kind(tensor)}")
+    if wrong:
+        more = f", and {len(wrong) - 1} more such" if len(wrong) > 1 else ""
+        raise ValueError(f"weights: {path} does not fit {name}: {wrong[0]}{more}")
+    net.load_state_dict(found, strict=False)
+    if replaced:
+        had = "no classifier" if old is None else f"a classifier of {len(old)} classes"
+        warnings.warn(f"weights: {path} has {had}, in whose place is a new one of {len(new)}", stacklevel=4)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """The tensors of a file, on the host. Nothing in it is run."""
+    if not os.path.isfile(path):
+        raise ValueError(f"weights: there is no file {path}")
+    safe = imported("safetensors.torch", "train") if path.endswith(".safetensors") else None
+    try:
+        content: Any = safe.load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise ValueError(
+            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save"
+        ) from error
+    for key in ("state_dict", "model"):  # as training scripts wrap it
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"weights: {path} is no state_dict, which is a table of tensors by name")
+    return dict(content)

@@ -1,0 +1,140 @@
+"""Whole runs whose images stay in their files: the same by either decoder, after a kill, and when files vanish."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from test_predict import CONFIG, FAST, images
+
+from ups_fast import step, train
+
+__all__ = ["images"]  # the fixture
+SPAWN = multiprocessing.get_context("spawn")
+SET = [
+    *FAST,
+    "train.rounds=2",
+    "train.epochs=4",
+    "train.first_epochs=8",
+    "select.passes=4",
+    "select.tau_p=0.5",
+]
+SET += ["select.kappa_p=inf", "engine.precision=float32", "data.crop=1", "checkpoint_seconds=0"]
+
+
+def words(images: Path, folder: Path, *more: str) -> list[str]:
+    return [str(CONFIG), f"data.root={images}", f"run_dir={folder}", *SET, *more]
+
+
+def child(arguments: list[str], kill_at: int) -> None:
+    real, calls = step.train_step, 0
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    step.train_step = counted
+    raise SystemExit(train.main(arguments))
+
+
+def run(arguments: list[str], kill_at: int = 0) -> int | None:
+    process = SPAWN.Process(target=child, args=(arguments, kill_at))
+    process.start()
+    process.join(timeout=200)
+    return process.exitcode
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key not in ("seconds", "outside")} for row in found]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert run(words(images, folder, "data.loader=plain", "data.resized_crop=0.6")) == 0
+    return folder
+
+
+@pytest.mark.parametrize("at", [3, 9, 11])
+def test_a_killed_run_ends_as_if_nothing_was(at: int, images: Path, plain: Path, tmp_path: Path) -> None:
+    arguments = words(images, tmp_path / "run", "data.loader=plain", "data.resized_crop=0.6")
+    assert run(arguments, kill_at=at) == -signal.SIGKILL
+    assert run(arguments) == 0
+    assert rows(tmp_path / "run") == rows(plain)
+    assert all(map(torch.equal, weights(tmp_path / "run").values(), weights(plain).values()))
+
+
+@pytest.mark.skipif(
+    find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"
+)
+def test_dali_and_pillow_train_alike(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without scaling, as here of 8x8 pixels cut to themselves, they read the same pixels, bit for bit."""
+    for loader in ("dali", "plain"):
+        assert train.main(words(images, tmp_path / loader, f"data.loader={loader}", "data.size=16")) == 0
+        assert f"images stay in their files: data.loader={loader}" in capfd.readouterr().out
+    a, b = rows(tmp_path / "dali"), rows(tmp_path / "plain")
+    assert [row["test_acc"] for row in a] == [row["test_acc"] for row in b]
+    for x, y in zip(a, b, strict=True):
+        assert x["train_loss"] == pytest.approx(y["train_loss"], rel=0.05)
+
+
+def test_a_file_that_vanishes_does_not_stop_the_run(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    mine = shutil.copytree(images, tmp_path / "images")
+    real = step.train_step
+
+    def sabotaged(*args: Any) -> torch.Tensor:
+        (mine / "unlabeled" / "dark 0.png").unlink(missing_ok=True)
+        return real(*args)
+
+    monkeypatch.setattr(step, "train_step", sabotaged)
+    assert train.main(words(mine, tmp_path / "run", "data.loader=plain", "train.rounds=1")) == 0
+    said = capfd.readouterr().out
+    assert "1 files could not be read any more" in said and "dark 0.png" in said
+    assert "dark 0.png" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_does_not_fit_into_memory_stays_in_its_files(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_memory", lambda device: 2000)
+    assert train.main(words(images, tmp_path / "run", "train.rounds=1", "data.loader=auto")) == 0
+    said = capfd.readouterr().out
+    assert "images stay in their files: they would take" in said
+    assert "readable.json" in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_arrays_may_stream_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    digits = str(CONFIG.parent / "digits.yaml")
+    tiny = ["train.rounds=1", "train.first_epochs=3", "model.name=wrn-10-1", "select.passes=2", "seed=1"]
+    for loader in ("plain", "resident"):
+        assert train.main([digits, f"data.loader={loader}", f"run_dir={tmp_path / loader}", *tiny]) == 0
+    assert all(
+        map(torch.equal, weights(tmp_path / "plain").values(), weights(tmp_path / "resident").values())
+    ), "the same draws make the same batches"
+
+
+def test_resized_crops_are_of_files_alone(
+    capsys: pytest.CaptureFixture[str], images: Path, tmp_path: Path
+) -> None:
+    assert train.main(words(images, tmp_path, "data.loader=resident", "data.resized_crop=0.5")) == 2
+    assert "data.resized_crop is for images that are read from a folder's files" in capsys.readouterr().err

@@ -8,15 +8,19 @@ from ups_fast.data.reading import Damaged, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import ImageSet, load_set
 from ups_fast.data.split import stratified_split
+from ups_fast.data.stream import FileImages, PlainImages, file_images
 
 __all__ = [
     "Damaged",
     "DamagedImage",
+    "FileImages",
     "Folder",
     "ImageSet",
+    "PlainImages",
     "ResidentImages",
     "as_image_set",
     "check",
+    "file_images",
     "load_set",
     "read_image",
     "resize_crop",

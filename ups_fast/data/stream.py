@@ -91,7 +91,10 @@ class FileImages:
         if resized_crop is not None and not 0 < resized_crop[0] <= resized_crop[1] <= 1:
             raise ValueError(f"resized_crop must be a range within (0, 1], got {resized_crop}")
         if images is not None and (
-            images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != channels or 0 in images.shape
+            images.dtype != torch.uint8
+            or images.dim() != 4
+            or images.shape[3] != channels
+            or 0 in images.shape
         ):
             got = f"{str(images.dtype)[6:]} {list(images.shape)}"
             raise ValueError(f"images must be uint8 [N, H, W, {channels}], got {got}")
@@ -119,9 +122,15 @@ class FileImages:
     ) -> Iterator[Tensor]:  # each [B, C, S, S] float32, channels_last, on the device
         """The batches of the steps from `start`, augmented as the policy draws from seed, draw and sample id."""
         if plan.dim() != 2 or plan.shape != draw.shape:
-            raise ValueError(f"plan and draw must be [steps, B], got {list(plan.shape)} and {list(draw.shape)}")
+            raise ValueError(
+                f"plan and draw must be [steps, B], got {list(plan.shape)} and {list(draw.shape)}"
+            )
+        if not 0 <= start <= len(plan):
+            raise ValueError(f"start must be in 0..{len(plan)}, got {start}")
         plan, draw = self._checked("plan", plan[start:]), draw[start:].to("cpu", torch.int64)
-        batches = self._streamed((ids.numpy(), self._drawn(ids, d, seed)) for ids, d in zip(plan, draw, strict=True))
+        batches = self._streamed(
+            (ids.numpy(), self._drawn(ids, d, seed)) for ids, d in zip(plan, draw, strict=True)
+        )
         return (
             self._finished(batch, ids, d, seed, self.policy)
             for batch, ids, d in zip(batches, plan, draw, strict=True)
@@ -131,10 +140,14 @@ class FileImages:
         self,
         index: Tensor,  # int64 [n], sample ids
         batch_size: int,
-    ) -> Iterator[Tensor]:  # each [batch_size, C, S, S] float32, channels_last, on the device; the last may be short
+    ) -> Iterator[
+        Tensor
+    ]:  # each [batch_size, C, S, S] float32, channels_last, on the device; the last may be short
         """The middle of each image, normalised: (pixel / 255 - mean) / std."""
         if index.dim() != 1 or batch_size < 1:
-            raise ValueError(f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}")
+            raise ValueError(
+                f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}"
+            )
         parts = self._checked("index", index).split(batch_size) if len(index) else ()
         batches = self._streamed((ids.numpy(), self._middle) for ids in parts)
         return (
@@ -167,9 +180,7 @@ class FileImages:
         batch, ids, draw = (x.to(self.home) for x in (batch, ids, draw))
         plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, epoch=draw)
         rows = torch.arange(len(ids), device=self.home)
-        out = augment(
-            batch, rows, policy=policy, seed=seed, epoch=0, mean=self.mean, std=self.std, plan=plan
-        )
+        out = augment(batch, rows, policy=policy, seed=seed, epoch=0, mean=self.mean, std=self.std, plan=plan)
         return out.to(self.device)
 
     # --- reading --------------------------------------------------------------------------------------------
@@ -180,9 +191,7 @@ class FileImages:
         with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as maker:
             try:
                 for ids, box_of in jobs:
-                    reads = [
-                        readers.submit(self._read, i, row, box_of) for row, i in enumerate(ids.tolist())
-                    ]
+                    reads = [readers.submit(self._read, i, row, box_of) for row, i in enumerate(ids.tolist())]
                     waiting.append(maker.submit(self._made, reads))
                     if len(waiting) > self.prefetch:
                         yield waiting.popleft().result()

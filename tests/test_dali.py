@@ -122,13 +122,13 @@ def test_png_of_the_size_is_what_images_in_memory_are(tmp_path, kind, channels, 
 def test_jpegs_against_read_image_and_resize_crop(jpegs, kind, channels):
     """DALI's pixels are Pillow's, its box is the same; torch's filter rounds otherwise, once in each of two passes.
 
-    Pillow is within 1/2 + 1/2 of the exact value (the first pass's rounding is averaged by the second), so is torch:
-    they differ by less than 2. Grey adds the luma, before the filter or after: below 1/2 + 1/2 more.
+    Each is within 1/2 + 1/2 of the exact value (the second pass averages what the first one rounded): they differ by
+    2 at most. Grey takes the luma after the filter in place of before: 1/2 + 1/2 more.
     """
     root, paths = jpegs
     expected = np.stack([resize_crop(read_image(root / path, channels), 16) for path in paths])
     found = pixels_of(clean(loader(kind, root, paths, channels=channels)))
-    bound = 0 if kind is PlainImages else 1 if channels == 3 else 2
+    bound = 0 if kind is PlainImages else 2 if channels == 3 else 3
     assert difference(found, expected) <= bound
     assert difference(found[3], expected[3]) <= (channels == 1), "nothing to scale: Pillow's own pixels"
 
@@ -225,8 +225,8 @@ def test_files_of_every_kind_are_read_alike(tmp_path, channels):
         assert size is None or size == read_image(tmp_path / name, 3).shape[:2], name
     dali, plain = (loader(kind, tmp_path, paths, channels=channels) for kind in (DaliImages, PlainImages))
     for path, got, expected in zip(paths, pixels_of(clean(dali)), pixels_of(clean(plain)), strict=True):
-        bound = channels == 3 or 2
-        assert difference(got, expected) <= (bound if files[path][1] else 0), path
+        bound = (2 if channels == 3 else 3) if files[path][1] else 0
+        assert difference(got, expected) <= bound, path
         assert difference(expected, resize_crop(read_image(tmp_path / path, channels), 16)) == 0
     assert dali.lost == plain.lost == {} and not dali._strange
 
@@ -320,7 +320,7 @@ def test_clean_in_batches_with_a_short_last_one(jpegs, kind):
     assert list(images.clean(torch.zeros(0, dtype=torch.int64), 4)) == []
     whole = read_image(root / paths[5], 3)  # 200 x 150: to 20, of which the middle 16: 120 of 150
     expected = np.array(Image.fromarray(whole[40:160, 15:135]).resize((16, 16), Image.Resampling.BILINEAR))
-    assert difference(pixels_of(batches[0])[0], expected) <= 1
+    assert difference(pixels_of(batches[0])[0], expected) <= (2 if kind is DaliImages else 0)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -476,3 +476,57 @@ def test_dali_is_imported_by_its_loader_alone(jpegs):
 def test_size_for_dali_says_what_is_damaged():
     with pytest.raises(DamagedImage, match=r"^'a\.jpg' is not an image"):
         size_for_dali(b"hello", "'a.jpg'")
+
+
+# --- a small task ------------------------------------------------------------------------------------------
+
+
+def accuracy_of(batches, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+    """Test accuracy of a small network after one pass over the batches."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(128, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for batch, target in zip(batches, labels, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(batch), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float((model(test).argmax(1) == truth).float().mean())
+
+
+@needs_dali
+def test_training_is_as_good_through_every_loader(tmp_path):
+    """Stripes of four directions in JPEGs of many sizes. In memory they are those that the plain loader crops.
+
+    256 test images at about 90 %: 3 standard errors of a difference are 8 points.
+    """
+    random = np.random.default_rng(0)
+    truth = torch.from_numpy(random.integers(0, 4, 768))
+    files = {}
+    for i, kind in enumerate(truth.tolist()):
+        height, width = random.integers(24, 60, 2)
+        y, x = np.mgrid[:height, :width]
+        along = (y, x, x + y, x - y)[kind] * random.uniform(0.5, 1.2) + random.uniform(0, 6)
+        image = 128 + 60 * np.sin(along)[..., None] + random.normal(0, 55, (height, width, 3))
+        files[f"{i}.jpg"] = encode(image.clip(0, 255).astype(np.uint8), "JPEG")
+    paths = put(tmp_path, files)
+    plan = torch.from_numpy(np.stack([random.permutation(512) for _ in range(6)])).view(-1, 32)
+    draw = torch.arange(6).repeat_interleave(16)[:, None].expand_as(plan)
+    rule = {"policy": Policy(crop=2), "size": 24}
+    found = {}
+    for kind in (DaliImages, PlainImages):
+        images = loader(kind, tmp_path, paths, **rule)
+        test = clean(images, torch.arange(512, 768))
+        found[kind.__name__] = accuracy_of(
+            images.training(plan, draw, seed=0), truth[plan], test, truth[512:]
+        )
+    held = torch.stack([torch.from_numpy(resize_crop(read_image(tmp_path / path, 3), 24)) for path in paths])
+    resident = ResidentImages(held, mean=MEAN, std=STD, device="cpu", policy=Policy(crop=2))
+    batches = (resident.augmented(ids, seed=0, epoch=d) for ids, d in zip(plan, draw, strict=True))
+    test = resident.clean(torch.arange(512, 768))
+    found["resident"] = accuracy_of(batches, truth[plan], test, truth[512:])
+    assert found["resident"] == found["PlainImages"], "bit for bit the same batches"
+    assert abs(found["DaliImages"] - found["resident"]) <= 0.08 and found["resident"] > 0.7, found

@@ -272,6 +272,11 @@ def test_a_warm_start_goes_on_from_the_last_weights(tmp_path: Path, spy: Spy) ->
     assert first["lr"] == pytest.approx(0.05)
 
 
+def test_later_rounds_may_have_a_rate_of_their_own(tmp_path: Path, spy: Spy) -> None:
+    run(tiny_config(tmp_path / "run", train__later_lr=0.01))
+    assert spy.seen[0]["lr"] == pytest.approx(0.05) and spy.seen[12]["lr"] == pytest.approx(0.01)
+
+
 def test_every_epoch_and_step_has_random_numbers_of_its_own(
     tmp_path: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,11 @@ class TrainConfig:
         0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, 1000000]"
     )
     lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, inf)")
+    later_lr: float = _key(
+        0.0,
+        "Highest learning rate of the rounds after the first, which warm starts want lower; 0 means as train.lr.",
+        within="[0, inf)",
+    )
     momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
     weight_decay: float = _key(5e-4, "Weight decay of SGD; the published runs have 0.", within="[0, inf)")
     cosine: float = _key(

@@ -227,6 +227,7 @@ class _Run:
         if mix.note:
             self._say(f"round {state.round}: {mix.note}")
         total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
+        peak = cfg.train.later_lr if state.round and cfg.train.later_lr else cfg.train.lr
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
         with self._outside():
@@ -241,14 +242,14 @@ class _Run:
                 state.loss.zero_()
             batches = self._batches(plan, draw)
             for step in range(state.step, mix.steps):
-                lr = lr_at(before + step, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
+                lr = lr_at(before + step, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
                 with self._outside():
                     batch = next(batches)
                 self.step(plan[step], draw[step], lr, batch)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due()
-            lr = lr_at(before + mix.steps - 1, total, lr=cfg.train.lr, warmup=warmup, cosine=cfg.train.cosine)
+            lr = lr_at(before + mix.steps - 1, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
             self._end_epoch(float(state.loss) / mix.steps, lr)
         self._save(training=True)
         self.progress.remove_task(bar)

@@ -8,7 +8,7 @@ from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import ImageSet, load_set
 from ups_fast.data.split import stratified_split
-from ups_fast.data.stream import FileImages, file_images
+from ups_fast.data.stream import FileImages, PlainImages, file_images
 
 __all__ = [
     "Damaged",
@@ -16,6 +16,7 @@ __all__ = [
     "FileImages",
     "Folder",
     "ImageSet",
+    "PlainImages",
     "ResidentImages",
     "as_file_set",
     "as_image_set",

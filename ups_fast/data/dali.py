@@ -7,6 +7,7 @@ scales the boxes there. docs/data.md has the bounds.
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from threading import Lock
@@ -20,6 +21,10 @@ from ups_fast.data.boxes import Box
 from ups_fast.data.image import DamagedImage, decode_image, decoding, resize_box
 from ups_fast.data.stream import NO_DALI, BoxOf, FileImages, Sample
 
+_UNDECODABLE = (
+    "Failed to decode",
+    "nvImageCodec failure",
+)  # what DALI says of a damaged file, among other errors
 _LUMA = torch.tensor([19595, 38470, 7471], dtype=torch.int32)  # of 2^16: ITU-R 601 as Pillow has it
 
 
@@ -73,7 +78,8 @@ class DaliImages(FileImages):
             from nvidia.dali import types
         except ImportError as error:
             raise ImportError(NO_DALI) from error
-        self._dali, self._linear, self._rgb = dynamic, types.INTERP_LINEAR, types.RGB
+        self._dali: Any = dynamic
+        self._types: Any = types
         self._gpu = self.home.type == "cuda"
         place, self._stream = None, None
         if self._gpu:
@@ -81,9 +87,7 @@ class DaliImages(FileImages):
             self._stream = torch.cuda.Stream(self.home)
         pool = dynamic.ThreadPool(self.threads, device_id=place)
         self._context = dynamic.EvalContext(device_id=place, cuda_stream=self._stream, thread_pool=pool)
-        self._in_use = (
-            Lock()
-        )  # a context serves one thread at a time, but two streams of batches may be read at once
+        self._in_use = Lock()  # a context serves one thread at a time, but two iterators may be read at once
         self._strange: set[int] = set()  # ids of files that DALI cannot decode, whatever their header says
         self._workers = ThreadPoolExecutor(self.threads)  # that scale, on a CPU
 
@@ -98,17 +102,19 @@ class DaliImages(FileImages):
     def _made(self, reads: list[Future[Sample]]) -> Tensor:  # [B, S, S, C] uint8, on a GPU there
         samples = [read.result() for read in reads]
         rows = [row for row, sample in enumerate(samples) if sample.pixels is None]
-        out = torch.empty(
-            len(samples), self.size, self.size, self.channels, dtype=torch.uint8, device=self.home
-        )
+        shape = (len(samples), self.size, self.size, self.channels)
+        out = torch.empty(shape, dtype=torch.uint8, device=self.home)
         with torch.cuda.stream(self._stream):  # does nothing for None
             found = self._found([samples[row] for row in rows])
             for row, image in zip(rows, found, strict=True):
                 if image is None:
                     samples[row] = self._by_pillow(samples[row])
             there = [(out[row], image) for row, image in zip(rows, found, strict=True) if image is not None]
-            for _ in self._workers.map(self._put, *zip(*there, strict=True)) if there else ():
-                pass
+            if self._gpu:
+                for place, image in there:
+                    place.copy_(self._in_channels(image))
+            else:
+                list(self._workers.map(lambda pair: self._put(*pair), there))
             for row, sample in enumerate(samples):
                 if sample.pixels is not None:
                     out[row] = torch.from_numpy(sample.pixels)
@@ -124,14 +130,12 @@ class DaliImages(FileImages):
         try:
             return [*self._decoded(samples)]
         except RuntimeError as error:
-            if "Failed to decode" not in str(error):
+            if not any(words in str(error) for words in _UNDECODABLE):
                 raise
             return [None] if len(samples) == 1 else [self._found([sample])[0] for sample in samples]
 
-    def _decoded(
-        self, samples: list[Sample]
-    ) -> list[Tensor]:  # uint8 [h, w, 1 or 3], the boxes; scaled on a GPU
-        """Raises RuntimeError where DALI fails."""
+    def _decoded(self, samples: list[Sample]) -> list[Tensor]:  # uint8 [h, w, 1 or 3]
+        """The boxes, on a GPU already scaled. Raises RuntimeError where DALI fails."""
         if self.images is not None:
             cuts = [_cut(self.images[sample.id], sample.box) for sample in samples]
             if not self._gpu:
@@ -145,7 +149,7 @@ class DaliImages(FileImages):
                 start=self._dali.as_batch(corner),
                 shape=self._dali.as_batch(extent),
                 axis_names="HW",
-                output_type=self._rgb,
+                output_type=self._types.RGB,
                 **({"device": "gpu", "jpeg_fancy_upsampling": True} if self._gpu else {}),
             ).evaluate()
             if self._gpu:
@@ -156,21 +160,22 @@ class DaliImages(FileImages):
         """By DALI: on a GPU one call for all, whatever their sizes."""
         if self._gpu:
             images = images.to_device("gpu")
-        size = [self.size, self.size]
-        return self._dali.resize(images, size=size, interp_type=self._linear, antialias=True).torch()
+        linear, size = self._types.INTERP_LINEAR, [self.size, self.size]
+        return self._dali.resize(images, size=size, interp_type=linear, antialias=True).torch()
 
-    def _put(self, place: Tensor, image: Tensor) -> None:  # [S, S, C] and [h, w, 1 or 3], uint8
+    def _put(self, place: Tensor, image: Tensor) -> None:  # [S, S, C] and [h, w, 1 or 3], uint8 on the CPU
         """Scales the image where it must be, and into its place."""
-        if image.shape[:2] == place.shape[:2]:
-            scaled = image
-        else:
-            scaled = place if image.shape[2] == self.channels else image.new_empty(*place.shape[:2], 3)
-            planes = (x.permute(2, 0, 1)[None] for x in (image, scaled))
-            _scale_into(*planes)
-        if scaled.shape != place.shape:
-            scaled = ((scaled.int() * _LUMA.to(scaled.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()
-        if scaled is not place:
-            place.copy_(scaled) if self._gpu else np.copyto(place.numpy(), scaled.numpy())
+        if image.shape[:2] != place.shape[:2]:
+            box = image
+            image = place if box.shape[2] == self.channels else box.new_empty(*place.shape[:2], 3)
+            _scale_into(box.permute(2, 0, 1)[None], image.permute(2, 0, 1)[None])
+        if image is not place:  # numpy copies: torch would wake all its threads for each image
+            np.copyto(place.numpy(), self._in_channels(image).numpy())
+
+    def _in_channels(self, image: Tensor) -> Tensor:  # [..., 1 or 3] to [..., C]
+        if image.shape[-1] == self.channels:
+            return image
+        return ((image.int() * _LUMA.to(image.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()
 
     def _by_pillow(self, sample: Sample) -> Sample:
         """A file that only Pillow may be able to decode, and so it does from now on."""
@@ -179,6 +184,7 @@ class DaliImages(FileImages):
             image = decode_image(sample.encoded, self.channels, repr(self._file(sample.id)))
         except DamagedImage as error:
             return self._missed(sample.id, error)
+        warnings.warn(f"{self._file(sample.id)!r} is read by Pillow: DALI cannot decode it", stacklevel=2)
         return Sample(sample.id, resize_box(image, sample.box, self.size))
 
 

@@ -125,6 +125,8 @@ class FileImages:
             raise ValueError(
                 f"plan and draw must be [steps, B], got {list(plan.shape)} and {list(draw.shape)}"
             )
+        if not 0 <= start <= len(plan):
+            raise ValueError(f"start must be in 0..{len(plan)}, got {start}")
         plan, draw = self._checked("plan", plan[start:]), draw[start:].to("cpu", torch.int64)
         batches = self._streamed(
             (ids.numpy(), self._drawn(ids, d, seed)) for ids, d in zip(plan, draw, strict=True)

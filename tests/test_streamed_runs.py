@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from test_predict import CONFIG, FAST, images
 
-from ups_fast import step, train
+from ups_fast import inputs, step, train
 
 __all__ = ["images"]  # the fixture
 SPAWN = multiprocessing.get_context("spawn")
@@ -116,7 +117,7 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
 def test_what_does_not_fit_into_memory_stays_in_its_files(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_memory", lambda device: 2000)
+    monkeypatch.setattr(inputs, "memory", lambda device: 2000)
     assert train.main(words(images, tmp_path / "run", "train.rounds=1", "data.loader=auto")) == 0
     said = capfd.readouterr().out
     assert "images stay in their files: they would take" in said
@@ -138,3 +139,23 @@ def test_resized_crops_are_of_files_alone(
 ) -> None:
     assert train.main(words(images, tmp_path, "data.loader=resident", "data.resized_crop=0.5")) == 2
     assert "data.resized_crop is for images that are read from a folder's files" in capsys.readouterr().err
+
+
+def test_dali_that_is_not_there_is_one_sentence(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nvidia.dali", "nvidia.dali.experimental", "nvidia.dali.experimental.dynamic"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train.main(words(images, tmp_path / "run", "data.loader=dali")) == 2
+    error = capsys.readouterr().err
+    assert "data.loader=dali: DALI is not installed: `pip install nvidia-dali-cuda130`" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_of_somebody_else_stays_as_it_is(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert train.main(words(images, tmp_path, "data.loader=plain")) == 2
+    assert "holds files but no run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

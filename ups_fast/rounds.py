@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,7 +34,7 @@ from ups_fast.checkpoint import (
     write_atomic,
 )
 from ups_fast.config import Config, pick_device
-from ups_fast.data import FileImages, ImageSet, ResidentImages, file_images, stratified_split
+from ups_fast.data import FileImages, ImageSet, ResidentImages
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -48,7 +47,8 @@ from ups_fast.engine import (
     supervise,
 )
 from ups_fast.fullgraph import fullgraph
-from ups_fast.policy import POLICIES, Policy, parse_ops
+from ups_fast.inputs import blame, open_images, policy_of, split_of
+from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import (
     Labelling,
@@ -123,15 +123,17 @@ class _Run:
             "mean": data.mean,
             "std": data.std,
         }
-        with _blame("model.name"):
+        with blame("model.name"):
             model = rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with _blame("engine.step"):
+        with blame("engine.step"):
             plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
-        with _blame("data.crop"):
-            self.train_images = self._images(data.train_images, data.names, _policy(cfg))
-        self.test_images = self._images(data.test_images, data.test_names, POLICIES["none"])
-        with _blame("select.dropouts"):
+        policy = policy_of(cfg)
+        self.train_images = open_images(cfg, data, data.train_images, data.names, self.device, policy)
+        self.test_images = open_images(
+            cfg, data, data.test_images, data.test_names, self.device, POLICIES["none"]
+        )
+        with blame("select.dropouts"):
             skipped(model, cfg.select.dropouts)
         self.forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
         self.step = TrainStep(
@@ -142,35 +144,10 @@ class _Run:
             momentum=cfg.train.momentum,
             weight_decay=cfg.train.weight_decay,
         )
-        with _blame("data.n_labels"):
-            self.state = Checkpoint(fingerprint(data), *_split(cfg, data))
+        with blame("data.n_labels"):
+            self.state = Checkpoint(fingerprint(data), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
-
-    def _images(self, images: Tensor, names: list[str] | None, policy: Policy) -> ResidentImages | FileImages:
-        """A part of the data, on the device or in its files."""
-        data, cfg = self.data, self.cfg.data
-        common: dict[str, Any] = {
-            "mean": data.mean, "std": data.std, "device": self.device, "policy": policy
-        }  # fmt: skip
-        if data.root is None and cfg.loader in ("auto", "resident"):
-            return ResidentImages(images, **common)
-        _, height, width, channels = images.shape
-        if height != width:
-            raise ValueError(
-                f"data.loader={cfg.loader} needs square images, got {height}x{width}: use resident"
-            )
-        return file_images(
-            cfg.loader,
-            data.root,
-            names or [],
-            size=height,
-            channels=channels,
-            resized_crop=(cfg.resized_crop, 1.0) if cfg.resized_crop else None,
-            threads=self.cfg.threads or None,
-            images=images if data.root is None else None,
-            **common,
-        )
 
     def _batches(self, plan: Tensor, draw: Tensor) -> Iterator[Tensor | None]:
         """The images of an epoch's remaining steps; those on the device are read by the step itself."""
@@ -434,39 +411,6 @@ class _Run:
 
     def _stream(self, stream: str, *path: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(stream, *path))
-
-
-@contextmanager
-def _blame(key: str) -> Iterator[None]:
-    """Says which key of the config led to a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-
-
-def _policy(cfg: Config) -> Policy:
-    data = cfg.data
-    with _blame("data.ops"):
-        ops = parse_ops(data.ops)
-    return Policy(
-        ops=ops,
-        n_ops=data.n_ops if ops else 0,
-        flip=data.flip,
-        crop=data.crop,
-        jitter=(data.jitter,) * 3,
-        cutout=data.cutout,
-    )
-
-
-def _split(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Labelled and unlabelled indices into the training set: the data set's own, or drawn from the seed."""
-    if data.labeled is None:
-        seed = derive(cfg.seed, "split")
-        return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
-    unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
-    unlabeled[data.labeled] = False
-    return data.labeled, unlabeled.nonzero()[:, 0]
 
 
 @contextmanager

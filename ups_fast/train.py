@@ -10,9 +10,8 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 try:
     import torch
@@ -24,9 +23,6 @@ except KeyboardInterrupt:  # in the first seconds: nothing has been done, and no
     if __name__ == "__main__":
         sys.exit(130)
     raise
-
-if TYPE_CHECKING:
-    from ups_fast.data import ImageSet
 
 DESCRIPTION = """\
 Train a classifier from few labels and many unlabelled images by UPS.
@@ -91,8 +87,9 @@ def _train(cfg: config.Config) -> None:
 
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
+    from ups_fast.inputs import load_data
 
-    data = _load(cfg, device, console)
+    data = load_data(cfg, device, console)
     for note in data.notes:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
@@ -126,45 +123,6 @@ def _train(cfg: config.Config) -> None:
             "train.epochs may be too few, select.tau_p too low, or select.balance_rounds too few"
         )
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
-
-
-def _load(cfg: config.Config, device: torch.device, console: Console) -> ImageSet:
-    from ups_fast.checkpoint import READABLE
-    from ups_fast.data import as_file_set, as_image_set, check, load_set, scan
-    from ups_fast.display import progress_bar
-
-    if cfg.data.name != "folder":
-        return load_set(cfg.data.name, cfg.data.root)
-    size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
-    folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
-    needed, room = len(folder.paths) * size * size * channels, _memory(device) // 2
-    why = {"resident": "", "dali": "data.loader=dali", "plain": "data.loader=plain"}.get(cfg.data.loader)
-    if why is None and cfg.data.resized_crop:
-        why = f"data.resized_crop={cfg.data.resized_crop}"
-    if why is None and needed > room:
-        why = f"they would take {needed / 2**30:.1f} GiB of memory, more than half of what there is"
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading images", total=len(folder.paths), now="")
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done)
-
-        if not why:
-            data, _ = as_image_set(folder, size, channels, threads=threads, progress=progress)
-            console.print(f"all images are in memory: {needed / 2**20:,.0f} MiB")
-            return data
-        cache = Path(cfg.run_dir) / READABLE
-        folder, damaged = check(folder, cache=cache, threads=threads, progress=progress)
-    console.print(f"images stay in their files: {why}")
-    data = as_file_set(folder, size, channels, threads=threads)
-    return replace(data, damaged=tuple(each.reason for each in damaged))
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes where images would live."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""From the config to what a run works on: the data set, its split, the images and what is done to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ups_fast.checkpoint import CONFIG, READABLE
+from ups_fast.config import Config
+from ups_fast.data import (
+    FileImages,
+    ImageSet,
+    ResidentImages,
+    as_file_set,
+    as_image_set,
+    check,
+    file_images,
+    load_set,
+    scan,
+    stratified_split,
+)
+from ups_fast.display import progress_bar
+from ups_fast.policy import Policy, parse_ops
+from ups_fast.seeds import derive
+
+
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Says which key of the config led to a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
+    """The data set that the config names; of a folder, whether its images are in memory or stay in files is said.
+
+    Raises ValueError with one sentence.
+    """
+    if cfg.data.name != "folder":
+        return load_set(cfg.data.name, cfg.data.root)
+    size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
+    with blame("data.root"):
+        folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    needed = len(folder.paths) * size * size * channels
+    why = _why_not_in_memory(cfg, needed, memory(device) // 2)
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading images", total=len(folder.paths), now="")
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done)
+
+        if not why:
+            data, _ = as_image_set(folder, size, channels, threads=threads, progress=progress)
+            console.print(f"all images are in memory: {needed / 2**20:,.1f} MiB")
+            return data
+        folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=progress)
+    console.print(f"images stay in their files: {why}")
+    data = as_file_set(folder, size, channels, threads=threads)
+    return replace(data, damaged=tuple(each.reason for each in damaged))
+
+
+def _why_not_in_memory(cfg: Config, needed: int, room: int) -> str:
+    if cfg.data.loader in ("dali", "plain"):
+        return f"data.loader={cfg.data.loader}"
+    if cfg.data.resized_crop:
+        return f"data.resized_crop={cfg.data.resized_crop}"
+    if cfg.data.loader == "auto" and needed > room:
+        return f"they would take {needed / 2**30:.1f} GiB of memory, more than half of what there is"
+    return ""
+
+
+def memory(device: torch.device) -> int:
+    """Bytes where images would live."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _readable(cfg: Config) -> Path | None:
+    """Where the run remembers which files are good; nowhere if its folder may be somebody else's."""
+    folder = Path(cfg.run_dir)
+    ours = not folder.exists() or (folder / CONFIG).exists() or (folder / READABLE).exists()
+    return folder / READABLE if ours else None
+
+
+def open_images(
+    cfg: Config,
+    data: ImageSet,
+    images: Tensor,  # uint8 [N, H, W, C], or [0, H, W, C] where they stay in files
+    names: list[str] | None,  # of these files
+    device: torch.device,
+    policy: Policy,
+) -> ResidentImages | FileImages:
+    """The training or the test part of the data, on the device or in its files."""
+    common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
+    if data.root is None and cfg.data.loader in ("auto", "resident"):
+        with blame("data.crop"):
+            return ResidentImages(images, **common)
+    _, height, width, channels = images.shape
+    if height != width:
+        raise ValueError(
+            f"data.loader={cfg.data.loader} needs square images, got {height}x{width}: use resident"
+        )
+    try:
+        with blame("data.crop"):
+            return file_images(
+                cfg.data.loader,
+                data.root,
+                names or [],
+                size=height,
+                channels=channels,
+                resized_crop=(cfg.data.resized_crop, 1.0) if cfg.data.resized_crop else None,
+                threads=cfg.threads or None,
+                images=images if data.root is None else None,
+                **common,
+            )
+    except ImportError as error:
+        raise ValueError(f"data.loader={cfg.data.loader}: {error}") from error
+
+
+def policy_of(cfg: Config) -> Policy:
+    """What is done to training images."""
+    data = cfg.data
+    with blame("data.ops"):
+        ops = parse_ops(data.ops)
+    return Policy(
+        ops=ops,
+        n_ops=data.n_ops if ops else 0,
+        flip=data.flip,
+        crop=data.crop,
+        jitter=(data.jitter,) * 3,
+        cutout=data.cutout,
+    )
+
+
+def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
+    """Labelled and unlabelled indices into the training set: the data set's own, or drawn from the seed."""
+    if data.labeled is None:
+        seed = derive(cfg.seed, "split")
+        return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
+    unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
+    unlabeled[data.labeled] = False
+    return data.labeled, unlabeled.nonzero()[:, 0]

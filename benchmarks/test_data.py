@@ -1,6 +1,7 @@
 """Files and arrays as training batches: DALI against Pillow and against torchvision in a DataLoader: `make bench`.
 
-A round is one pass over IMAGES images. All have two threads, torchvision two worker processes that stay alive.
+A round is one pass over all images. All have two threads, torchvision two worker processes that stay alive. torch has
+one thread: more would contend with the loader's for the same cores.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ IMAGES, BATCH, WORKERS, ROUNDS = 512, 64, 2, 10
 SCALE = (0.2, 1.0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_of_torch():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """JPEGs of 280 x 320 pixels, cut out of scikit-learn's two photographs."""
+    """JPEG files of 280 x 320 pixels, cut out of scikit-learn's two photographs."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     sources, random = datasets.load_sample_images().images, np.random.default_rng(0)
     root = tmp_path_factory.mktemp("photographs")

@@ -158,7 +158,7 @@ def test_dali_s_own_resize(height, width):
     """
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     images = loader(DaliImages, None, (), size=32, images=torch.from_numpy(noise)[None])
-    with images._context:
+    with images._place, images._context:
         got = images._scaled(images._dali.as_batch([noise], layout="HWC"))[0].numpy()
     expected = np.array(Image.fromarray(noise).resize((32, 32), Image.Resampling.BILINEAR))
     assert difference(got[1:-1, 1:-1], expected[1:-1, 1:-1]) <= 1

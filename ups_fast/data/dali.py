@@ -85,8 +85,11 @@ class DaliImages(FileImages):
         if self._gpu:
             place = torch.cuda.current_device() if self.home.index is None else self.home.index
             self._stream = torch.cuda.Stream(self.home)
-        pool = dynamic.ThreadPool(self.threads, device_id=place)
-        self._context = dynamic.EvalContext(device_id=place, cuda_stream=self._stream, thread_pool=pool)
+        # Said everywhere: where there is a GPU, DALI would choose it, for a loader on the CPU too.
+        self._place: Any = dynamic.Device("cpu") if place is None else dynamic.Device("gpu", place)
+        with self._place:
+            pool = dynamic.ThreadPool(self.threads, device_id=place)
+            self._context = dynamic.EvalContext(device_id=place, cuda_stream=self._stream, thread_pool=pool)
         self._in_use = Lock()  # a context serves one thread at a time, but two iterators may be read at once
         self._strange: set[int] = set()  # ids of files that DALI cannot decode, whatever their header says
         self._workers = ThreadPoolExecutor(self.threads)  # that scale, on a CPU
@@ -140,17 +143,18 @@ class DaliImages(FileImages):
             cuts = [_cut(self.images[sample.id], sample.box) for sample in samples]
             if not self._gpu:
                 return [torch.from_numpy(cut) for cut in cuts]
-            with self._in_use, self._context:
+            with self._in_use, self._place, self._context:
                 return list(self._scaled(self._dali.as_batch(cuts, layout="HWC")))
         corner, extent = (np.array([s.box[k : k + 2] for s in samples], np.int32) for k in (0, 2))
-        with self._in_use, self._context:
+        with self._in_use, self._place, self._context:
             images = self._dali.decoders.image_slice(
                 self._dali.as_batch([np.frombuffer(sample.encoded, np.uint8) for sample in samples]),
                 start=self._dali.as_batch(corner),
                 shape=self._dali.as_batch(extent),
                 axis_names="HW",
                 output_type=self._types.RGB,
-                **({"device": "gpu", "jpeg_fancy_upsampling": True} if self._gpu else {}),
+                device=self._place.device_type,
+                **({"jpeg_fancy_upsampling": True} if self._gpu else {}),  # as on a CPU
             ).evaluate()
             if self._gpu:
                 return list(self._scaled(images))
@@ -159,7 +163,7 @@ class DaliImages(FileImages):
     def _scaled(self, images: Any) -> Tensor:  # [B, S, S, 1 or 3] uint8
         """By DALI: on a GPU one call for all, whatever their sizes."""
         if self._gpu:
-            images = images.to_device("gpu")
+            images = images.to_device(self._place)
         linear, size = self._types.INTERP_LINEAR, [self.size, self.size]
         return self._dali.resize(images, size=size, interp_type=linear, antialias=True).torch()
 

@@ -333,3 +333,17 @@ def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
     assert (
         len(percentages) >= 1 if known else len(percentages) == 2
     )  # title and sentence: test accuracy alone
+
+
+def test_the_page_names_the_most_frequent_mistakes(tmp_path, cfg):
+    labelling, truth, rows = case(n=50, n_classes=8)
+    rows = [{**row, "test_mistakes": [[0, 3, 7], [2, 1, 1]]} for row in rows]
+    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, [f"class <{c}>" for c in range(8)])
+    text = page.read_text()
+    assert (
+        "Most frequent mistakes" in text
+        and "<td>class &lt;0&gt;</td><td>class &lt;3&gt;</td><td>7</td>" in text
+    )
+    rows = [{**row, "test_mistakes": []} for row in rows]
+    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, [f"{c}" for c in range(8)])
+    assert "Most frequent mistakes" not in page.read_text()

@@ -123,7 +123,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
         "negative_samples",
     }
     wanted |= {"ece", "ece_selected", "seconds"}
-    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece", "outside"}
+    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece", "test_mistakes", "outside"}
     for row in rows:
         assert set(row) == wanted | extra
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"

@@ -23,6 +23,7 @@ from ups_fast.selection import (
     ece,
     label,
     mc_dropout,
+    mistakes,
     passes_over,
     reliability,
     report,
@@ -386,6 +387,14 @@ def test_ece_against_torchmetrics(bins: int) -> None:
     got = ece(reliability(confidence, prediction == truth, bins))
     assert got == pytest.approx(float(want), abs=1e-6)
     assert got > 0.1, "these random labels must be badly calibrated"
+
+
+def test_mistakes_come_by_their_number() -> None:
+    truth = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    label = torch.tensor([0, 1, 1, 2, 1, 0, 0, -1, 1])
+    assert mistakes(label, truth) == [(0, 1, 2), (2, 0, 2), (1, 2, 1), (2, 1, 1)]
+    assert mistakes(label, truth, most=1) == [(0, 1, 2)]
+    assert mistakes(truth, truth) == mistakes(truth[:0], truth[:0]) == []
 
 
 def test_reliability_by_hand() -> None:

@@ -44,7 +44,7 @@ class Board:
             for name, value in row.items():
                 parts = value if isinstance(value, list) else [value]
                 for c, part in enumerate(parts):
-                    if part is not None and name != "round":
+                    if isinstance(part, (int, float)) and name != "round":  # no None, no table
                         tag = f"{name}/{c}" if isinstance(value, list) else name
                         self.rounds.add_scalar(tag, part, row["round"])
 

@@ -142,6 +142,7 @@ class Evaluation(NamedTuple):
 
     confidence: Tensor  # float32 [M], NaN where a logit was NaN or infinite
     correct: Tensor  # bool [M], False there
+    label: Tensor  # int64 [M], -1 there
 
 
 def evaluate(
@@ -158,4 +159,4 @@ def evaluate(
     found = label(
         model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
     ).cpu()
-    return Evaluation(found.confidence, found.label == labels.cpu())
+    return Evaluation(found.confidence, found.label == labels.cpu(), found.label)

@@ -353,6 +353,10 @@ def _page(
     settings = html.escape(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     picture = base64.b64encode(image).decode()
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    wrong = rows[-1].get("test_mistakes") or []
+    pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
+    confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
+    confused += _table(["is", "labelled as", "images"], pairs) + "\n" if wrong else ""
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -374,7 +378,7 @@ def _page(
 {_table(*_round_table(rows))}
 <h2>Positive pseudo-labels by class, last round</h2>
 {_table(*_class_table(labelling, truth, classes))}
-{data}<h2>Settings</h2>
+{confused}{data}<h2>Settings</h2>
 <pre>{settings}</pre>
 </main>
 </body>

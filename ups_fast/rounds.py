@@ -55,6 +55,7 @@ from ups_fast.selection import (
     ece,
     label,
     labelling_rows,
+    mistakes,
     or_none,
     passes_over,
     reliability,
@@ -251,6 +252,9 @@ class _Run:
             "outside": round(state.outside / max(state.seconds, 1e-9), 4),
             "train_loss": state.train_loss,
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
+            "test_mistakes": [
+                list(each) for each in mistakes(test.label, data.test_labels)
+            ],  # as JSON has it
         }
         self.board.add_round(row)
         state.rows.append(row)

@@ -232,6 +232,18 @@ def ece(bins: Reliability) -> float:
     return float((gap * bins.count).sum() / bins.count.sum())
 
 
+def mistakes(
+    label: Tensor,  # int64 [M], -1 where there is none
+    truth: Tensor,  # int64 [M]
+    most: int = 10,
+) -> list[tuple[int, int, int]]:  # true class, label, how often; of equal ones the lower classes first
+    """The most frequent confusions of one class with another."""
+    wrong = (label != truth) & (label >= 0)
+    pairs, counts = torch.stack([truth[wrong], label[wrong]]).unique(dim=1, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:most]
+    return [(int(a), int(b), int(n)) for (a, b), n in zip(pairs.T[order], counts[order], strict=True)]
+
+
 def report(
     labelling: Labelling,
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown

@@ -151,7 +151,7 @@ def test_what_the_user_can_mend(folder: Path, images: Path, tmp_path: Path, caps
         ),
         (
             [str(folder), str(images), "--out", str(tmp_path / "no" / "where.csv")],
-            "No such file or directory",
+            "where.csv could not be written: No such file or directory; 0 rows",
         ),
     ):
         assert predict.main(words) == 2

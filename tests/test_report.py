@@ -111,7 +111,7 @@ def test_table_without_samples_is_its_head(tmp_path):
 
 
 def panels(labelling, truth, rows, cfg):
-    figure = report.draw(rows, labelling, truth, cfg)
+    figure = report.draw(rows, labelling, truth, cfg, 40)
     figure.canvas.draw()  # whatever cannot be drawn fails here
     return figure.axes
 
@@ -221,10 +221,10 @@ def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
 def test_own_arrays_give_the_run_its_name(cfg):
     labelling, truth, rows = case()
     cfg.data.name, cfg.data.root, cfg.data.n_labels = "npz", "/somewhere/my $\\frac{$ data.npz", 0
-    figure = report.draw(rows, labelling, truth, cfg)
+    figure = report.draw(rows, labelling, truth, cfg, 40)
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
-    assert figure.texts[1].get_text().startswith("300 unlabelled images")
+    assert figure.texts[1].get_text().startswith("40 labelled and 300 unlabelled images")
 
 
 def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):

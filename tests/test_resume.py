@@ -553,7 +553,9 @@ def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     assert not model.training
     about = {"model": asdict(settings(folder).model), "size": model.size, "classes": model.classes}
-    checkpoint.save_model(folder, model, {**about, "channels": model.channels, "std": model.std})
+    checkpoint.save_model(
+        folder, model, {**about, "channels": model.channels, "std": model.std.flatten().tolist()}
+    )
     with pytest.raises(
         RunFolderError, match=r"is damaged or no network of ups_fast: its metadata lack 'mean'"
     ):

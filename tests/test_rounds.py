@@ -159,9 +159,9 @@ def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
     cfg, result, _ = finished
     model, data = ups_fast.load_model(cfg.run_dir), tiny_set()
     assert (model.classes, model.channels, model.size) == (data.classes, 1, [8, 8])
-    assert (tuple(model.mean), tuple(model.std)) == (data.mean, data.std)
-    assert not model.training
-    mean, std = model.mean, model.std
+    assert model.mean.shape == model.std.shape == (1, 1, 1)
+    mean, std = ([float(value) for value in each.flatten()] for each in (model.mean, model.std))
+    assert (mean, std) == (pytest.approx(data.mean), pytest.approx(data.std)) and not model.training
     train, test = (
         ResidentImages(images, mean=mean, std=std, device="cpu")
         for images in (data.train_images, data.test_images)

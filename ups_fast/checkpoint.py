@@ -126,7 +126,8 @@ def _tmp(path: Path) -> Path:
 
 def _is_ours(path: Path) -> bool:
     """What a run that was killed before its config.yaml stood may have left."""
-    return path in (path.with_name(LOCK), path.with_name(READABLE), _tmp(path.with_name(CONFIG)))
+    known = path in (path.with_name(LOCK), path.with_name(READABLE), _tmp(path.with_name(CONFIG)))
+    return known or (path.name.startswith(f".{READABLE}.") and path.name.endswith(".tmp"))
 
 
 def _no_run(folder: Path) -> RunFolderError:
@@ -288,7 +289,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
     """The network of a run's last finished round, in eval mode on `device`.
 
     It takes float32 [B, channels, H, W], pixels normalised as (pixel / 255 - mean) / std, and returns logits
-    [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), mean, std.
+    [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), and mean and std,
+    float32 [channels, 1, 1] on the device.
 
     device  as in a config: auto, cpu, cuda or cuda:N
 
@@ -307,9 +309,18 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = rebuild(about)
         model.load_state_dict(weights)
-        for name in ("classes", "channels", "size", "mean", "std"):
+        size, channels = about["size"], about["channels"]
+        if [len(about[name]) for name in ("size", "mean", "std")] != [2, channels, channels] or min(size) < 1:
+            raise ValueError("size, mean or std in its metadata do not fit")
+        for name in ("classes", "channels", "size"):
             setattr(model, name, about[name])
+        for name in ("mean", "std"):
+            setattr(model, name, torch.tensor(about[name], dtype=torch.float32, device=device).view(-1, 1, 1))
     except Exception as error:  # whatever a stranger's bytes may cause
-        why = f"its metadata lack {error}" if isinstance(error, KeyError) else str(error)
+        why = (
+            f"its metadata lack {error}"
+            if isinstance(error, KeyError)
+            else " ".join(str(error).split())[:300]
+        )
         raise RunFolderError(f"{path} is damaged or no network of ups_fast: {why}") from error
     return model.to(device).eval()

@@ -121,11 +121,11 @@ class TrainConfig:
     first_batch_size: int = _key(
         0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, 1000000]"
     )
-    lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, inf)")
+    lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
     later_lr: float = _key(
         0.0,
         "Highest learning rate of the rounds after the first, which warm starts want lower; 0 means as train.lr.",
-        within="[0, inf)",
+        within="[0, 1000]",
     )
     momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
     weight_decay: float = _key(5e-4, "Weight decay of SGD; the published runs have 0.", within="[0, inf)")

@@ -62,16 +62,18 @@ class Predictor:
             select = config["select"]
             names = ("tau_p", "tau_n", "kappa_p", "kappa_n", "temp_nl")
             self.thresholds = {name: float(select[name]) for name in names}
+            rounds = int(config["train"]["rounds"])
+            if not 1 <= int(select["passes"]) <= 10000:
+                raise ValueError
             self.passes, dropouts = int(select["passes"]), int(select.get("dropouts", 0))
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
                 f"{path}, which says by which thresholds to label, is gone or damaged"
             ) from error
         self.skip = skipped(model, dropouts)
+        done = (Path(run_dir) / "metrics.jsonl").read_bytes().count(b"\n")
+        self.unfinished = f"{done} of {rounds} rounds" if done < rounds else ""
         self.rows = max(1, labelling_rows(self.device, self.height, self.width) // self.passes)
-        self.mean, self.std = (
-            torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in (model.mean, model.std)
-        )
 
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
@@ -90,7 +92,7 @@ class Predictor:
         keys = torch.tensor([_number(image) for image in images], device=self.device)
         batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         filling = torch.arange(self.rows, device=self.device).clamp(max=n - 1)  # one shape, so the same bits
-        pixels = (batch[filling] / 255 - self.mean) / self.std
+        pixels = (batch[filling] / 255 - self.model.mean) / self.model.std
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with mc_dropout(self.model, active=False):
             logits = passes_over(self.model, pixels, keys[filling], self.passes, 0, self.skip)
@@ -147,7 +149,7 @@ def find(words: Sequence[str]) -> list[str]:
         if os.path.isdir(place):
             files = [
                 os.path.join(folder, name)
-                for folder, _, names in sorted(os.walk(place))
+                for folder, _, names in sorted(os.walk(place, onerror=_refuse))
                 for name in sorted(names)
                 if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
             ]
@@ -164,10 +166,17 @@ def find(words: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def _refuse(error: OSError) -> None:
+    """Instead of leaving out a folder without a word."""
+    raise ValueError(f"folder {error.filename!r} cannot be read: {error.strerror}")
+
+
 @contextmanager
 def _table(out: str) -> Iterator[TextIO]:
     """A new file, or standard output for "-"; nothing is overwritten."""
     encoding: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be no text
+    if out == "-" and sys.stdout is None:
+        raise ValueError("standard output is closed: give --out a file")
     if out == "-":
         sys.stdout.reconfigure(**encoding)  # type: ignore[union-attr]
         yield sys.stdout
@@ -196,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = find(args.images)
         predictor = Predictor(args.run, args.device)
+        if predictor.unfinished:
+            console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
             task = bar.add_task("labelling", total=len(paths), now="")
             writer = csv.writer(file, lineterminator="\n")
@@ -209,7 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # standard output has no reader any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        why = f"{args.out} could not be written: {error.strerror}; {done:,} rows are in it"
+        print(f"error: {why if error.strerror else error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.out != "-":

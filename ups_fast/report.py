@@ -87,12 +87,14 @@ def write_report(
     cfg: Config,
     classes: Sequence[str],  # C names
     *,
+    labeled: int | None = None,  # how many images; None: as the config says
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
     truth = torch.full_like(labelling.label, -1) if truth is None else truth
     image = io.BytesIO()
-    draw(rows, labelling, truth, cfg).savefig(image, format="png", dpi=144)
+    labeled = cfg.data.n_labels if labeled is None else labeled
+    draw(rows, labelling, truth, cfg, labeled).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
     text = _page(rows, labelling, truth, cfg, classes, notes, image.getvalue())
@@ -103,7 +105,7 @@ def write_report(
 # The picture --------------------------------------------------------------------------------------
 
 
-def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> Figure:
+def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, labeled: int) -> Figure:
     """The four panels as a matplotlib figure; arguments as in `write_report`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -130,7 +132,7 @@ def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> Figure
         )
         accuracy, counts, calibration, plane = (figure.add_subplot(grid[i]) for i in range(4))
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
-        figure.text(0.06, 0.918, _subline(rows, labelling, cfg), fontsize=11, color=MUTED)
+        figure.text(0.06, 0.918, _subline(labelling, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
         _draw_counts(counts, rows, len(labelling.index), all_known=bool((truth >= 0).all()))
         _draw_calibration(calibration, labelling, truth)
@@ -147,10 +149,9 @@ def headline(rows: Rows, cfg: Config) -> str:
     return f"{name}: test accuracy {_percent(first)} → {_percent(last)} in {len(rows)} rounds"
 
 
-def _subline(rows: Rows, labelling: Labelling, cfg: Config) -> str:
-    labels = f"{cfg.data.n_labels:,} labelled and " if cfg.data.n_labels else ""
+def _subline(labelling: Labelling, cfg: Config, labeled: int) -> str:
     return (
-        f"{labels}{len(labelling.index):,} unlabelled images, {cfg.model.name}, seed {cfg.seed}. "
+        f"{labeled:,} labelled and {len(labelling.index):,} unlabelled images, {cfg.model.name}, seed {cfg.seed}. "
         f"Round 0 learned from the labels alone."
     )
 

@@ -78,6 +78,7 @@ class Result:
     rows: list[Row]  # one per round
     labelling: Labelling  # of the last round
     truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
+    labeled: int  # images
     lost: list[str]  # sentences on files that could not be read any more, and were black images instead
 
 
@@ -268,6 +269,13 @@ class _Run:
                 f"round {row['round']}: nothing was selected; more epochs, or a lower select.tau_p, may help"
             )
         self._say(table_line(row))
+        most = max(row["per_class_positives"])
+        if row["positives"] > 20 and most > 0.95 * row["positives"]:
+            name = data.classes[row["per_class_positives"].index(most)]
+            self._say(
+                f"round {row['round']}: nearly all positives are of class {name!r}. If the images are not, the network "
+                "has not learned to tell them apart: train.first_epochs may be too few, or train.lr too high"
+            )
         if row["non_finite"]:
             self._say(f"round {row['round']}: {row['non_finite']:,} samples have NaN or infinite logits")
 
@@ -276,7 +284,8 @@ class _Run:
         parts = [each for each in (self.train_images, self.test_images) if isinstance(each, FileImages)]
         lost = sorted({sentence for part in parts for sentence in part.lost.values()})
         labelling = Labelling(**self.state.labelling)
-        return Result(self.folder, self.state.rows, labelling, self._truth(), lost)
+        n = len(self.state.labeled)
+        return Result(self.folder, self.state.rows, labelling, self._truth(), n, lost)
 
     def _supervision(self) -> Supervision:
         last = self.state.labelling

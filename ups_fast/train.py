@@ -105,6 +105,7 @@ def _train(cfg: config.Config) -> None:
             result.truth,
             cfg,
             data.classes,
+            labeled=result.labeled,
             notes=[*data.notes, *data.damaged, *result.lost],
         )
     except (ValueError, OSError) as error:
@@ -119,8 +120,9 @@ def _train(cfg: config.Config) -> None:
         console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
     if (result.rows[-1]["test_acc"] or 0) < (result.rows[0]["test_acc"] or 0):
         console.print(
-            "the last round, whose network is the one that is kept, is worse than round 0. Every round starts anew: "
-            "train.epochs may be too few, select.tau_p too low, or select.balance_rounds too few"
+            "the last round, whose network is the one that is kept, is worse than round 0: train.epochs may be too "
+            "few, select.tau_p too low, or select.balance_rounds too few. train.warm_start=true, with train.later_lr "
+            "a third of train.lr, and augmentation (data.ops) may help, too"
         )
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 

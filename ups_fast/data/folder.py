@@ -138,7 +138,10 @@ def _folders(root: Path, notes: list[str]) -> Rows:
             continue
         names, stray_here = _folders_in(root, part)
         for name in names:
+            before = len(notes)
             found = _images_below(root, f"{part}/{name}", ignored, notes)
+            if not found and len(notes) > before:
+                raise ValueError(f"{where}: {notes[-1].removesuffix(' and is left out')}")
             if not found:
                 empty = f"class folder {f'{part}/{name}'!r} of {where} has no images"
                 if part == LABELED:

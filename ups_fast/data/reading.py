@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ups_fast.data.sets import ImageSet, _moments
 
 Progress = Callable[[int, int], object]  # files done, files in all
 Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
+SAVE_SECONDS = 20  # a check that is killed has lost no more
 MOMENTS = 1000  # images of a large folder from which mean and std are taken
 _HEADER = '{"ups_fast": "files that can be read"'
 
@@ -57,6 +59,7 @@ def check(
     done, total = len(folder.paths) - len(todo), len(folder.paths)
     damaged: dict[int, str] = {}
     notes: list[str] = []
+    saved = time.monotonic()
     if progress and done:
         progress(done, total)
 
@@ -77,6 +80,8 @@ def check(
             done += 1
             if progress:
                 progress(done, total)
+            if cache is not None and time.monotonic() - saved > SAVE_SECONDS:
+                notes, saved = _remember(Path(cache), good), time.monotonic()
     finally:
         if cache is not None and todo:
             notes = _remember(Path(cache), good)
@@ -157,10 +162,17 @@ def as_file_set(
     """
     train = torch.cat([folder.labeled, folder.unlabeled])
     some = train[torch.linspace(0, len(train) - 1, min(MOMENTS, len(train))).round().long()].tolist()
-    pixels = in_order(
-        lambda i: resize_crop(read_image(_file(folder, i), channels), size), some, _threads(threads)
-    )
-    mean, std = _moments(torch.stack([torch.from_numpy(image) for image in pixels]))
+
+    def read(i: int) -> Tensor | None:
+        try:
+            return torch.from_numpy(resize_crop(read_image(_file(folder, i), channels), size))
+        except DamagedImage:  # since it was checked: it does not stop the run
+            return None
+
+    found = [image for image in in_order(read, some, _threads(threads)) if image is not None]
+    if not found:
+        raise ValueError(f"none of {len(some):,} images of {str(folder.root)!r} can be read any more")
+    mean, std = _moments(torch.stack(found))
     return ImageSet(
         "folder",
         folder.classes,

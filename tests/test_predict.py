@@ -133,6 +133,10 @@ def test_find(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find(["."]) == ["./[x].png", "./a.JPG", "./b.png", "./sub/c.webp"]
     assert find(["b.png", "*.png", "notes.txt", "[x].png"]) == ["b.png", "[x].png", "notes.txt"]
     assert find(["**/*.webp"]) == ["sub/c.webp"]
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(images / "test" / "dark")
+    assert find(["linked"]) == [f"linked/dark {i}.{kind}" for i, kind in enumerate(("png", "jpg", "webp"))]
+    assert find(["sub"])[0] == "sub/c.webp" and len(find(["sub"])) == len(set(find(["sub"]))) == 7
     (tmp_path / "empty").mkdir()
     for word, said in (("empty", "'empty' holds no images"), ("gone.png", "'gone.png' is no file or folder")):
         with pytest.raises(ValueError, match=said):

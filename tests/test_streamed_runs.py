@@ -152,6 +152,13 @@ def test_dali_that_is_not_there_is_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_a_run_does_not_lie_in_its_own_data(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_dir in (images, images / "unlabeled" / "run"):
+        assert train.main(words(images, run_dir)) == 2
+        assert "must not lie in data.root" in capsys.readouterr().err
+    assert not (images / "unlabeled" / "run").exists()
+
+
 def test_a_folder_of_somebody_else_stays_as_it_is(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

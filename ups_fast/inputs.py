@@ -31,6 +31,8 @@ from ups_fast.display import progress_bar
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
 
+FEW_TESTS = 100  # images: their accuracy is a rough guess
+
 
 @contextmanager
 def blame(key: str) -> Iterator[None]:
@@ -49,8 +51,16 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
     if cfg.data.name != "folder":
         return load_set(cfg.data.name, cfg.data.root)
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
+    home, root = Path(cfg.run_dir).resolve(), Path(cfg.data.root).expanduser().resolve()
+    if home == root or root in home.parents:
+        raise ValueError(
+            f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
+        )
     with blame("data.root"):
         folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    if (tests := len(folder.test)) < FEW_TESTS:
+        note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
+        folder = replace(folder, notes=[*folder.notes, note])
     needed = len(folder.paths) * size * size * channels
     why = _why_not_in_memory(cfg, needed, memory(device) // 2)
     with progress_bar(console) as bar:

@@ -149,7 +149,7 @@ def find(words: Sequence[str]) -> list[str]:
         if os.path.isdir(place):
             files = [
                 os.path.join(folder, name)
-                for folder, _, names in sorted(os.walk(place, onerror=_refuse))
+                for folder, names in sorted(_walk(place))
                 for name in sorted(names)
                 if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
             ]
@@ -164,6 +164,17 @@ def find(words: Sequence[str]) -> list[str]:
             raise ValueError(f"{word!r} {what}")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def _walk(place: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders in a folder, linked ones too, each once, with the names of their files."""
+    seen: set[str] = set()
+    for folder, inside, names in os.walk(place, onerror=_refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        yield folder, names
 
 
 def _refuse(error: OSError) -> None:

@@ -437,7 +437,7 @@ def test_a_saved_network_comes_back_without_the_file(pretrained, tmp_path, chann
     model.train()(x, keys_of(4))  # statistics of its own
     config = vars(replace(ModelConfig(), name=SMALL, weights=str(path)))
     about = {"model": config, "classes": list("abcde"), "channels": channels, "size": [32, 32]}
-    save_model(tmp_path, model, {**about, "mean": [0.5], "std": [0.5]})
+    save_model(tmp_path, model, {**about, "mean": [0.5] * channels, "std": [0.5] * channels})
     path.unlink()
     again = load_model(tmp_path)
     assert config["weights"] == str(path), "what the run goes on with is unchanged"

@@ -114,6 +114,27 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     assert "dark 0.png" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("loader", ["plain", "resident"])
+def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
+    loader: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    mine = shutil.copytree(images, tmp_path / "images")
+    arguments = words(mine, tmp_path / "run", f"data.loader={loader}")
+    assert run(arguments, kill_at=9) == -signal.SIGKILL
+    (mine / "unlabeled" / "dark 0.png").unlink()
+    (mine / "labeled" / "dark" / "dark 3.png").write_bytes(b"")
+    os.utime(mine / "labeled" / "dark" / "dark 3.png", ns=(0, 0))
+    assert train.main(arguments) == 2
+    assert "'labeled/dark/dark 3.png' of data.root has changed since the run began" in capfd.readouterr().err
+    (mine / "labeled" / "dark" / "dark 3.png").unlink()
+    assert train.main(arguments) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "dark 0.png" in page and "dark 3.png" in page
+    assert len((tmp_path / "run" / "pseudo_labels.csv").read_text().splitlines()) == 11, "still in its place"
+
+
 def test_what_does_not_fit_into_memory_stays_in_its_files(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

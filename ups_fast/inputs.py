@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast.checkpoint import CONFIG, READABLE
+from ups_fast.checkpoint import CONFIG, READABLE, write_atomic
 from ups_fast.config import Config
 from ups_fast.data import (
     FileImages,
+    Folder,
     ImageSet,
     ResidentImages,
     as_file_set,
@@ -31,6 +34,8 @@ from ups_fast.display import progress_bar
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
 
+FILES = "files.json"  # in a run's folder: which files it is about
+GONE = (-1, -1)  # the stamp of a file that is not there
 FEW_TESTS = 100  # images: their accuracy is a rough guess
 
 
@@ -56,9 +61,10 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
         raise ValueError(
             f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
         )
+    known = _known_files(cfg)
     with blame("data.root"):
-        folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
-    if (tests := len(folder.test)) < FEW_TESTS:
+        folder = known.folder if known else scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    if (tests := len(folder.test)) < FEW_TESTS and known is None:
         note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
         folder = replace(folder, notes=[*folder.notes, note])
     needed = len(folder.paths) * size * size * channels
@@ -70,13 +76,72 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             bar.update(task, completed=done)
 
         if not why:
-            data, _ = as_image_set(folder, size, channels, threads=threads, progress=progress)
+            keep = known is not None
+            data, _ = as_image_set(folder, size, channels, keep=keep, threads=threads, progress=progress)
             console.print(f"all images are in memory: {needed / 2**20:,.1f} MiB")
-            return data
-        folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=progress)
+            return known.again(data) if known else data
+        if known is None:
+            folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=progress)
     console.print(f"images stay in their files: {why}")
     data = as_file_set(folder, size, channels, threads=threads)
-    return replace(data, damaged=tuple(each.reason for each in damaged))
+    return known.again(data) if known else replace(data, damaged=tuple(each.reason for each in damaged))
+
+
+class _Known(NamedTuple):
+    """A folder as a run first found it. What vanishes later moves no other file, and changes no mean or std."""
+
+    folder: Folder
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    damaged: tuple[str, ...]  # sentences of then
+
+    def again(self, data: ImageSet) -> ImageSet:
+        damaged = (*self.damaged, *data.damaged)
+        return replace(data, mean=self.mean, std=self.std, damaged=damaged)
+
+
+def write_files(run_dir: Path, data: ImageSet) -> None:
+    """Keeps, at a run's first start, which files it has, with size and time of change of each."""
+    if data.names is None or data.root is None or (run_dir / FILES).exists():
+        return
+    names, labels = [*data.names, *(data.test_names or [])], [*data.train_labels, *data.test_labels]
+    files = [[name, int(c), *_stamp(data.root, name)] for name, c in zip(names, labels, strict=True)]
+    about = {"classes": data.classes, "mean": data.mean, "std": data.std}
+    about |= {"notes": data.notes, "damaged": data.damaged}
+    counts = {"labeled": 0 if data.labeled is None else len(data.labeled), "train": len(data.names)}
+    write_atomic(run_dir / FILES, json.dumps({**about, **counts, "files": files}).encode())
+
+
+def _known_files(cfg: Config) -> _Known | None:
+    path, place = Path(cfg.run_dir) / FILES, Path(cfg.data.root).expanduser()
+    if not path.exists():
+        return None
+    try:
+        about = json.loads(path.read_bytes())
+        names, labels, *_ = zip(*about["files"], strict=True)
+        ends = [0, about["labeled"], about["train"], len(names)]
+        labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
+        mean, std = tuple(about["mean"]), tuple(about["std"])
+        stamps = [tuple(file[2:]) for file in about["files"]]
+        base = place if place.is_dir() else place.parent
+        label, classes = torch.tensor(labels), list(about["classes"])
+        folder = Folder(base, list(names), label, labeled, unlabeled, test, classes, list(about["notes"]))
+        damaged = tuple(about["damaged"])
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise ValueError(f"{path} is damaged; choose another run_dir") from error
+    for name, stamp in zip(names, stamps, strict=True):
+        if _stamp(str(base), name) not in (stamp, GONE):
+            raise ValueError(f"{name!r} of data.root has changed since the run began: choose another run_dir")
+    return _Known(folder, mean, std, damaged)
+
+
+def _stamp(root: str, name: str) -> tuple[int, int]:
+    """Size and time of change."""
+    try:
+        status = os.stat(os.path.join(root, name))
+    except OSError:
+        return GONE
+    return status.st_size, status.st_mtime_ns
 
 
 def _why_not_in_memory(cfg: Config, needed: int, room: int) -> str:
@@ -113,7 +178,7 @@ def open_images(
 ) -> ResidentImages | FileImages:
     """The training or the test part of the data, on the device or in its files."""
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
-    if data.root is None and cfg.data.loader in ("auto", "resident"):
+    if not data.in_files and cfg.data.loader in ("auto", "resident"):
         with blame("data.crop"):
             return ResidentImages(images, **common)
     _, height, width, channels = images.shape
@@ -125,13 +190,13 @@ def open_images(
         with blame("data.crop"):
             return file_images(
                 cfg.data.loader,
-                data.root,
-                names or [],
+                data.root if data.in_files else None,
+                names or [] if data.in_files else [],
                 size=height,
                 channels=channels,
                 resized_crop=(cfg.data.resized_crop, 1.0) if cfg.data.resized_crop else None,
                 threads=cfg.threads or None,
-                images=images if data.root is None else None,
+                images=None if data.in_files else images,
                 **common,
             )
     except ImportError as error:

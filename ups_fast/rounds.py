@@ -47,7 +47,7 @@ from ups_fast.engine import (
     supervise,
 )
 from ups_fast.fullgraph import fullgraph
-from ups_fast.inputs import blame, open_images, policy_of, split_of
+from ups_fast.inputs import blame, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import (
@@ -175,6 +175,7 @@ class _Run:
                 f"{self.folder / CHECKPOINT} stands in round {state.round}, epoch {state.epoch}, which this config "
                 "does not have; move it away to start over"
             )
+        write_files(self.folder, self.data)
         write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
         self._write_rows()
         if state.labelling:

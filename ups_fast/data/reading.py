@@ -94,10 +94,13 @@ def as_image_set(
     size: int,
     channels: int,
     *,
+    keep: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[ImageSet, list[Damaged]]:
     """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
+
+    keep  these become black images, and no other changes its place; else they are left out
 
     The labelled images come first in the training set, then the unlabelled ones, each in the order of their paths.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
@@ -114,6 +117,7 @@ def as_image_set(
         try:
             pixels[row] = resize_crop(read_image(_file(folder, i), channels), size)
         except DamagedImage as error:
+            pixels[row] = 0
             return str(error)
         return None
 
@@ -125,8 +129,8 @@ def as_image_set(
             damaged[i] = why
         if progress:
             progress(done, len(places))
-    left = leave_out(folder, damaged)
-    if damaged:  # move up, one by one: a copy of all would need the memory twice
+    left = folder if keep else leave_out(folder, damaged)
+    if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
             pixels[row] = pixels[old]
     train = torch.cat([left.labeled, left.unlabeled])
@@ -143,6 +147,8 @@ def as_image_set(
         std,
         labeled=torch.arange(len(left.labeled)),
         names=[left.paths[i] for i in train.tolist()],
+        test_names=[left.paths[i] for i in left.test.tolist()],
+        root=str(left.root),
         notes=tuple(left.notes),
         damaged=tuple(damaged[i] for i in sorted(damaged)),
     )
@@ -185,8 +191,9 @@ def as_file_set(
         labeled=torch.arange(len(folder.labeled)),
         names=[folder.paths[i] for i in train.tolist()],
         notes=tuple(folder.notes),
-        root=str(folder.root),
         test_names=[folder.paths[i] for i in folder.test.tolist()],
+        root=str(folder.root),
+        in_files=True,
     )
 
 

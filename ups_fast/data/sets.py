@@ -38,10 +38,9 @@ class ImageSet:
     std: tuple[float, ...]  # [C], above 0
     labeled: Tensor | None = None  # [L] int64, ascending
     names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
-    root: str | None = (
-        None  # of the files, where images stay in them: train_images and test_images are [0, S, S, C]
-    )
     test_names: list[str] | None = None  # [M] likewise
+    root: str | None = None  # folder of these files
+    in_files: bool = False  # images stay in them: train_images and test_images are [0, S, S, C]
     notes: tuple[str, ...] = ()  # sentences for the user
     damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read
 

@@ -133,6 +133,12 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     page = (tmp_path / "run" / "report.html").read_text()
     assert "dark 0.png" in page and "dark 3.png" in page
     assert len((tmp_path / "run" / "pseudo_labels.csv").read_text().splitlines()) == 11, "still in its place"
+    copy = shutil.copytree(mine, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 0, "data may move"
+    shutil.rmtree(copy / "unlabeled")
+    shutil.rmtree(copy / "labeled")
+    assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 2
+    assert "lacks 22 of the run's 28 files" in capfd.readouterr().err
 
 
 def test_what_does_not_fit_into_memory_stays_in_its_files(

@@ -106,7 +106,7 @@ def write_files(run_dir: Path, data: ImageSet) -> None:
         return
     names, labels = [*data.names, *(data.test_names or [])], [*data.train_labels, *data.test_labels]
     files = [[name, int(c), *_stamp(data.root, name)] for name, c in zip(names, labels, strict=True)]
-    about = {"classes": data.classes, "mean": data.mean, "std": data.std}
+    about = {"root": data.root, "classes": data.classes, "mean": data.mean, "std": data.std}
     about |= {"notes": data.notes, "damaged": data.damaged}
     counts = {"labeled": 0 if data.labeled is None else len(data.labeled), "train": len(data.names)}
     write_atomic(run_dir / FILES, json.dumps({**about, **counts, "files": files}).encode())
@@ -117,7 +117,7 @@ def _known_files(cfg: Config) -> _Known | None:
     if not path.exists():
         return None
     try:
-        about = json.loads(path.read_bytes())
+        about = {"root": "", **json.loads(path.read_bytes())}
         names, labels, *_ = zip(*about["files"], strict=True)
         ends = [0, about["labeled"], about["train"], len(names)]
         labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
@@ -129,8 +129,14 @@ def _known_files(cfg: Config) -> _Known | None:
         damaged = tuple(about["damaged"])
     except Exception as error:  # whatever a stranger's bytes may cause
         raise ValueError(f"{path} is damaged; choose another run_dir") from error
-    for name, stamp in zip(names, stamps, strict=True):
-        if _stamp(str(base), name) not in (stamp, GONE):
+    numbers = 2 if about["root"] == str(base) else 1  # a copy elsewhere has other times
+    now = [_stamp(str(base), name) for name in names]
+    if 2 * now.count(GONE) > len(names):
+        raise ValueError(
+            f"data.root={cfg.data.root} lacks {now.count(GONE):,} of the run's {len(names):,} files"
+        )
+    for name, before, after in zip(names, stamps, now, strict=True):
+        if after != GONE and after[:numbers] != before[:numbers]:
             raise ValueError(f"{name!r} of data.root has changed since the run began: choose another run_dir")
     return _Known(folder, mean, std, damaged)
 

@@ -72,7 +72,10 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("at", [3, 9, 11])
+SLOW = [pytest.param(3, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("at", [9, *SLOW])
 def test_a_killed_run_ends_as_if_nothing_was(at: int, images: Path, plain: Path, tmp_path: Path) -> None:
     arguments = words(images, tmp_path / "run", "data.loader=plain", "data.resized_crop=0.6")
     assert run(arguments, kill_at=at) == -signal.SIGKILL

@@ -148,7 +148,10 @@ def test_what_the_user_can_mend(folder: Path, images: Path, tmp_path: Path, caps
     (tmp_path / "run" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     for words, said in (
         ([str(tmp_path / "nothing"), str(images)], "holds no trained network"),
-        ([str(tmp_path / "run"), str(images)], "by which thresholds to label, is gone or damaged"),
+        (
+            [str(tmp_path / "run"), str(images)],
+            "by which thresholds to label, or metrics.jsonl beside it is gone",
+        ),
         (
             [str(folder), str(images), "--device", "gpu"],
             "device must be auto, cpu, cuda or cuda:N, got 'gpu'",

@@ -141,7 +141,7 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     shutil.rmtree(copy / "unlabeled")
     shutil.rmtree(copy / "labeled")
     assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 2
-    assert "lacks 22 of the run's 28 files" in capfd.readouterr().err
+    assert "lacks 22 of the 28 files of the run" in capfd.readouterr().err
 
 
 def test_what_does_not_fit_into_memory_stays_in_its_files(
@@ -192,7 +192,10 @@ def test_a_run_does_not_lie_in_its_own_data(images: Path, capsys: pytest.Capture
 def test_a_folder_of_somebody_else_stays_as_it_is(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    assert train.main(words(images, tmp_path, "data.loader=plain")) == 2
-    assert "holds files but no run" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    for name, said in (("thesis.txt", "holds files but no run"), ("config.yaml", "another config")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("seed: 77\n")
+        assert train.main(words(images, folder, "data.loader=plain")) == 2
+        assert said in capsys.readouterr().err
+        assert {path.name for path in folder.iterdir()} - {".lock"} == {name}

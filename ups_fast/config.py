@@ -199,8 +199,8 @@ class SelectConfig:
 class Config:
     recipe: str = _key(
         "none",
-        "Settings to start from, before the file's own: paper, the published ones, or fast, ours, which need far fewer "
-        "images; none: the defaults.",
+        "Settings to start from, before the file's own: paper, the published ones, or fast, ours for small budgets; "
+        "none: the defaults.",
         choices=("none", "paper", "fast"),
     )
     seed: int = _key(0, "Number from which all randomness of the run derives.", within="[0, inf]")

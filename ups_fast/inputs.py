@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast.checkpoint import CONFIG, READABLE, write_atomic
+from ups_fast.checkpoint import READABLE, write_atomic
 from ups_fast.config import Config
 from ups_fast.data import (
     FileImages,
@@ -104,8 +104,9 @@ def write_files(run_dir: Path, data: ImageSet) -> None:
     """Keeps, at a run's first start, which files it has, with size and time of change of each."""
     if data.names is None or data.root is None or (run_dir / FILES).exists():
         return
-    names, labels = [*data.names, *(data.test_names or [])], [*data.train_labels, *data.test_labels]
-    files = [[name, int(c), *_stamp(data.root, name)] for name, c in zip(names, labels, strict=True)]
+    names = [*data.names, *(data.test_names or [])]
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    files = [[name, c, *_stamp(data.root, name)] for name, c in zip(names, labels, strict=True)]
     about = {"root": data.root, "classes": data.classes, "mean": data.mean, "std": data.std}
     about |= {"notes": data.notes, "damaged": data.damaged}
     counts = {"labeled": 0 if data.labeled is None else len(data.labeled), "train": len(data.names)}
@@ -133,7 +134,8 @@ def _known_files(cfg: Config) -> _Known | None:
     now = [_stamp(str(base), name) for name in names]
     if 2 * now.count(GONE) > len(names):
         raise ValueError(
-            f"data.root={cfg.data.root} lacks {now.count(GONE):,} of the run's {len(names):,} files"
+            f"data.root={cfg.data.root} lacks {now.count(GONE):,} of the {len(names):,} files of the run in "
+            f"run_dir={cfg.run_dir}: choose another run_dir for other files"
         )
     for name, before, after in zip(names, stamps, now, strict=True):
         if after != GONE and after[:numbers] != before[:numbers]:
@@ -170,8 +172,7 @@ def memory(device: torch.device) -> int:
 def _readable(cfg: Config) -> Path | None:
     """Where the run remembers which files are good; nowhere if its folder may be somebody else's."""
     folder = Path(cfg.run_dir)
-    ours = not folder.exists() or (folder / CONFIG).exists() or (folder / READABLE).exists()
-    return folder / READABLE if ours else None
+    return folder / READABLE if not folder.exists() or (folder / READABLE).exists() else None
 
 
 def open_images(

@@ -65,13 +65,13 @@ class Predictor:
             rounds = int(config["train"]["rounds"])
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError
+            done = (Path(run_dir) / "metrics.jsonl").read_bytes().count(b"\n")
             self.passes, dropouts = int(select["passes"]), int(select.get("dropouts", 0))
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
-                f"{path}, which says by which thresholds to label, is gone or damaged"
+                f"{path}, which says by which thresholds to label, or metrics.jsonl beside it is gone or damaged"
             ) from error
         self.skip = skipped(model, dropouts)
-        done = (Path(run_dir) / "metrics.jsonl").read_bytes().count(b"\n")
         self.unfinished = f"{done} of {rounds} rounds" if done < rounds else ""
         self.rows = max(1, labelling_rows(self.device, self.height, self.width) // self.passes)
 

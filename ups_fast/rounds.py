@@ -64,9 +64,8 @@ from ups_fast.selection import (
 )
 from ups_fast.step import TrainStep, plan_step
 
-EPOCH_BITS = (
-    20  # of the number by which an image's augmentation is drawn; above them, how often it came before
-)
+# Of the number by which an image's augmentation is drawn; above them, how often it came before.
+EPOCH_BITS = 20
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 
 

@@ -51,9 +51,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster than of float32 there."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # an older torch does not tell: False
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # which an older torch lacks
+    cpu: dict[str, bool] = tell()
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
@@ -124,9 +123,8 @@ class TrainStep:
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
         self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
-        self.batch: Tensor | None = (
-            None  # [B, C, S, S] of images that come from files; others are read in the step
-        )
+        # [B, C, S, S] of images that come from files; others are read in the step.
+        self.batch: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self.optimizer = torch.optim.SGD(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ups_fast.models.network import Dropout, Network
+from ups_fast.models.network import Chain, Dropout, Network
 from ups_fast.models.pretrained import imported, load_weights
 
 LIBRARIES = ("torchvision", "timm")
@@ -70,17 +70,13 @@ class Backbone(Network):
             load_weights(self.net, weights, name, classifier)
         self.min_size = min(size)
         self.head = _cut(self.net, classifier, dropout)
-        self.dropouts = [i for i, module in enumerate(self.head) if isinstance(module, Dropout)]
 
     def prefix(
         self,
         images: Tensor,  # [B, channels, H, W]
         skip: int = 0,
     ) -> Tensor:  # [B, features]: what the first Dropout gets, or the one after `skip` of them
-        hidden: Tensor = self.net(images)
-        for module in self.head[: self.dropouts[skip]]:
-            hidden = module(hidden)
-        return hidden
+        return self.head.before(self.net(images), skip)
 
     def suffix(
         self,
@@ -88,9 +84,7 @@ class Backbone(Network):
         keys: Tensor | None,  # int32 [B]
         skip: int = 0,
     ) -> Tensor:  # [B, n_classes]
-        for module in self.head[self.dropouts[skip] :]:
-            hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
-        return hidden
+        return self.head.after(hidden, keys, skip)
 
 
 def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) -> Callable[[], nn.Module]:
@@ -158,7 +152,7 @@ def _classifier(
     return last if [name for name, _ in made].count(last) == 1 else ""
 
 
-def _cut(net: nn.Module, classifier: str, dropout: float) -> nn.Sequential:
+def _cut(net: nn.Module, classifier: str, dropout: float) -> Chain:
     """Takes the classifier off, with what is before it in its nn.Sequential from the first dropout on."""
     path, _, last = classifier.rpartition(".")
     parent = net.get_submodule(path)
@@ -178,4 +172,4 @@ def _cut(net: nn.Module, classifier: str, dropout: float) -> nn.Sequential:
             layer += 1
         if not dropping:
             head.append(module)
-    return nn.Sequential(*head)
+    return Chain(*head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ups_fast.models.network import Dropout, Network
+from ups_fast.models.network import Chain, Dropout, Network
 
 
 class CNN13(Network):
@@ -29,7 +29,7 @@ class CNN13(Network):
                 nn.LeakyReLU(0.1, inplace=True),
             ]
 
-        self.features = nn.Sequential(
+        self.features = Chain(
             *conv(channels, 128, 3, 1),
             *conv(128, 128, 3, 1),
             *conv(128, 128, 3, 1),
@@ -46,7 +46,6 @@ class CNN13(Network):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.dropouts = [i for i, module in enumerate(self.features) if isinstance(module, Dropout)]
         self.linear = weight_norm(nn.Linear(128, n_classes))
 
     def prefix(
@@ -55,10 +54,7 @@ class CNN13(Network):
         skip: int = 0,
     ) -> Tensor:  # [B, 128, H // 2, W // 2]; with skip = 1 [B, 256, H // 4, W // 4]
         """All that comes before the first dropout: 42 % of the multiply-adds."""
-        hidden = images
-        for module in self.features[: self.dropouts[skip]]:
-            hidden = module(hidden)
-        return hidden
+        return self.features.before(images, skip)
 
     def suffix(
         self,
@@ -66,7 +62,5 @@ class CNN13(Network):
         keys: Tensor | None,  # int32 [B]
         skip: int = 0,
     ) -> Tensor:  # [B, n_classes]
-        for module in self.features[self.dropouts[skip] :]:
-            hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
-        logits: Tensor = self.linear(hidden)
+        logits: Tensor = self.linear(self.features.after(hidden, keys, skip))
         return logits

@@ -36,6 +36,25 @@ class Mish(nn.Module):
         return mish(x)
 
 
+class Chain(nn.Sequential):
+    """Modules one after the other, Dropouts among them, cut in two before one of these."""
+
+    def before(self, hidden: Tensor, skip: int) -> Tensor:
+        """All that comes before the Dropout number `skip`; Dropouts in it act as nn.Dropout does."""
+        for module in self[: self._cut(skip)]:
+            hidden = module(hidden)
+        return hidden
+
+    def after(self, hidden: Tensor, keys: Tensor | None, skip: int) -> Tensor:
+        """That Dropout and all the rest."""
+        for module in self[self._cut(skip) :]:
+            hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
+        return hidden
+
+    def _cut(self, skip: int) -> int:
+        return [i for i, module in enumerate(self) if isinstance(module, Dropout)][skip]
+
+
 class Network(nn.Module, ABC):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
 

@@ -97,9 +97,11 @@ def test_jpegs(benchmark, photographs, chain, name):
         )  # fmt: skip
         plan = torch.randperm(IMAGES).view(-1, BATCH)
         if chain:
-            call = passes_over(lambda: images.training(plan, torch.zeros_like(plan), seed=0))
+            call = passes_over(
+                lambda: images.training(zip(plan, torch.zeros_like(plan), strict=True), seed=0)
+            )
         else:
-            jobs = [(ids.numpy(), images._drawn(ids, torch.zeros_like(ids), 0)) for ids in plan]
+            jobs = [(ids, images._drawn(ids, torch.zeros_like(ids), 0)) for ids in plan]
             call = passes_over(lambda: images._streamed(jobs))
     benchmark.extra_info["images"] = IMAGES
     group = f"{IMAGES} JPEGs of 280x320, {'full chain' if chain else 'decode and crop'} to 224"
@@ -120,6 +122,6 @@ def test_arrays(benchmark, name):
         if kind == "dali":
             pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
         images = file_images(kind, None, (), size=32, channels=3, images=pixels, threads=WORKERS, **settings)
-        call = passes_over(lambda: images.training(plan, torch.zeros_like(plan), seed=0))
+        call = passes_over(lambda: images.training(zip(plan, torch.zeros_like(plan), strict=True), seed=0))
     benchmark.extra_info["images"] = n
     measure(benchmark, f"{n} arrays of 32x32, published chain", name, call, "cpu", ROUNDS)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ups_fast.data import PlainImages, ResidentImages, file_images, read_image, resize_crop
 from ups_fast.data.boxes import RATIO, TRIES, box_draws, middle_box, random_box
-from ups_fast.data.dali import DaliImages, size_for_dali
+from ups_fast.data.dali import DaliImages, _File, size_for_dali
 from ups_fast.data.image import DamagedImage
 from ups_fast.policy import POLICIES, Policy
 
 try:
-    import nvidia.dali.experimental.dynamic  # noqa: F401
+    import nvidia.dali  # noqa: F401
 
     DALI = True
 except ImportError:
@@ -110,7 +110,7 @@ def test_png_of_the_size_is_what_images_in_memory_are(tmp_path, kind, channels, 
     expected = [resident.augmented(ids, seed=7, epoch=d) for ids, d in zip(plan, draw, strict=True)]
     for images_of in (files_of, arrays):
         assert len(images_of) == len(paths)
-        got = list(images_of.training(plan, draw, seed=7))
+        got = list(images_of.training(zip(plan, draw, strict=True), seed=7))
         assert len(got) == 3 and all(map(torch.equal, got, expected)), "files equal images in memory"
         assert all(b.is_contiguous(memory_format=torch.channels_last) for b in got if channels > 1)
         assert torch.equal(clean(images_of), resident.clean(torch.arange(len(paths))))
@@ -150,16 +150,19 @@ def test_a_box_of_a_jpeg_is_decoded_as_pillow_does(tmp_path, quality, options):
 
 @needs_dali
 @pytest.mark.parametrize(("height", "width"), [(60, 60), (100, 70), (31, 90), (400, 300), (20, 20)])
-def test_dali_s_own_resize(height, width):
+def test_dali_s_own_resize(tmp_path, height, width):
     """Its rounding once against Pillow's twice: within 1, but for the outermost pixels, where it repeats the border.
 
     A triangle of half-width s around s / 2 has 1/8 of its weight outside, so there 255 / 8 more for each of both axes.
     On a GPU this resize is the one that scales; it is held here on a CPU.
     """
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    images = loader(DaliImages, None, (), size=32, images=torch.from_numpy(noise)[None])
-    with images._place, images._context:
-        got = images._scaled(images._dali.as_batch([noise], layout="HWC"))[0].numpy()
+    paths = put(tmp_path, {"a.png": encode(noise, "PNG")})
+    images = loader(DaliImages, tmp_path, paths, size=32)
+    place, file = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), (tmp_path / "a.png").read_bytes()
+    images._idle = [images._pipeline(1, scaled=True)]
+    images._decode(place, [_File(0, file, (0, 0, height, width))])
+    got = place[0].numpy()
     expected = np.array(Image.fromarray(noise).resize((32, 32), Image.Resampling.BILINEAR))
     assert difference(got[1:-1, 1:-1], expected[1:-1, 1:-1]) <= 1
     assert difference(got, expected) <= 1 + 2 * 255 / 8
@@ -228,7 +231,9 @@ def test_files_of_every_kind_are_read_alike(tmp_path, channels):
         bound = (2 if channels == 3 else 3) if files[path][1] else 0
         assert difference(got, expected) <= bound, path
         assert difference(expected, resize_crop(read_image(tmp_path / path, channels), 16)) == 0
-    assert dali.lost == plain.lost == {} and not dali._strange
+    assert dali.lost == plain.lost == {} and (dali._known[:, 0] > 0).tolist() == [
+        fit for _, fit in files.values()
+    ]
 
 
 # --- boxes -------------------------------------------------------------------------------------------------
@@ -293,19 +298,27 @@ def test_an_image_is_treated_alike_in_any_batch_and_after_a_stop(jpegs, kind):
     settings = {"policy": POLICIES["ups"], "resized_crop": (0.2, 1.0), "size": 24}
     images = loader(kind, root, paths, **settings)
     plan, draw = torch.randint(len(paths), (6, 8)), torch.randint(5, (6, 8))
-    whole = list(images.training(plan, draw, seed=11))
+    whole = list(images.training(zip(plan, draw, strict=True), seed=11))
     assert len(whole) == 6 and whole[0].shape == (8, 3, 24, 24) and whole[0].dtype == torch.float32
-    later = loader(kind, root, paths, **settings, prefetch=1).training(plan, draw, seed=11, start=4)
+    later = loader(kind, root, paths, **settings, prefetch=1).training(
+        zip(plan[4:], draw[4:], strict=True), seed=11
+    )
     assert all(map(torch.equal, list(later), whole[4:])), "a resumed run starts at its step"
     flat = loader(kind, root, paths, **settings, prefetch=4, threads=1)
     order = torch.randperm(48)
     rows = torch.cat(
-        list(flat.training(plan.flatten()[order].view(16, 3), draw.flatten()[order].view(16, 3), seed=11))
+        list(
+            flat.training(
+                zip(*(each.flatten()[order].view(16, 3) for each in (plan, draw)), strict=True), seed=11
+            )
+        )
     )
     assert torch.equal(rows, torch.cat(whole)[order]), "order and size of batches change nothing"
-    assert not torch.equal(torch.cat(list(flat.training(plan, draw, seed=12))), torch.cat(whole))
-    assert list(images.training(plan, draw, seed=11, start=6)) == []
-    one, two = (images.training(plan, draw, seed=11) for _ in range(2))
+    assert not torch.equal(
+        torch.cat(list(flat.training(zip(plan, draw, strict=True), seed=12))), torch.cat(whole)
+    )
+    assert list(images.training(zip(plan[6:], draw[6:], strict=True), seed=11)) == []
+    one, two = (images.training(zip(plan, draw, strict=True), seed=11) for _ in range(2))
     for batch, again, expected in zip(one, two, whole, strict=True):  # side by side
         assert torch.equal(batch, expected) and torch.equal(again, expected)
 
@@ -345,7 +358,7 @@ def test_files_that_vanish_or_break_do_not_stop_a_run(tmp_path, kind):
     for again in range(2):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            (batch,) = images.training(plan, plan * 0, seed=0)
+            (batch,) = images.training([(plan[0], plan[0] * 0)], seed=0)
         pillow = [f"{str(tmp_path / 'short.png')!r} is read by Pillow: DALI cannot decode it"]
         assert [str(w.message) for w in said] == (pillow if kind is DaliImages and not again else [])
         bad = [i for i, path in enumerate(paths) if not path.startswith(("good", "short"))]
@@ -353,7 +366,7 @@ def test_files_that_vanish_or_break_do_not_stop_a_run(tmp_path, kind):
         assert all(repr(str(tmp_path / paths[i])) in sentence for i, sentence in images.lost.items())
         assert (pixels_of(batch)[bad] == 0).all(), "black"
     good = [i for i in range(len(paths)) if i not in bad]
-    (alone,) = images.training(torch.tensor([good]), torch.zeros(1, len(good), dtype=torch.int64), seed=0)
+    (alone,) = images.training([(torch.tensor(good), torch.zeros(len(good), dtype=torch.int64))], seed=0)
     assert torch.equal(alone, batch[good]), "its company changes no image"
     (tmp_path / "gone.jpg").write_bytes(files["good0.jpg"])
     assert (pixels_of(clean(images))[paths.index("gone.jpg")] > 0).any(), (
@@ -368,19 +381,20 @@ def test_other_errors_are_not_taken_for_damaged_files(jpegs):
     images._middle = lambda *_: (0, 0, 10**6, 10**6)
     with pytest.raises(RuntimeError):
         clean(images)
-    assert images.lost == {} and not images._strange
+    assert images.lost == {}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_few_files_are_held_and_nothing_goes_on_after_a_stop(jpegs, kind, monkeypatch):
-    import ups_fast.data.stream as module
+    from ups_fast.data import dali, stream
 
     root, paths = jpegs
-    read, opened = module.read_bytes, []
-    monkeypatch.setattr(module, "read_bytes", lambda path: opened.append(path) or read(path))
+    read, opened = stream.read_bytes, []
+    for module in (stream, dali):
+        monkeypatch.setattr(module, "read_bytes", lambda path: opened.append(path) or read(path))
     images = loader(kind, root, paths, prefetch=2)
     plan = torch.randint(len(paths), (50, 4))
-    batches = images.training(plan, plan, seed=0)
+    batches = images.training(zip(plan, plan, strict=True), seed=0)
     for step in range(1, 6):
         next(batches)
         assert 4 * step <= len(opened) <= 4 * (step + images.prefetch)
@@ -398,10 +412,10 @@ def test_memory_does_not_grow(jpegs):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     plan = torch.randint(len(paths), (150, 16))
-    for _ in images.training(plan, plan, seed=0):
+    for _ in images.training(zip(plan, plan, strict=True), seed=0):
         pass
     before = resident()
-    for _ in images.training(plan, plan, seed=1):
+    for _ in images.training(zip(plan, plan, strict=True), seed=1):
         pass
     assert resident() - before < 8 << 20, "2,400 more images, whose pixels take 60 MB"
 
@@ -425,12 +439,10 @@ def test_arguments_are_refused(jpegs, kind):
         with pytest.raises(ValueError, match=sentence):
             loader(kind, root, paths, **settings)
     images, plan = loader(kind, root, paths), torch.zeros(2, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"^plan must hold sample ids of 0..15, got 0..16$"):
-        images.training(plan + torch.tensor([0, 16, 0, 0]), plan, seed=0)
-    with pytest.raises(ValueError, match="plan and draw must be"):
-        images.training(plan, plan[:1], seed=0)
-    with pytest.raises(ValueError, match=r"^start must be in 0..2, got 3$"):
-        images.training(plan, plan, seed=0, start=3)
+    with pytest.raises(ValueError, match=r"^index must hold sample ids of 0..15, got 0..16$"):
+        next(images.training([(plan[0] + torch.tensor([0, 16, 0, 0]), plan[0])], seed=0))
+    with pytest.raises(ValueError, match=r"^index and draw must be \[B\], got \[4\] and \[3\]$"):
+        next(images.training([(plan[0], plan[0, 1:])], seed=0))
     with pytest.raises(ValueError, match="batch_size at least 1"):
         images.clean_batches(plan[0], 0)
 
@@ -521,7 +533,7 @@ def test_training_is_as_good_through_every_loader(tmp_path):
         images = loader(kind, tmp_path, paths, **rule)
         test = clean(images, torch.arange(512, 768))
         found[kind.__name__] = accuracy_of(
-            images.training(plan, draw, seed=0), truth[plan], test, truth[512:]
+            images.training(zip(plan, draw, strict=True), seed=0), truth[plan], test, truth[512:]
         )
     held = torch.stack([torch.from_numpy(resize_crop(read_image(tmp_path / path, 3), 24)) for path in paths])
     resident = ResidentImages(held, mean=MEAN, std=STD, device="cpu", policy=Policy(crop=2))

@@ -174,7 +174,7 @@ def test_resized_crops_are_of_files_alone(
 def test_dali_that_is_not_there_is_one_sentence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("nvidia.dali", "nvidia.dali.experimental", "nvidia.dali.experimental.dynamic"):
+    for name in ("nvidia.dali", "nvidia.dali.pipeline"):
         monkeypatch.setitem(sys.modules, name, None)
     assert train.main(words(images, tmp_path / "run", "data.loader=dali")) == 2
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import FrameType
 
@@ -150,11 +150,19 @@ class _Run:
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
 
-    def _batches(self, plan: Tensor, draw: Tensor) -> Iterator[Tensor | None]:
-        """The images of an epoch's remaining steps; those on the device are read by the step itself."""
+    def _plan(self, told: Supervision, mix: Mix, epoch: int) -> tuple[Tensor, Tensor]:
+        """Sample ids and draws of an epoch's steps, int64 [steps, B], on the host."""
+        plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", epoch))
+        return plan, epoch + (occurrences(plan) << EPOCH_BITS)
+
+    def _batches(self, told: Supervision, mix: Mix) -> Iterator[Tensor | None]:
+        """The images of the round's remaining steps; those on the device are read by the step itself."""
         if isinstance(self.train_images, ResidentImages):
             return repeat(None)
-        return self.train_images.training(plan, draw, seed=self._seed("augment"), start=self.state.step)
+        epochs = range(self.state.epoch, self._budget(self.state.round)[0])
+        # Plans of its own, as it is ahead of the training.
+        steps = chain.from_iterable(zip(*self._plan(told, mix, epoch), strict=True) for epoch in epochs)
+        return self.train_images.training(islice(steps, self.state.step, None), seed=self._seed("augment"))
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
@@ -211,15 +219,13 @@ class _Run:
         bar = self._bar("training", total * batch_size, done * batch_size)
         with self._outside():
             self._start(told, mix)
+        batches = self._batches(told, mix)
         while state.epoch < epochs:
             before = state.epoch * mix.steps
             with self._outside():
-                plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", state.epoch))
-                draw = (state.epoch + (occurrences(plan) << EPOCH_BITS)).to(self.device)
-                plan = plan.to(self.device)
+                plan, draw = (each.to(self.device) for each in self._plan(told, mix, state.epoch))
             if state.step == 0:
                 state.loss.zero_()
-            batches = self._batches(plan, draw)
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
                 with self._outside():

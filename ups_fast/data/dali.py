@@ -8,18 +8,17 @@ scales the boxes there. docs/data.md has the bounds.
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from io import BytesIO
-from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ups_fast.data.boxes import Box
-from ups_fast.data.image import DamagedImage, decode_image, decoding, resize_box
-from ups_fast.data.stream import NO_DALI, BoxOf, FileImages, Sample
+from ups_fast.data.image import DamagedImage, decoding, read_bytes
+from ups_fast.data.stream import NO_DALI, BoxOf, FileImages
 
 _UNDECODABLE = (
     "Failed to decode",
@@ -65,7 +64,7 @@ def size_for_dali(encoded: bytes, name: str) -> tuple[int, int] | None:
 
 
 class DaliImages(FileImages):
-    """Files decoded by DALI: on a CPU in `threads`, on a GPU there (JPEG) or on its host.
+    """Files decoded by DALI: on a CPU by a pipeline for each thread, on a GPU there (JPEG) or on its host.
 
     With `images=` there is nothing to decode; they take the rest of the same way. Raises ImportError that says what
     to install.
@@ -74,122 +73,130 @@ class DaliImages(FileImages):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         try:
-            import nvidia.dali.experimental.dynamic as dynamic
-            from nvidia.dali import types
+            import nvidia.dali
         except ImportError as error:
             raise ImportError(NO_DALI) from error
-        self._dali: Any = dynamic
-        self._types: Any = types
-        self._gpu = self.home.type == "cuda"
-        place, self._stream = None, None
-        if self._gpu:
-            place = torch.cuda.current_device() if self.home.index is None else self.home.index
-            self._stream = torch.cuda.Stream(self.home)
-        # Said everywhere: where there is a GPU, DALI would choose it, for a loader on the CPU too.
-        self._place: Any = dynamic.Device("cpu") if place is None else dynamic.Device("gpu", place)
-        with self._place:
-            pool = dynamic.ThreadPool(self.threads, device_id=place)
-            self._context = dynamic.EvalContext(device_id=place, cuda_stream=self._stream, thread_pool=pool)
-        self._in_use = Lock()  # a context serves one thread at a time, but two iterators may be read at once
-        self._strange: set[int] = set()  # ids of files that DALI cannot decode, whatever their header says
-        self._workers = ThreadPoolExecutor(self.threads)  # that scale, on a CPU
+        self._dali: Any = nvidia.dali
+        self._gpu = self.home.type == "cuda" and self.images is None
+        self._stream = torch.cuda.Stream(self.home) if self._gpu else None
+        self._idle: list[Any] = []  # pipelines that no thread uses
+        # By id, of files that were opened before: height and width of the upright image, 0 if DALI is not to decode
+        # it; and the number of bytes for which that is so.
+        self._known = np.zeros((len(self), 3), np.int64)
 
-    def _opened(self, i: int, content: bytes | np.ndarray, row: int, box_of: BoxOf) -> Sample:
-        if isinstance(content, np.ndarray):
-            return Sample(i, None, b"", box_of(row, *content.shape[:2]))
-        size = None if i in self._strange else size_for_dali(content, repr(self._file(i)))
-        if size is None:
-            return super()._opened(i, content, row, box_of)
-        return Sample(i, None, content, box_of(row, *size))
+    def _makers(self) -> int:
+        return (
+            min(2, self.threads) if self._gpu else self.threads
+        )  # on a GPU one reads while the other decodes
 
-    def _made(self, reads: list[Future[Sample]]) -> Tensor:  # [B, S, S, C] uint8, on a GPU there
-        samples = [read.result() for read in reads]
-        rows = [row for row, sample in enumerate(samples) if sample.pixels is None]
-        shape = (len(samples), self.size, self.size, self.channels)
-        out = torch.empty(shape, dtype=torch.uint8, device=self.home)
+    def _room(self, n: int) -> Tensor:
+        if not self._gpu:
+            return super()._room(n)
+        with torch.cuda.stream(self._stream):  # its owner: what others still read there is not overwritten
+            return torch.empty(n, self.size, self.size, self.channels, dtype=torch.uint8, device=self.home)
+
+    def _fill(self, out: Tensor, ids: list[int], rows: Iterable[int], box_of: BoxOf) -> None:
+        files = []
         with torch.cuda.stream(self._stream):  # does nothing for None
-            found = self._found([samples[row] for row in rows])
-            for row, image in zip(rows, found, strict=True):
-                if image is None:
-                    samples[row] = self._by_pillow(samples[row])
-            there = [(out[row], image) for row, image in zip(rows, found, strict=True) if image is not None]
-            if self._gpu:
-                for place, image in there:
-                    place.copy_(self._in_channels(image))
-            else:
-                list(self._workers.map(lambda pair: self._put(*pair), there))
-            for row, sample in enumerate(samples):
-                if sample.pixels is not None:
-                    out[row] = torch.from_numpy(sample.pixels)
+            for row in rows:
+                if self.images is not None:
+                    image = self.images[ids[row]]
+                    _put(_cut(image, box_of(row, *image.shape[:2])), out[row])
+                elif (found := self._opened(ids[row])) is None:
+                    out[row] = torch.from_numpy(self._by_pillow(ids[row], row, box_of))
+                else:
+                    encoded, size = found
+                    files.append(_File(row, encoded, box_of(row, *size)))
+            for row, encoded, _ in self._refused(out, files):
+                i = ids[row]
+                self._known[i] = 0, 0, len(encoded)
+                out[row] = torch.from_numpy(self._by_pillow(i, row, box_of, encoded))
+                if i not in self.lost:
+                    warnings.warn(f"{self._file(i)!r} is read by Pillow: DALI cannot decode it", stacklevel=2)
             if self._stream is not None:  # this thread waits, so that no other need know of the stream
                 self._stream.synchronize()
-        return out
 
-    def _found(self, samples: list[Sample]) -> list[Tensor | None]:  # as of `_decoded`, None: not decodable
-        """One file that DALI cannot decode fails its whole batch: then each is tried alone, for what becomes of an
-        image must not depend on its company."""
-        if not samples:
+    def _opened(self, i: int) -> tuple[bytes, tuple[int, int]] | None:
+        """Content, height and width of a file that DALI is to decode. None: Pillow is, or will say what is wrong."""
+        try:
+            encoded = read_bytes(self._file(i))
+            height, width, length = self._known[i].tolist()
+            if length != len(encoded):
+                height, width = size_for_dali(encoded, repr(self._file(i))) or (0, 0)
+                self._known[i] = height, width, len(encoded)
+        except DamagedImage:
+            return None
+        return (encoded, (height, width)) if height else None
+
+    def _refused(self, out: Tensor, files: list[_File]) -> list[_File]:
+        """Decodes the files into their rows; those that DALI cannot decode are left.
+
+        One of them fails its whole batch: then each is tried alone, for what becomes of an image must not depend on
+        its company.
+        """
+        if not files:
             return []
         try:
-            return [*self._decoded(samples)]
+            self._decode(out, files)
+            return []
         except RuntimeError as error:
             if not any(words in str(error) for words in _UNDECODABLE):
                 raise
-            return [None] if len(samples) == 1 else [self._found([sample])[0] for sample in samples]
+        return files if len(files) == 1 else [each for file in files for each in self._refused(out, [file])]
 
-    def _decoded(self, samples: list[Sample]) -> list[Tensor]:  # uint8 [h, w, 1 or 3]
-        """The boxes, on a GPU already scaled. Raises RuntimeError where DALI fails."""
-        if self.images is not None:
-            cuts = [_cut(self.images[sample.id], sample.box) for sample in samples]
-            if not self._gpu:
-                return [torch.from_numpy(cut) for cut in cuts]
-            with self._in_use, self._place, self._context:
-                return list(self._scaled(self._dali.as_batch(cuts, layout="HWC")))
-        corner, extent = (np.array([s.box[k : k + 2] for s in samples], np.int32) for k in (0, 2))
-        with self._in_use, self._place, self._context:
-            images = self._dali.decoders.image_slice(
-                self._dali.as_batch([np.frombuffer(sample.encoded, np.uint8) for sample in samples]),
-                start=self._dali.as_batch(corner),
-                shape=self._dali.as_batch(extent),
-                axis_names="HW",
-                output_type=self._types.RGB,
-                device=self._place.device_type,
-                **({"jpeg_fancy_upsampling": True} if self._gpu else {}),  # as on a CPU
-            ).evaluate()
-            if self._gpu:
-                return list(self._scaled(images))
-            return [torch.from_numpy(np.asarray(image)) for image in images.tensors]
-
-    def _scaled(self, images: Any) -> Tensor:  # [B, S, S, 1 or 3] uint8
-        """By DALI: on a GPU one call for all, whatever their sizes."""
-        if self._gpu:
-            images = images.to_device(self._place)
-        linear, size = self._types.INTERP_LINEAR, [self.size, self.size]
-        return self._dali.resize(images, size=size, interp_type=linear, antialias=True).torch()
-
-    def _put(self, place: Tensor, image: Tensor) -> None:  # [S, S, C] and [h, w, 1 or 3], uint8 on the CPU
-        """Scales the image where it must be, and into its place."""
-        if image.shape[:2] != place.shape[:2]:
-            box = image
-            image = place if box.shape[2] == self.channels else box.new_empty(*place.shape[:2], 3)
-            _scale_into(box.permute(2, 0, 1)[None], image.permute(2, 0, 1)[None])
-        if image is not place:  # numpy copies: torch would wake all its threads for each image
-            np.copyto(place.numpy(), self._in_channels(image).numpy())
-
-    def _in_channels(self, image: Tensor) -> Tensor:  # [..., 1 or 3] to [..., C]
-        if image.shape[-1] == self.channels:
-            return image
-        return ((image.int() * _LUMA.to(image.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()
-
-    def _by_pillow(self, sample: Sample) -> Sample:
-        """A file that only Pillow may be able to decode, and so it does from now on."""
-        self._strange.add(sample.id)
+    def _decode(self, out: Tensor, files: list[_File]) -> None:
+        """Raises RuntimeError where DALI fails; its pipeline is then not used again."""
         try:
-            image = decode_image(sample.encoded, self.channels, repr(self._file(sample.id)))
-        except DamagedImage as error:
-            return self._missed(sample.id, error)
-        warnings.warn(f"{self._file(sample.id)!r} is read by Pillow: DALI cannot decode it", stacklevel=2)
-        return Sample(sample.id, resize_box(image, sample.box, self.size))
+            pipeline = self._idle.pop()
+        except IndexError:
+            pipeline = None
+        if pipeline is None or pipeline.max_batch_size < len(files):
+            pipeline = self._pipeline(len(files), scaled=self._gpu)
+        start, shape = (np.array([file.box[k : k + 2] for file in files], np.int32) for k in (0, 2))
+        encoded = [np.frombuffer(file.encoded, np.uint8) for file in files]
+        (images,) = pipeline.run(encoded=encoded, start=start, shape=shape)
+        if self._stream is None:
+            for k, file in enumerate(files):
+                _put(np.asarray(images.at(k)), out[file.row])
+        else:
+            out[[file.row for file in files]] = _in_channels(
+                torch.from_dlpack(images.as_tensor()), self.channels
+            )
+            self._stream.synchronize()  # before the pipeline writes there again
+        self._idle.append(pipeline)
+
+    def _pipeline(self, batch_size: int, scaled: bool) -> Any:
+        """From files to boxes [h, w, 3], or to [S, S, 3]: on a GPU one call for all, whatever their size."""
+        place, threads = None, 1
+        if self._gpu:
+            place = torch.cuda.current_device() if self.home.index is None else self.home.index
+            threads = max(1, self.threads // self._makers())
+        fn, types = self._dali.fn, self._dali.types
+        pipeline = self._dali.Pipeline(
+            batch_size, threads, place, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False
+        )
+        with pipeline:
+            images = fn.decoders.image_slice(
+                fn.external_source(name="encoded", no_copy=True),
+                start=fn.external_source(name="start"),
+                shape=fn.external_source(name="shape"),
+                axis_names="HW",
+                output_type=types.RGB,
+                device="mixed" if self._gpu else "cpu",
+                **({"jpeg_fancy_upsampling": True} if self._gpu else {}),  # as on a CPU
+            )
+            if scaled:
+                size, linear = [self.size, self.size], types.INTERP_LINEAR
+                images = fn.resize(images, size=size, interp_type=linear, antialias=True)
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+
+class _File(NamedTuple):
+    row: int
+    encoded: bytes
+    box: Box
 
 
 def _cut(image: np.ndarray, box: Box) -> np.ndarray:
@@ -197,7 +204,26 @@ def _cut(image: np.ndarray, box: Box) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
+def _put(image: np.ndarray, place: Tensor) -> None:  # [h, w, 1 or 3] and [S, S, C], uint8 on the CPU
+    """Scales the image where it must be, and into its place."""
+    size, channels = place.shape[:2], place.shape[2]
+    if image.shape[:2] != size:
+        box = torch.from_numpy(image)
+        scaled = place if box.shape[2] == channels else box.new_empty(*size, 3)
+        _scale_into(box.permute(2, 0, 1)[None], scaled.permute(2, 0, 1)[None])
+        image = scaled.numpy()
+    if image.shape[2] != channels:
+        image = _in_channels(torch.from_numpy(image), channels).numpy()
+    np.copyto(place.numpy(), image)  # by numpy: torch would wake all its threads for each image
+
+
 def _scale_into(image: Tensor, place: Tensor) -> None:  # uint8 [1, C, h, w] and [1, C, S, S], channels last
     """Bilinear and antialiased, as `interpolate` does it, but without its copies: they take longer than the scaling."""
     size = list(place.shape[2:])
     torch.ops.aten._upsample_bilinear2d_aa.out(image, size, False, None, None, out=place)
+
+
+def _in_channels(image: Tensor, channels: int) -> Tensor:  # [..., 1 or 3] to [..., C]
+    if image.shape[-1] == channels:
+        return image
+    return ((image.int() * _LUMA.to(image.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()

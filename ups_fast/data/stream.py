@@ -1,12 +1,14 @@
 """Images that stay in their files and stream into batches: the interface of both loaders, and the plain one, Pillow.
 
-A loader turns files into uint8 [B, S, S, C], ahead of time and in threads; the rest of the augmentation is the same op
-that serves images in memory. All that is drawn derives from seed, draw and sample id: an image is treated alike in any
-batch, order or process, and a run that was stopped goes on by starting at its step.
+A loader turns files into uint8 [B, S, S, C], ahead of time: each thread makes a part of a batch from its files to its
+pixels, and meets no other on the way. The rest of the augmentation is the same op that serves images in memory. All
+that is drawn derives from seed, draw and sample id: an image is treated alike in any batch, order or process, and a run
+that was stopped goes on with its next batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import deque
@@ -14,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +32,7 @@ NO_DALI = (
 )
 
 BoxOf = Callable[[int, int, int], Box]  # of a row of the batch, whose image has this height and width
-
-
-class Sample(NamedTuple):
-    """What reading made of one image: pixels that are ready, or else something for the loader to decode."""
-
-    id: int
-    pixels: np.ndarray | None = None  # [S, S, C] uint8
-    encoded: bytes = b""
-    box: Box = (0, 0, 0, 0)
+FEWEST = 8  # images that are worth a thread
 
 
 class FileImages:
@@ -55,14 +48,15 @@ class FileImages:
     resize        clean images: the shorter side becomes `resize` (such as 256 for S = 224; None: S), then the middle
                   is kept
     threads       that read and decode; None: one for each core
-    prefetch      batches made ahead. The encoded bytes of prefetch + 1 batches are all that is held of files
+    prefetch      batches made ahead: prefetch + 1 of them are all that is held of files
     images        uint8 [N, H, W, C] in place of the files: then root is None and paths are empty
 
     Files that are gone or damaged never stop a run: such an image is black before it is normalised, and `lost` has
-    its id with a sentence. Raises ValueError or TypeError that names the argument.
+    its id with a sentence before its batch is handed out. Raises ValueError or TypeError that names the argument.
     """
 
     lost: dict[int, str]  # by sample id
+    home: torch.device  # where batches are put together
 
     def __init__(
         self,
@@ -114,27 +108,19 @@ class FileImages:
 
     def training(
         self,
-        plan: Tensor,  # int64 [steps, B], sample ids
-        draw: Tensor,  # int64 [steps, B], which of a sample's augmentations
+        steps: Iterable[tuple[Tensor, Tensor]],  # of each step the sample ids and draws, int64 [B]
         *,
         seed: int,
-        start: int = 0,
     ) -> Iterator[Tensor]:  # each [B, C, S, S] float32, channels_last, on the device
-        """The batches of the steps from `start`, augmented as the policy draws from seed, draw and sample id."""
-        if plan.dim() != 2 or plan.shape != draw.shape:
-            raise ValueError(
-                f"plan and draw must be [steps, B], got {list(plan.shape)} and {list(draw.shape)}"
-            )
-        if not 0 <= start <= len(plan):
-            raise ValueError(f"start must be in 0..{len(plan)}, got {start}")
-        plan, draw = self._checked("plan", plan[start:]), draw[start:].to("cpu", torch.int64)
-        batches = self._streamed(
-            (ids.numpy(), self._drawn(ids, d, seed)) for ids, d in zip(plan, draw, strict=True)
-        )
-        return (
-            self._finished(batch, ids, d, seed, self.policy)
-            for batch, ids, d in zip(batches, plan, draw, strict=True)
-        )
+        """A batch for each step, augmented as the policy draws from seed, draw and sample id.
+
+        `steps` is read `prefetch` steps ahead: over the end of an epoch, too, if it has several.
+        """
+        checked = ((self._checked("index", ids), self._checked_draw(ids, draw)) for ids, draw in steps)
+        ours, theirs = itertools.tee(checked)
+        batches = self._streamed((ids, self._drawn(ids, draw, seed)) for ids, draw in theirs)
+        for (ids, draw), batch in zip(ours, batches, strict=True):
+            yield self._finished(batch, ids, draw, seed, self.policy)
 
     def clean_batches(
         self,
@@ -149,13 +135,19 @@ class FileImages:
                 f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}"
             )
         parts = self._checked("index", index).split(batch_size) if len(index) else ()
-        batches = self._streamed((ids.numpy(), self._middle) for ids in parts)
+        batches = self._streamed((ids, self._middle) for ids in parts)
         return (
             self._finished(batch, ids, ids, 0, POLICIES["none"])
             for batch, ids in zip(batches, parts, strict=True)
         )
 
     # --- boxes and pixels -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _checked_draw(ids: Tensor, draw: Tensor) -> Tensor:
+        if ids.dim() != 1 or ids.shape != draw.shape:
+            raise ValueError(f"index and draw must be [B], got {list(ids.shape)} and {list(draw.shape)}")
+        return draw.to("cpu", torch.int64)
 
     def _checked(self, name: str, ids: Tensor) -> Tensor:
         ids = ids.to("cpu", torch.int64)
@@ -177,7 +169,7 @@ class FileImages:
         """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalised."""
         if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early
             batch.record_stream(torch.cuda.current_stream(batch.device))
-        batch, ids, draw = (x.to(self.home) for x in (batch, ids, draw))
+        batch, ids, draw = (x.to(self.home, non_blocking=True) for x in (batch, ids, draw))
         plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, epoch=draw)
         rows = torch.arange(len(ids), device=self.home)
         out = augment(batch, rows, policy=policy, seed=seed, epoch=0, mean=self.mean, std=self.std, plan=plan)
@@ -185,47 +177,61 @@ class FileImages:
 
     # --- reading --------------------------------------------------------------------------------------------
 
-    def _streamed(self, jobs: Iterable[tuple[np.ndarray, BoxOf]]) -> Iterator[Tensor]:
-        """The uint8 batch of each job, in order. Readers work ahead; one further thread puts batches together."""
-        waiting: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as maker:
+    def _streamed(self, jobs: Iterable[tuple[Tensor, BoxOf]]) -> Iterator[Tensor]:
+        """The uint8 batch of each job, in order, made in parts of consecutive rows, each by one thread."""
+        waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        with ThreadPoolExecutor(self._makers()) as makers:
             try:
                 for ids, box_of in jobs:
-                    reads = [readers.submit(self._read, i, row, box_of) for row, i in enumerate(ids.tolist())]
-                    waiting.append(maker.submit(self._made, reads))
+                    out, numbers, rows = self._room(len(ids)), ids.tolist(), range(len(ids))
+                    part = max(FEWEST, -(-len(ids) // makers._max_workers))
+                    parts = [rows[first : first + part] for first in rows[::part]]
+                    fills = [makers.submit(self._fill, out, numbers, some, box_of) for some in parts]
+                    waiting.append((out, fills))
                     if len(waiting) > self.prefetch:
-                        yield waiting.popleft().result()
+                        yield self._whole(*waiting.popleft())
                 while waiting:
-                    yield waiting.popleft().result()
+                    yield self._whole(*waiting.popleft())
             finally:  # when the user stops early, nothing more is begun
-                maker.shutdown(wait=False, cancel_futures=True)
-                readers.shutdown(wait=False, cancel_futures=True)
+                makers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, i: int, row: int, box_of: BoxOf) -> Sample:
-        """One image of a batch, in a reader's thread."""
-        if self.images is not None:
-            return self._opened(i, self.images[i], row, box_of)
+    @staticmethod
+    def _whole(out: Tensor, fills: list[Future[None]]) -> Tensor:
+        for each in fills:
+            each.result()
+        return out
+
+    def _makers(self) -> int:
+        """Threads that make parts of batches."""
+        return self.threads
+
+    def _room(self, n: int) -> Tensor:  # [n, S, S, C] uint8
+        return torch.empty(n, self.size, self.size, self.channels, dtype=torch.uint8)
+
+    def _fill(self, out: Tensor, ids: list[int], rows: Iterable[int], box_of: BoxOf) -> None:
+        """Makes these rows of a batch [B, S, S, C] uint8 of the images `ids` [B]."""
+        for row in rows:
+            out[row] = torch.from_numpy(self._by_pillow(ids[row], row, box_of))
+
+    def _by_pillow(
+        self, i: int, row: int, box_of: BoxOf, encoded: bytes | None = None
+    ) -> np.ndarray:  # [S, S, C] uint8
+        """One image from its file, or from what that holds; black where it is lost."""
         try:
-            return self._opened(i, read_bytes(self._file(i)), row, box_of)
+            if self.images is not None:
+                image = self.images[i]
+            else:
+                name = self._file(i)
+                image = decode_image(
+                    read_bytes(name) if encoded is None else encoded, self.channels, repr(name)
+                )
         except DamagedImage as error:
-            return self._missed(i, error)
-
-    def _opened(self, i: int, content: bytes | np.ndarray, row: int, box_of: BoxOf) -> Sample:
-        """What can be done with one image in a reader's thread: here all. Raises DamagedImage."""
-        if isinstance(content, bytes):
-            content = decode_image(content, self.channels, repr(self._file(i)))
-        return Sample(i, resize_box(content, box_of(row, *content.shape[:2]), self.size))
-
-    def _made(self, reads: list[Future[Sample]]) -> Tensor:  # [B, S, S, C] uint8
-        """A batch of what the readers found."""
-        return torch.from_numpy(np.stack([read.result().pixels for read in reads]))  # type: ignore[misc]
+            self.lost[i] = str(error)
+            return np.zeros((self.size, self.size, self.channels), np.uint8)
+        return resize_box(image, box_of(row, *image.shape[:2]), self.size)
 
     def _file(self, i: int) -> str:
         return os.path.join(self.root or "", self.paths[i])
-
-    def _missed(self, i: int, error: DamagedImage) -> Sample:
-        self.lost[i] = str(error)
-        return Sample(i, np.zeros((self.size, self.size, self.channels), np.uint8))
 
 
 class PlainImages(FileImages):

@@ -84,7 +84,7 @@ struct CanvasBytes {
 };
 UPS_HD constexpr CanvasBytes canvas_bytes(int H, int W, int C, int n_ops) {
   const size_t image = (static_cast<size_t>(H) * W * C + 15) / 16 * 16, lookup = static_cast<size_t>(C) * 256;
-  const size_t counts = lookup * sizeof(int32_t), plan = plan_words(n_ops) * sizeof(int32_t);
+  const size_t counts = lookup * sizeof(int32_t), plan = (plan_words(n_ops) * sizeof(int32_t) + 15) / 16 * 16;
   return {image, counts, lookup, plan, 2 * image + counts + lookup + plan};
 }
 

@@ -71,10 +71,10 @@ inline Tensor new_plan(const Tensor& index, const DrawArgs& args) {
 
 // The arguments of augment; `out` is [B, H, W, C] as `norm` is typed.
 struct AugmentCall {
-  AugmentCall(const Tensor& images, const Tensor& index, const Tensor& variants, const Tensor& operations,
+  AugmentCall(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants, const Tensor& operations,
               const Tensor& blends, const Tensor& norm, const Tensor& seed, const Tensor& epoch,
               const std::optional<Tensor>& plan, const std::vector<int64_t>& settings)
-      : images(images), blends(blends), norm(norm), plan(plan) {
+      : images(images), blends(blends), norm(norm), out(out), plan(plan) {
     check_dim("images", images, 4);
     check_type("images", images, ScalarType::Byte, "uint8");
     draw = draw_args(index, variants, operations, seed, epoch, images.size(1), images.size(2), settings);
@@ -90,8 +90,12 @@ struct AugmentCall {
     const ScalarType type = norm.scalar_type();
     UPS_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
               "norm must be float32, float16 or bfloat16, got another dtype");
-    UPS_CHECK(images.is_contiguous() && blends.is_contiguous() && norm.is_contiguous(),
-              "images, blends and norm must be contiguous");
+    check_dim("out", out, 4);
+    check_size("out", out, 0, index.size(0));
+    for (int axis = 1; axis < 4; ++axis) check_size("out", out, axis, images.size(axis));
+    UPS_CHECK(out.scalar_type() == type, "out must have the dtype of norm");
+    UPS_CHECK(images.is_contiguous() && blends.is_contiguous() && norm.is_contiguous() && out.is_contiguous(),
+              "images, blends, norm and out must be contiguous");
     if (plan.has_value()) {
       check_dim("plan", *plan, 2);
       check_size("plan", *plan, 0, index.size(0));
@@ -99,7 +103,6 @@ struct AugmentCall {
       check_type("plan", *plan, ScalarType::Int, "int32");
       UPS_CHECK(plan->is_contiguous(), "plan must be contiguous");
     }
-    out = torch::stable::new_empty(norm, {index.size(0), images.size(1), images.size(2), C}, type);
   }
 
   template <class Word>
@@ -125,11 +128,10 @@ struct AugmentCall {
     typed(uint16_t{});
   }
 
-  const Tensor images, blends, norm;
+  const Tensor images, blends, norm, out;
   const std::optional<Tensor> plan;
   DrawArgs draw;
   int64_t C;
-  Tensor out;
 };
 
 }  // namespace ups

@@ -463,6 +463,7 @@ def test_the_ops_are_torchs():
         torch.library.opcheck(torch.ops.ups_fast.augment_plan, drawn)
         for given in (None, plan):
             args = (
+                torch.empty(9, 8, 8, 3, dtype=dtype),
                 images,
                 index,
                 *drawn[1:3],
@@ -474,6 +475,39 @@ def test_the_ops_are_torchs():
                 list(table.settings),
             )
             torch.library.opcheck(torch.ops.ups_fast.augment, args)
+
+
+@pytest.mark.parametrize("augment", [ops.augment, reference.augment], ids=["fused", "reference"])
+def test_the_result_may_go_to_a_given_place(augment):
+    images, index = hostile_images(9, 8, 6, 3), torch.arange(5)
+    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    place = torch.zeros(7, 3, 8, 6).to(memory_format=torch.channels_last)
+    assert augment(images, index, **rule, out=place[1:6]).data_ptr() == place[1:6].data_ptr()
+    assert (
+        torch.equal(place[1:6], augment(images, index, **rule)) and not place[0].any() and not place[6].any()
+    )
+    for wrong in (
+        place[:4],
+        place[:5].double(),
+        torch.zeros(5, 3, 8, 6),
+        place[:5].expand(5, 3, 8, 6)[:, :, ::2],
+        torch.zeros(5, 3, 8, 6, device="meta"),
+        [1],
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"^out must be "):
+            augment(images, index, **rule, out=wrong)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_augment_compiles():
+    images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
+
+    def twice(images, index):
+        rule = {"policy": "weak", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        return ops.augment(images, index, **rule) * 2
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images, index), twice(images, index))
 
 
 def test_grey_squares_have_the_luma_of_the_coloured_ones():

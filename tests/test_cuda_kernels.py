@@ -259,9 +259,16 @@ class Kernels:
         return y
 
     def augment(
-        self, images: Tensor, index: Tensor, policy: Policy, plan: Tensor | None = None, *, seed=0
+        self,
+        images: Tensor,
+        index: Tensor,
+        policy: Policy,
+        plan: Tensor | None = None,
+        *,
+        seed=0,
+        shared=1 << 30,
     ) -> Tensor:
-        """Seed 3 and epoch 1; pixels / 255 as float32 [B, H, W, C]."""
+        """Seed 3 and epoch 1; pixels / 255 as float32 [B, H, W, C]. Where `shared` bytes are too few, by 3 blocks."""
         n, h, w, c = images.shape
         table = tables(policy, h, w, c, images.device)
         norm = normalization((0.0,) * c, (1.0,) * c, torch.float32, images.device)
@@ -269,8 +276,9 @@ class Kernels:
         out = results.new((len(index), h, w, c), torch.float32)
         settings = torch.tensor(table.settings, dtype=torch.int32)
         nothing = torch.empty(0)  # its data pointer is null
+        most = 3 if shared == 0 else 1 << 30
         self.call(
-            "augment", seed, images, n, h, w, c, index, len(index), table.variants, len(table.variants),
+            "augment", seed, shared, most, images, n, h, w, c, index, len(index), table.variants, len(table.variants),
             table.operations, len(table.operations), table.blends, norm, torch.tensor([3, 1]),
             nothing if plan is None else plan, settings, out,
         )  # fmt: skip
@@ -303,7 +311,8 @@ def check_augment(kernels: Kernels, images: Tensor, policy: Policy, *, seed=0) -
     index = torch.arange(len(images)).flip(0)
     kwargs = {"policy": policy, "seed": 3, "epoch": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
     want = ops.augment(images, index, **kwargs).permute(0, 2, 3, 1)
-    assert_equal(kernels.augment(images, index, policy, seed=seed), want)
+    for shared in (1 << 30, 0):
+        assert_equal(kernels.augment(images, index, policy, seed=seed, shared=shared), want)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -57,8 +57,8 @@ _lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tenso
 _lib.define("mish(Tensor x) -> Tensor", tags=_tags)
 _lib.define("mish_backward(Tensor d_y, Tensor x) -> Tensor d_x", tags=_tags)
 _lib.define(
-    "augment(Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends, Tensor norm,"
-    " Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> Tensor",
+    "augment(Tensor(a!) out, Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends,"
+    " Tensor norm, Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> ()",
     tags=_tags,
 )
 _lib.define(
@@ -168,17 +168,30 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if not _has_kernels(images):
         return reference.augment(
-            images, index, policy=policy, seed=seed, epoch=epoch, mean=mean, std=std, dtype=dtype, plan=plan
+            images,
+            index,
+            policy=policy,
+            seed=seed,
+            epoch=epoch,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            plan=plan,
+            out=out,
         )
-    found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan)
+    found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
     device = images.device
+    if out is None:
+        out = images.new_empty(index.shape + images.shape[1:], dtype=dtype).permute(0, 3, 1, 2)
     table = tables(found, *images.shape[1:], device)
     norm = normalization(tuple(mean), tuple(std), dtype, device)
     draws = None if plan is None else plan.draws
-    out = torch.ops.ups_fast.augment(
+    torch.ops.ups_fast.augment(
+        out.permute(0, 2, 3, 1),
         images,
         index,
         table.variants,
@@ -189,7 +202,7 @@ def augment(
         draws,
         table.settings,
     )
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -297,8 +310,8 @@ def _(d_y, x):
 
 
 @torch.library.register_fake("ups_fast::augment", lib=_lib)
-def _(images, index, variants, operations, blends, norm, seed, epoch, plan, settings):
-    return norm.new_empty(index.shape + images.shape[1:])
+def _(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings):
+    return None
 
 
 @torch.library.register_fake("ups_fast::augment_plan", lib=_lib)

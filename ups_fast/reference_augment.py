@@ -122,19 +122,20 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A batch gathered from a resident data set, augmented and normalised, in the order of `Policy`.
 
     Before it is normalised, an image is bit for bit what Pillow makes of it.
 
     Args:
-        images: [N, H, W, C] uint8, C = 1 or 3, contiguous. On a GPU two copies of an image and 4 kB must fit into
-            the shared memory that a block can have: with 3 channels some 190x190 pixels for 227 kB.
+        images: [N, H, W, C] uint8, C = 1 or 3, contiguous.
         index: [B] int64, on the device of `images`; which images, and the ids that they draw by.
         policy, seed, epoch: as in `augment_plan`.
         mean, std: of each channel, for pixels in [0, 1]; std above 0.
         dtype: of the result: float32, float16 or bfloat16. Computed in float32 and rounded once.
         plan: what to do instead of what would be drawn, made by `augment_plan` for the same policy and size.
+        out: where to write the result, if not into new memory: as what is returned.
 
     Returns:
         [B, C, H, W] of `dtype`, channels last in memory, on the device of `images`.
@@ -143,15 +144,16 @@ def augment(
         TypeError, ValueError: naming the argument and what it got. An index out of range raises a RuntimeError on the
         CPU and ends the CUDA context on a GPU, as torch's own indexing does.
     """
-    policy = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan)
+    policy = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
     height, width = images.shape[1:3]
     plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, epoch=epoch)
     rows = [replay(images[sample], plan, i) for i, sample in enumerate(index.tolist())]
     pixels = torch.stack(rows) if rows else images[:0].cpu()
-    out = ((pixels.to(torch.float32) / 255 - torch.tensor(mean)) / torch.tensor(std)).to(dtype)
-    for image, (top, left, bottom, right) in zip(out, plan.cutout.tolist(), strict=True):
+    batch = ((pixels.to(torch.float32) / 255 - torch.tensor(mean)) / torch.tensor(std)).to(dtype)
+    for image, (top, left, bottom, right) in zip(batch, plan.cutout.tolist(), strict=True):
         image[top:bottom, left:right] = 0
-    return out.permute(0, 3, 1, 2).to(images.device)
+    found = batch.permute(0, 3, 1, 2)
+    return found.to(images.device) if out is None else out.copy_(found)
 
 
 def replay(
@@ -274,6 +276,7 @@ def check_augment(
     std: Sequence[float],
     dtype: torch.dtype,
     plan: AugmentPlan | None,
+    out: Tensor | None,
 ) -> Policy:
     """The policy meant; raises the error of the first argument that is not as documented."""
     if not isinstance(images, Tensor):
@@ -306,4 +309,14 @@ def check_augment(
                 f"plan must have a row for each of {len(index)} indices on {index.device}, got "
                 f"{len(plan.draws)} on {plan.draws.device}"
             )
+    if out is not None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+        shape = [len(index), channels, height, width]
+        if out.dtype != dtype or list(out.shape) != shape or out.device != images.device:
+            raise ValueError(
+                f"out must be {dtype} {shape} on {images.device}, got {out.dtype} {list(out.shape)} on {out.device}"
+            )
+        if not out.permute(0, 2, 3, 1).is_contiguous():
+            raise ValueError(f"out must be channels last in memory, got strides {out.stride()}")
     return policy

@@ -156,13 +156,15 @@ class _Run:
         return plan, epoch + (occurrences(plan) << EPOCH_BITS)
 
     def _batches(self, told: Supervision, mix: Mix) -> Iterator[Tensor | None]:
-        """The images of the round's remaining steps; those on the device are read by the step itself."""
+        """Puts the images of the round's remaining steps where the step reads them, one by one; those on the device
+        it reads by itself."""
         if isinstance(self.train_images, ResidentImages):
             return repeat(None)
         epochs = range(self.state.epoch, self._budget(self.state.round)[0])
         # Plans of its own, as it is ahead of the training.
         steps = chain.from_iterable(zip(*self._plan(told, mix, epoch), strict=True) for epoch in epochs)
-        return self.train_images.training(islice(steps, self.state.step, None), seed=self._seed("augment"))
+        rest = islice(steps, self.state.step, None)
+        return self.train_images.training(rest, seed=self._seed("augment"), out=self.step.batch)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
@@ -229,8 +231,8 @@ class _Run:
             for step in range(state.step, mix.steps):
                 lr = lr_at(before + step, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
                 with self._outside():
-                    batch = next(batches)
-                self.step(plan[step], draw[step], lr, batch)
+                    next(batches)
+                self.step(plan[step], draw[step], lr)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due()

@@ -123,8 +123,9 @@ class TrainStep:
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
         self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
-        # [B, C, S, S] of images that come from files; others are read in the step.
-        self.batch: Tensor | None = None
+        self.batch: Tensor | None = (
+            None  # [B, C, S, S], if images come from files; others are read in the step
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self.optimizer = torch.optim.SGD(
@@ -173,11 +174,8 @@ class TrainStep:
         index: Tensor,  # int64 [B], sample ids, the positives first
         draw: Tensor,  # int64 [B], which of a sample's augmentations and dropout masks
         lr: float,
-        images: Tensor | None = None,  # [B, C, S, S], augmented, where they come from files
     ) -> None:
-        """One step; adds its loss to `loss`. Never waits for the device."""
-        if self.batch is not None and images is not None:
-            self.batch.copy_(images)
+        """One step; adds its loss to `loss`. Images from files must be in `batch`. Never waits for the device."""
         self.rows[0].copy_(index)
         self.rows[1].copy_(draw)
         self.lr.fill_(lr)

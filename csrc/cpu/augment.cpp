@@ -30,17 +30,16 @@ void check_rows(const AugmentArgs<Word>& args, int64_t B) {
   }
 }
 
-Tensor augment_cpu(const Tensor& images, const Tensor& index, const Tensor& variants, const Tensor& operations,
-                   const Tensor& blends, const Tensor& norm, const Tensor& seed, const Tensor& epoch,
-                   std::optional<Tensor> plan, std::vector<int64_t> settings) {
-  const AugmentCall call(images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
+void augment_cpu(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
+                 const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
+                 const Tensor& epoch, std::optional<Tensor> plan, std::vector<int64_t> settings) {
+  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
   call.dispatch([&](const auto& args, auto channels) {
     constexpr int C = decltype(channels)::value;
     check_rows(args, index.size(0));
     torch::stable::parallel_for(0, index.size(0), 8,
                                 [&](int64_t begin, int64_t end) { UPS_ISA_CALL(augment_rows<C>, args, begin, end); });
   });
-  return call.out;
 }
 
 Tensor augment_plan_cpu(const Tensor& index, const Tensor& variants, const Tensor& operations, const Tensor& seed,

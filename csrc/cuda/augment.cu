@@ -1,8 +1,9 @@
 // augment: uint8 images in, gathered, augmented as math/pixels.inl says, normalised and written channels last.
 //
 // Never materialised: the gathered or the augmented bytes of a batch. Mapping: a block per image, which stays in shared
-// memory (two copies) from the gather to the normalisation; a thread works on every so many pixels of it. What is drawn
-// is drawn here, one thread for each operation. augment_plan: a thread per image.
+// memory (two copies) from the gather to the normalisation, or, where it is too large (some 190x190 pixels in colour on
+// an H100), in global memory that the block has for itself; a thread works on every so many pixels of it. What is
+// drawn is drawn here, one thread for each operation. augment_plan: a thread per image.
 #include <cstdint>
 
 #include "../augment.h"
@@ -40,14 +41,22 @@ struct Block {
   __device__ __forceinline__ void most(int32_t* to, int32_t x) const { atomicMax(to, x); }
 };
 
-template <int C, class Word>
-__global__ void __launch_bounds__(256) augment_block(const AugmentArgs<Word> a) {
-  const int64_t b = blockIdx.x;
-  const bool fits = a.index[b] >= 0 && a.index[b] < a.N &&
-                    (a.plan == nullptr || plan_fits(a, a.plan + b * plan_words(a.settings.n_ops)));
-  if (!fits) __trap();  // as torch's indexing does: an error that the next synchronisation reports
+template <int C, class Word, bool kShared>
+__global__ void __launch_bounds__(256)
+    augment_block(const AugmentArgs<Word> a, int64_t images, uint8_t* global /* [blocks, canvas_bytes], or null */) {
   const Block team;
-  augment_image(canvas_in<C>(dynamic_shared(), team, a), a, b);
+  uint8_t* memory;
+  if constexpr (kShared) {
+    memory = dynamic_shared();
+  } else {
+    memory = global + blockIdx.x * canvas_bytes(a.H, a.W, C, a.settings.n_ops).total;
+  }
+  for (int64_t b = blockIdx.x; b < images; b += gridDim.x) {
+    const bool fits = a.index[b] >= 0 && a.index[b] < a.N &&
+                      (a.plan == nullptr || plan_fits(a, a.plan + b * plan_words(a.settings.n_ops)));
+    if (!fits) __trap();  // as torch's indexing does: an error that the next synchronisation reports
+    augment_image(canvas_in<C>(memory, team, a), a, b);
+  }
 }
 
 __global__ void augment_plan_rows(const DrawArgs a, int64_t images, int32_t* plan /* [B, plan_words] */) {
@@ -71,10 +80,19 @@ __global__ void augment_plan_rows(const DrawArgs a, int64_t images, int32_t* pla
 namespace ups::cuda {
 namespace {
 
-Tensor augment_cuda(const Tensor& images, const Tensor& index, const Tensor& variants, const Tensor& operations,
-                    const Tensor& blends, const Tensor& norm, const Tensor& seed, const Tensor& epoch,
-                    std::optional<Tensor> plan, std::vector<int64_t> settings) {
-  const AugmentCall call(images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
+// Bytes of shared memory that a block may ask for.
+int64_t shared_bytes(int32_t device) {
+  int bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  UPS_CHECK(error == cudaSuccess, "augment: the device does not tell its shared memory: ", cudaGetErrorString(error));
+  return bytes;
+}
+
+void augment_cuda(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
+                  const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
+                  const Tensor& epoch, std::optional<Tensor> plan, std::vector<int64_t> settings) {
+  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
+  check_beside("out", out, images);
   check_beside("index", index, images);
   check_beside("variants", variants, images);
   check_beside("operations", operations, images);
@@ -83,26 +101,28 @@ Tensor augment_cuda(const Tensor& images, const Tensor& index, const Tensor& var
   check_beside("seed", seed, images);
   check_beside("epoch", epoch, images);
   if (plan.has_value()) check_beside("plan", *plan, images);
-  if (call.out.numel() == 0) return call.out;
+  if (out.numel() == 0) return;
 
-  const DeviceGuard guard(images.get_device_index());
+  const int32_t device = images.get_device_index();
+  const DeviceGuard guard(device);
   call.dispatch([&](const auto& args, auto channels) {
     constexpr int C = decltype(channels)::value;
-    const auto kernel = augment_block<C, std::remove_const_t<std::remove_pointer_t<decltype(args.norm)>>>;
-    const size_t bytes = canvas_bytes(args.H, args.W, C, args.settings.n_ops).total;
-    const LaunchPlan launch_plan = augment_plan(index.size(0), int64_t{args.H} * args.W, bytes);
-    if (bytes > 48 << 10) {  // more than a block has unless it asks
-      const cudaError_t refused =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-      if (refused != cudaSuccess) {
-        cudaGetLastError();  // forgets it
-        UPS_CHECK(false, "images of ", args.H, "x", args.W, "x", C, " need ", bytes,
-                  " bytes of shared memory, more than a block of this GPU has");
-      }
+    using Word = std::remove_const_t<std::remove_pointer_t<decltype(args.norm)>>;
+    const int64_t B = index.size(0), bytes = canvas_bytes(args.H, args.W, C, args.settings.n_ops).total;
+    const LaunchPlan where = augment_plan(B, int64_t{args.H} * args.W, bytes, shared_bytes(device));
+    if (where.variant == 1) {
+      const Tensor global = torch::stable::new_empty(images, {where.blocks, bytes});
+      return launch("augment", augment_block<C, Word, false>, where, images, args, B, data<uint8_t>(global));
     }
-    launch("augment", kernel, launch_plan, images, args);
+    const auto kernel = augment_block<C, Word, true>;
+    if (where.shared > 48 << 10) {  // more than a block has unless it asks
+      const cudaError_t refused =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared);
+      UPS_CHECK(refused == cudaSuccess, "augment: ", where.shared, " bytes of shared memory were refused: ",
+                cudaGetErrorString(refused));
+    }
+    launch("augment", kernel, where, images, args, B, static_cast<uint8_t*>(nullptr));
   });
-  return call.out;
 }
 
 Tensor augment_plan_cuda(const Tensor& index, const Tensor& variants, const Tensor& operations, const Tensor& seed,

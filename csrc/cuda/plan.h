@@ -101,8 +101,15 @@ inline LaunchPlan loss_backward_plan(int64_t rows, int64_t classes) {
 }
 
 // augment: a block per image; more threads for more pixels, but no more than keep several blocks on a multiprocessor.
-inline LaunchPlan augment_plan(int64_t images, int64_t pixels, size_t canvas_bytes) {
+// Variant 0 works in shared memory. Variant 1, for images that do not fit there, in canvas_bytes of global memory for
+// each block; some 8 blocks for each multiprocessor of a large GPU then walk over the images.
+constexpr int64_t kAugmentMaxBlocks = 1024;
+
+inline LaunchPlan augment_plan(int64_t images, int64_t pixels, size_t canvas_bytes, int64_t shared_bytes) {
   const int threads = pixels <= 256 ? 64 : pixels <= 2048 ? 128 : 256;
+  if (static_cast<int64_t>(canvas_bytes) > shared_bytes) {
+    return {1, threads, threads, images < kAugmentMaxBlocks ? images : kAugmentMaxBlocks};
+  }
   return {0, threads, threads, images, static_cast<int>(canvas_bytes)};
 }
 

@@ -172,17 +172,24 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
   });
 }
 
-// As torch.ops.ups_fast.augment, to float32. `plan` may be null.
-const char* augment(uint64_t seed, const uint8_t* images, int64_t N, int H, int W, int C, const int64_t* index,
+// As torch.ops.ups_fast.augment, to float32. `plan` may be null. In global memory where shared_bytes do not suffice.
+const char* augment(uint64_t seed, int64_t shared_bytes, int64_t max_blocks, const uint8_t* images, int64_t N, int H, int W, int C, const int64_t* index,
                     int64_t B, const void* variants, int n_variants, const int32_t* operations, int n_operations,
                     const uint8_t* blends, const uint32_t* norm, const int64_t* seed_and_epoch, const int32_t* plan,
                     const ups::AugmentSettings* settings, uint32_t* out) {
   const ups::DrawArgs draw =
       draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
   const ups::AugmentArgs<uint32_t> args = {draw, images, N, blends, norm, plan, out};
-  const LaunchPlan where = augment_plan(B, int64_t{H} * W, ups::canvas_bytes(H, W, C, settings->n_ops).total);
-  report = C == 1 ? launch(where, seed, augment_block<1, uint32_t>, args)
-                  : launch(where, seed, augment_block<3, uint32_t>, args);
+  const size_t bytes = ups::canvas_bytes(H, W, C, settings->n_ops).total;
+  const LaunchPlan where = at_most(max_blocks, augment_plan(B, int64_t{H} * W, bytes, shared_bytes));
+  std::vector<uint4> global(where.variant == 1 ? where.blocks * bytes / sizeof(uint4) : 0);
+  uint8_t* const memory = reinterpret_cast<uint8_t*>(global.data());
+  const auto run = [&](auto kernel) { report = launch(where, seed, kernel, args, B, memory); };
+  if (where.variant == 1) {
+    C == 1 ? run(augment_block<1, uint32_t, false>) : run(augment_block<3, uint32_t, false>);
+  } else {
+    C == 1 ? run(augment_block<1, uint32_t, true>) : run(augment_block<3, uint32_t, true>);
+  }
   return report.c_str();
 }
 

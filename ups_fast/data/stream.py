@@ -111,6 +111,7 @@ class FileImages:
         steps: Iterable[tuple[Tensor, Tensor]],  # of each step the sample ids and draws, int64 [B]
         *,
         seed: int,
+        out: Tensor | None = None,  # as a batch: each is then written there, over the last one
     ) -> Iterator[Tensor]:  # each [B, C, S, S] float32, channels_last, on the device
         """A batch for each step, augmented as the policy draws from seed, draw and sample id.
 
@@ -120,7 +121,7 @@ class FileImages:
         ours, theirs = itertools.tee(checked)
         batches = self._streamed((ids, self._drawn(ids, draw, seed)) for ids, draw in theirs)
         for (ids, draw), batch in zip(ours, batches, strict=True):
-            yield self._finished(batch, ids, draw, seed, self.policy)
+            yield self._finished(batch, ids, draw, seed, self.policy, out)
 
     def clean_batches(
         self,
@@ -165,15 +166,30 @@ class FileImages:
         draws, scale = box_draws(ids.numpy(), draw.numpy(), seed), self.resized_crop
         return lambda row, height, width: random_box(draws[row], height, width, scale)
 
-    def _finished(self, batch: Tensor, ids: Tensor, draw: Tensor, seed: int, policy: Policy) -> Tensor:
+    def _finished(
+        self, batch: Tensor, ids: Tensor, draw: Tensor, seed: int, policy: Policy, out: Tensor | None = None
+    ) -> Tensor:
         """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalised."""
         if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early
             batch.record_stream(torch.cuda.current_stream(batch.device))
         batch, ids, draw = (x.to(self.home, non_blocking=True) for x in (batch, ids, draw))
         plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, epoch=draw)
         rows = torch.arange(len(ids), device=self.home)
-        out = augment(batch, rows, policy=policy, seed=seed, epoch=0, mean=self.mean, std=self.std, plan=plan)
-        return out.to(self.device)
+        there = self.home == self.device
+        done = augment(
+            batch,
+            rows,
+            policy=policy,
+            seed=seed,
+            epoch=0,
+            mean=self.mean,
+            std=self.std,
+            plan=plan,
+            out=out if there else None,
+        )
+        if there:
+            return done
+        return done.to(self.device) if out is None else out.copy_(done)
 
     # --- reading --------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ A record holds what its numbers must not travel without (machine, torch, commit,
 
     group, implementation
     median, q1, q3  seconds of one call;  n  rounds that they are taken from
-    rate, unit      images/s, or GB/s of the bytes that any implementation must move; absent where neither says much
+    rate, unit      images/s, or GB/s of the bytes that any implementation must move, or % of the time in which a step
+                    waits for its images; absent where none says much
     share           of the bound: those bytes at the copy bandwidth of the same run, over the median
     predicted       [from, to, unit], written down before the machine was met (`PREDICTED`)
     note            empty; for the sentence that explains a miss, written into the JSON by hand
@@ -103,6 +104,8 @@ def row_of(bench: Any, hardware: str) -> dict[str, Any]:
     row |= {name: getattr(stats, name) / calls for name in ("median", "q1", "q3")} | {"n": stats.rounds}
     if "images" in info:
         row |= {"rate": info["images"] / row["median"], "unit": "images/s"}
+    elif "waiting" in info:
+        row |= {"rate": 100 * info["waiting"], "unit": "% waiting"}
     elif "bytes" in info:
         row |= {"rate": info["bytes"] / row["median"] / 1e9, "unit": "GB/s"}
     predicted = PREDICTED.get((row["group"], row["implementation"]))

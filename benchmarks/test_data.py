@@ -1,21 +1,26 @@
 """Files and arrays as training batches: DALI against Pillow and against torchvision in a DataLoader: `make bench`.
 
 A round is one pass over all images. All have two threads, torchvision two worker processes that stay alive. torch has
-one thread: more would contend with the loader's for the same cores.
+one thread, more would contend with the loader's for the same cores, but for `test_training_waits`.
 """
 
 from __future__ import annotations
 
 import io
+import time
+from itertools import repeat
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_ops import MEAN, STD, measure
+from test_ops import GPU, MEAN, STD, measure
 
-from ups_fast.data import ResidentImages, file_images
+from ups_fast.data import ResidentImages, file_images, read_image, resize_crop
+from ups_fast.engine import Supervision, batch_mix, epoch_plan
+from ups_fast.models import build
 from ups_fast.policy import POLICIES, Policy
+from ups_fast.step import TrainStep, plan_step
 
 IMAGES, BATCH, WORKERS, ROUNDS = 512, 64, 2, 10
 SCALE = (0.2, 1.0)
@@ -97,9 +102,11 @@ def test_jpegs(benchmark, photographs, chain, name):
         )  # fmt: skip
         plan = torch.randperm(IMAGES).view(-1, BATCH)
         if chain:
-            call = passes_over(
-                lambda: images.training(zip(plan, torch.zeros_like(plan), strict=True), seed=0)
-            )
+            place = torch.empty(BATCH, 3, 224, 224).to(
+                memory_format=torch.channels_last
+            )  # as a TrainStep has
+            steps = [*zip(plan, torch.zeros_like(plan), strict=True)]
+            call = passes_over(lambda: images.training(steps, seed=0, out=place))
         else:
             jobs = [(ids, images._drawn(ids, torch.zeros_like(ids), 0)) for ids in plan]
             call = passes_over(lambda: images._streamed(jobs))
@@ -125,3 +132,70 @@ def test_arrays(benchmark, name):
         call = passes_over(lambda: images.training(zip(plan, torch.zeros_like(plan), strict=True), seed=0))
     benchmark.extra_info["images"] = n
     measure(benchmark, f"{n} arrays of 32x32, published chain", name, call, "cpu", ROUNDS)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """1,024 of scikit-learn's handwritten digits as PNG files of 8 x 8 pixels, which are little but the cost of a file."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    root = tmp_path_factory.mktemp("digits")
+    for i, pixels in enumerate(datasets.load_digits().images[:1024]):
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).save(root / f"{i}.png")
+    return root, [f"{i}.png" for i in range(1024)]
+
+
+# device, network, images, size, channels, batch, threads of torch and of the loader
+ROUND = [
+    ("cpu", "torchvision:resnet18", "photographs", 224, 3, 32, 2),
+    ("cpu", "wrn-28-2", "digits", 8, 1, 32, 1),
+]
+ROUND += [("cuda", "torchvision:resnet50", "photographs", 224, 3, 128, 16)] if GPU else []
+
+
+@pytest.mark.parametrize("name", ["resident", "plain: Pillow", "dali"])
+@pytest.mark.parametrize(("device", "network", "files", "size", "channels", "batch", "threads"), ROUND)
+def test_training_waits(benchmark, request, device, network, files, size, channels, batch, threads, name):
+    """An epoch as a run trains it, and the share of its time in which the step waits for its images."""
+    kind = name.split(":")[0]
+    if network.startswith("torchvision"):
+        pytest.importorskip("torchvision", reason="torchvision is not installed")
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    root, paths = request.getfixturevalue(files)
+    paths = paths if GPU or size < 100 else paths[:192]
+    torch.set_num_threads(threads)
+    common = {"mean": MEAN[:channels], "std": STD[:channels], "device": device, "policy": Policy(flip=True)}
+    if kind == "resident":
+        pixels = [resize_crop(read_image(root / path, channels), size) for path in paths]
+        images = ResidentImages(torch.from_numpy(np.stack(pixels)), **common)
+    else:
+        images = file_images(kind, root, paths, size=size, channels=channels, threads=threads, **common)
+    model = build(network, n_classes=10, channels=channels, size=size, dropout=0.3)
+    model = model.to(device, memory_format=torch.channels_last)
+    step = TrainStep(
+        model, images, 10, plan_step("auto", "auto", torch.device(device)), momentum=0.9, weight_decay=0.0
+    )
+    target, negative = torch.arange(len(paths)) % 10, torch.zeros(len(paths), 1, dtype=torch.int32)
+    mix = batch_mix(len(paths), 0, batch)
+    told = Supervision(target, negative, torch.arange(len(paths)), torch.arange(0))
+    step.start(told, mix, model.state_dict(), augment_seed=0, dropout_seed=0)
+    plan = epoch_plan(told.positives, told.negatives, mix, torch.Generator().manual_seed(0))
+    place = plan.to(device)
+    waited = whole = 0.0
+
+    def epoch():
+        nonlocal waited, whole
+        start = time.perf_counter()
+        batches = repeat(None)
+        if kind != "resident":
+            batches = images.training(zip(plan, plan * 0, strict=True), seed=0, out=step.batch)
+        for index in place:
+            before = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - before
+            step(index, index * 0, 0.01)
+        whole += time.perf_counter() - start
+
+    group = f"epoch {device} {network} B={batch}, {len(paths)} files to {size}, {threads} threads"
+    rounds = ROUNDS if GPU or size < 100 else 3
+    measure(benchmark, group, name, epoch, device, rounds, finish=lambda: {"waiting": waited / whole})

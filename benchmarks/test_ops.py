@@ -47,11 +47,12 @@ def cache_bytes():
     return int(told.read_text().strip().removesuffix("K")) << 10 if told.exists() else 1 << 62
 
 
-def measure(benchmark, group, name, call, device, rounds=None, *, calls=1, moved=0):
+def measure(benchmark, group, name, call, device, rounds=None, *, calls=1, moved=0, finish=dict):
     """Times rounds of `call`, the device's work included.
 
     calls  of the op in one `call`
     moved  bytes that one of them must read and write at least; a bound where all calls' are beyond the cache
+    finish what else to note, once all is done
     """
     if name.endswith(", graph"):
         call = captured(call)
@@ -68,6 +69,7 @@ def measure(benchmark, group, name, call, device, rounds=None, *, calls=1, moved
         benchmark.extra_info |= {"bytes": moved, "bounded": moved * calls >= 2 * cache_bytes()}
     rounds = rounds or (100 if "eager" not in name and "Pillow" not in name else 20)
     benchmark.pedantic(timed, warmup_rounds=min(5, max(1, rounds // 3)), rounds=rounds)
+    benchmark.extra_info |= finish()
 
 
 def captured(call):

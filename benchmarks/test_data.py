@@ -136,7 +136,7 @@ def test_arrays(benchmark, name):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """1,024 of scikit-learn's handwritten digits as PNG files of 8 x 8 pixels, which are little but the cost of a file."""
+    """1,024 of scikit-learn's handwritten digits as PNG files of 8 x 8 pixels: little but the cost of a file."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     root = tmp_path_factory.mktemp("digits")
     for i, pixels in enumerate(datasets.load_digits().images[:1024]):

@@ -155,14 +155,19 @@ class DaliImages(FileImages):
         start, shape = (np.array([file.box[k : k + 2] for file in files], np.int32) for k in (0, 2))
         encoded = [np.frombuffer(file.encoded, np.uint8) for file in files]
         (images,) = pipeline.run(encoded=encoded, start=start, shape=shape)
-        if self._stream is None:
-            for k, file in enumerate(files):
-                _put(np.asarray(images.at(k)), out[file.row])
-        else:
-            out[[file.row for file in files]] = _in_channels(
-                torch.from_dlpack(images.as_tensor()), self.channels
-            )
+        rows = [file.row for file in files]
+        if self._stream is not None:
+            colours = torch.from_dlpack(images.as_tensor())
+            out[rows] = colours if self.channels == 3 else _grey(colours)
             self._stream.synchronize()  # before the pipeline writes there again
+        elif self.channels == 3:
+            for k, row in enumerate(rows):
+                _put(np.asarray(images[k]), out[row])
+        else:
+            colours = out.new_empty(len(rows), self.size, self.size, 3)
+            for k, place in enumerate(colours):
+                _put(np.asarray(images[k]), place)
+            out[rows] = _grey(colours)
         self._idle.append(pipeline)
 
     def _pipeline(self, batch_size: int, scaled: bool) -> Any:
@@ -204,26 +209,19 @@ def _cut(image: np.ndarray, box: Box) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def _put(image: np.ndarray, place: Tensor) -> None:  # [h, w, 1 or 3] and [S, S, C], uint8 on the CPU
+def _grey(images: Tensor) -> Tensor:  # uint8 [..., 3] to [..., 1]
+    return ((images.int() * _LUMA.to(images.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()
+
+
+def _put(image: np.ndarray, place: Tensor) -> None:  # [h, w, C] and [S, S, C], uint8 on the CPU
     """Scales the image where it must be, and into its place."""
-    size, channels = place.shape[:2], place.shape[2]
-    if image.shape[:2] != size:
-        box = torch.from_numpy(image)
-        scaled = place if box.shape[2] == channels else box.new_empty(*size, 3)
-        _scale_into(box.permute(2, 0, 1)[None], scaled.permute(2, 0, 1)[None])
-        image = scaled.numpy()
-    if image.shape[2] != channels:
-        image = _in_channels(torch.from_numpy(image), channels).numpy()
-    np.copyto(place.numpy(), image)  # by numpy: torch would wake all its threads for each image
+    if image.shape == place.shape:
+        np.copyto(place.numpy(), image)  # by numpy: torch would wake all its threads for each image
+    else:
+        _scale_into(torch.from_numpy(image).permute(2, 0, 1)[None], place.permute(2, 0, 1)[None])
 
 
 def _scale_into(image: Tensor, place: Tensor) -> None:  # uint8 [1, C, h, w] and [1, C, S, S], channels last
     """Bilinear and antialiased, as `interpolate` does it, but without its copies: they take longer than the scaling."""
     size = list(place.shape[2:])
     torch.ops.aten._upsample_bilinear2d_aa.out(image, size, False, None, None, out=place)
-
-
-def _in_channels(image: Tensor, channels: int) -> Tensor:  # [..., 1 or 3] to [..., C]
-    if image.shape[-1] == channels:
-        return image
-    return ((image.int() * _LUMA.to(image.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()

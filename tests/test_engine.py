@@ -210,6 +210,17 @@ def test_evaluate() -> None:
     assert torch.allclose(got.confidence[~got.confidence.isnan()], torch.ones(5))
 
 
+def test_lost_images_are_not_tested() -> None:
+    images = torch.tensor([0, 1, 2, 3], dtype=torch.uint8).view(-1, 1, 1, 1)
+    resident = ResidentImages(images, mean=(0.0,), std=(1.0,), device="cpu", lost={2: "gone", 0: "gone"})
+    got = evaluate(Reader(), resident, torch.tensor([5, 1, 5, 0]), batch_size=3)
+    assert (
+        got.index.tolist() == [1, 3]
+        and got.correct.tolist() == [True, False]
+        and got.label.tolist() == [1, 3]
+    )
+
+
 def test_evaluate_is_without_dropout_and_leaves_the_model_training() -> None:
     torch.manual_seed(0)
     model = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.5).train()

@@ -123,7 +123,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
         "negative_samples",
     }
     wanted |= {"ece", "ece_selected", "seconds"}
-    extra = {"per_class_positives", "non_finite", "train_loss", "test_ece", "test_mistakes", "outside"}
+    extra = {"per_class_positives", "no_label", "train_loss", "test_ece", "test_mistakes", "outside"}
     for row in rows:
         assert set(row) == wanted | extra
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"
@@ -412,7 +412,7 @@ def test_a_single_pass_without_uncertainty(tmp_path: Path) -> None:
 
 def test_a_network_that_explodes_is_reported_and_not_believed(tmp_path: Path) -> None:
     result, text = run(tiny_config(tmp_path, train__lr=1e30))
-    assert [row["non_finite"] for row in result.rows] == [54, 54]
+    assert [row["no_label"] for row in result.rows] == [54, 54]
     assert all(row["positives"] == row["negatives"] == 0 and row["ece"] is None for row in result.rows)
     assert all(row["train_loss"] is None and row["test_acc"] == 0 for row in result.rows)
     assert "round 0: 54 samples have NaN or infinite logits" in text

@@ -287,6 +287,21 @@ def test_which_thresholds_are_strict(settings: dict[str, float], positive: bool,
     assert reference.unpack_mask(got.negative, 2).tolist() == [[False, negative]], "never the label itself"
 
 
+def test_lost_images_are_selected_for_nothing() -> None:
+    """As if their logits were NaN: class 1 has 26 candidates, then 25."""
+    logits = (
+        torch.tensor([[9.0, 0.0], [0.0, 9.0]]).repeat_interleave(torch.tensor([30, 26]), 0).repeat(10, 1, 1)
+    )
+    images = resident(torch.arange(56, dtype=torch.uint8).view(56, 1, 1, 1))
+    index = torch.arange(56).flip(0)
+    for gone in (50, 3):
+        images.lost, broken = {gone: "gone", 99: "not asked for"}, logits.clone()
+        broken[3, gone, 1] = math.nan
+        got = label(Scripted(logits), images, index, passes=10, balanced=True)
+        want = label(Scripted(broken), resident(images.images), index, passes=10, balanced=True)
+        assert equal(got, want) and got.label.eq(-1).nonzero().tolist() == [[55 - gone]]
+
+
 def test_non_finite_samples_are_selected_for_nothing_and_counted() -> None:
     logits = torch.tensor([9.0, 0.0, 0.0]).repeat(10, 5, 1)
     logits[3, 1, 2], logits[0, 2, 0], logits[9, 4, 1] = math.nan, INF, -INF
@@ -295,7 +310,7 @@ def test_non_finite_samples_are_selected_for_nothing_and_counted() -> None:
     assert got.positive.tolist() == [True, False, False, True, False]
     assert not got.negative.any()
     numbers = report(got, torch.zeros(5, dtype=torch.int64), 3)
-    assert numbers["non_finite"] == 3
+    assert numbers["no_label"] == 3
     assert numbers["positive_acc"] == 1.0 and numbers["ece"] == pytest.approx(1 - float(got.confidence[0]))
 
 
@@ -445,7 +460,7 @@ def test_report_by_hand() -> None:
         "ece": pytest.approx((0.1 + 0.8 + 0.4 + 0.5) / 4, abs=1e-6),
         "ece_selected": pytest.approx((0.1 + 0.8) / 2, abs=1e-6),
         "per_class_positives": per_class,
-        "non_finite": 1,
+        "no_label": 1,
     }
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from test_predict import CONFIG, FAST, images
+from test_predict import CONFIG, FAST, images, table
 
-from ups_fast import inputs, step, train
+from ups_fast import inputs, rounds, step, train
+from ups_fast.engine import evaluate
 
 __all__ = ["images"]  # the fixture
 SPAWN = multiprocessing.get_context("spawn")
@@ -56,7 +57,7 @@ def run(arguments: list[str], kill_at: int = 0) -> int | None:
     return process.exitcode
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def rows_of(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if key not in ("seconds", "outside")} for row in found]
 
@@ -80,7 +81,7 @@ def test_a_killed_run_ends_as_if_nothing_was(at: int, images: Path, plain: Path,
     arguments = words(images, tmp_path / "run", "data.loader=plain", "data.resized_crop=0.6")
     assert run(arguments, kill_at=at) == -signal.SIGKILL
     assert run(arguments) == 0
-    assert rows(tmp_path / "run") == rows(plain)
+    assert rows_of(tmp_path / "run") == rows_of(plain)
     assert all(map(torch.equal, weights(tmp_path / "run").values(), weights(plain).values()))
 
 
@@ -92,7 +93,7 @@ def test_dali_and_pillow_train_alike(images: Path, tmp_path: Path, capfd: pytest
     for loader in ("dali", "plain"):
         assert train.main(words(images, tmp_path / loader, f"data.loader={loader}", "data.size=16")) == 0
         assert f"images stay in their files: data.loader={loader}" in capfd.readouterr().out
-    a, b = rows(tmp_path / "dali"), rows(tmp_path / "plain")
+    a, b = rows_of(tmp_path / "dali"), rows_of(tmp_path / "plain")
     assert [row["test_acc"] for row in a] == [row["test_acc"] for row in b]
     for x, y in zip(a, b, strict=True):
         assert x["train_loss"] == pytest.approx(y["train_loss"], rel=0.05)
@@ -113,13 +114,28 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     monkeypatch.setattr(step, "train_step", sabotaged)
     assert train.main(words(mine, tmp_path / "run", "data.loader=plain", "train.rounds=1")) == 0
     said = capfd.readouterr().out
-    assert "1 files could not be read any more" in said and "dark 0.png" in said
+    assert "1 files could not be read any more" in said and "dark 0.png" in said and "NaN" not in said
     assert "dark 0.png" in (tmp_path / "run" / "report.html").read_text()
+    labels = {row["path"]: row for row in table(tmp_path / "run" / "pseudo_labels.csv")}
+    gone = labels.pop(os.path.join("unlabeled", "dark 0.png"))
+    assert [gone[key] for key in ("label", "confidence", "positive", "negative", "name")] == [
+        "-1",
+        "nan",
+        "0",
+        "",
+        "",
+    ]
+    assert all(row["label"] in "01" and row["confidence"] != "nan" for row in labels.values())
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["no_label"] == 1
 
 
 @pytest.mark.parametrize("loader", ["plain", "resident"])
 def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
-    loader: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    loader: str,
+    images: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
 
@@ -132,16 +148,25 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     assert train.main(arguments) == 2
     assert "'labeled/dark/dark 3.png' of data.root has changed since the run began" in capfd.readouterr().err
     (mine / "labeled" / "dark" / "dark 3.png").unlink()
+    (mine / "test" / "dark" / "dark 0.png").unlink()
+    real, seen = evaluate, []
+    monkeypatch.setattr(
+        rounds, "evaluate", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1]
+    )
     assert train.main(arguments) == 0
+    assert all(found.index.tolist() == [1, 2, 3, 4, 5] for found in seen) and seen, "the others are tested"
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "dark 0.png" in page and "dark 3.png" in page
-    assert len((tmp_path / "run" / "pseudo_labels.csv").read_text().splitlines()) == 11, "still in its place"
+    assert all(f"dark {i}.png" in page for i in (0, 3))
+    labels = {row["path"]: row["label"] for row in table(tmp_path / "run" / "pseudo_labels.csv")}
+    assert len(labels) == 10 and [path for path, label in labels.items() if label == "-1"] == [
+        os.path.join("unlabeled", "dark 0.png")
+    ], "still in its place"
     copy = shutil.copytree(mine, tmp_path / "copy", copy_function=shutil.copyfile)
     assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 0, "data may move"
     shutil.rmtree(copy / "unlabeled")
     shutil.rmtree(copy / "labeled")
     assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 2
-    assert "lacks 22 of the 28 files of the run" in capfd.readouterr().err
+    assert "lacks 23 of the 28 files of the run" in capfd.readouterr().err
 
 
 def test_what_does_not_fit_into_memory_stays_in_its_files(

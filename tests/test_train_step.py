@@ -224,6 +224,27 @@ def steps_of_round(each: TrainStep, number: int, n: int = 6, size: int = 16) -> 
     return torch.stack(sums).cpu()
 
 
+def test_a_lost_image_teaches_nothing() -> None:
+    """Whatever its target and negatives are, in the round in which it is lost and in the next one."""
+    mix, batch = Mix(3, 3, 1), torch.tensor([3, 7, 9, 3, 11, 12])
+
+    def ends(target: int, lost: bool) -> list[Tensor]:
+        each, about, found = new_step(), told(5), []
+        about.target[3], about.negative[3] = target, 1 << (4 - target)
+        for round in range(2):
+            each.start(about, mix, network().state_dict(), augment_seed=1, dropout_seed=2)
+            each(batch + 4, batch, lr=0.1)
+            if lost:
+                each.images.lost[3] = "gone"
+            each(batch, batch + round, lr=0.1)
+            found += [tensor.clone() for tensor in memory(each)]
+        return found
+
+    assert all(map(torch.equal, ends(0, True), ends(1, True)))
+    assert not torch.equal(ends(0, False)[-1], ends(1, False)[-1])
+    assert not torch.equal(ends(0, False)[-1], ends(0, True)[-1])
+
+
 def memory(each: TrainStep) -> list[Tensor]:
     return [*each.model.state_dict().values(), *each.momentum.values(), each.loss]
 

@@ -138,11 +138,12 @@ def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0, cosine: floa
 
 
 class Evaluation(NamedTuple):
-    """A network on labelled images, on the host. Accuracy is the mean of `correct`."""
+    """A network on those of M labelled images that are not lost, on the host. Accuracy is the mean of `correct`."""
 
-    confidence: Tensor  # float32 [M], NaN where a logit was NaN or infinite
-    correct: Tensor  # bool [M], False there
-    label: Tensor  # int64 [M], -1 there
+    index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
+    confidence: Tensor  # float32 [m], NaN where a logit was NaN or infinite
+    correct: Tensor  # bool [m], False there
+    label: Tensor  # int64 [m], -1 there
 
 
 def evaluate(
@@ -159,4 +160,6 @@ def evaluate(
     found = label(
         model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
     ).cpu()
-    return Evaluation(found.confidence, found.label == labels.cpu(), found.label)
+    kept = ~torch.isin(found.index, torch.tensor(sorted(images.lost), dtype=torch.int64))
+    confidence, correct, answer = found.confidence, found.label == labels.cpu(), found.label
+    return Evaluation(found.index[kept], confidence[kept], correct[kept], answer[kept])

@@ -95,9 +95,15 @@ class _Known(NamedTuple):
     std: tuple[float, ...]
     damaged: tuple[str, ...]  # sentences of then
 
+    gone: list[int]  # positions in folder.paths
+
     def again(self, data: ImageSet) -> ImageSet:
-        damaged = (*self.damaged, *data.damaged)
-        return replace(data, mean=self.mean, std=self.std, damaged=damaged)
+        data = replace(data, mean=self.mean, std=self.std, damaged=self.damaged)
+        if not data.in_files:  # what could not be read is known
+            return data
+        n, why = len(data.names or ()), {i: f"{self.folder.paths[i]!r} is gone" for i in self.gone}
+        lost = {i: each for i, each in why.items() if i < n}
+        return replace(data, lost=lost, test_lost={i - n: each for i, each in why.items() if i >= n})
 
 
 def write_files(run_dir: Path, data: ImageSet) -> None:
@@ -140,7 +146,7 @@ def _known_files(cfg: Config) -> _Known | None:
     for name, before, after in zip(names, stamps, now, strict=True):
         if after != GONE and after[:numbers] != before[:numbers]:
             raise ValueError(f"{name!r} of data.root has changed since the run began: choose another run_dir")
-    return _Known(folder, mean, std, damaged)
+    return _Known(folder, mean, std, damaged, [i for i, stamp in enumerate(now) if stamp == GONE])
 
 
 def _stamp(root: str, name: str) -> tuple[int, int]:
@@ -176,15 +182,14 @@ def _readable(cfg: Config) -> Path | None:
 
 
 def open_images(
-    cfg: Config,
-    data: ImageSet,
-    images: Tensor,  # uint8 [N, H, W, C], or [0, H, W, C] where they stay in files
-    names: list[str] | None,  # of these files
-    device: torch.device,
-    policy: Policy,
+    cfg: Config, data: ImageSet, device: torch.device, policy: Policy, *, test: bool = False
 ) -> ResidentImages | FileImages:
     """The training or the test part of the data, on the device or in its files."""
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
+    images, names, lost = data.train_images, data.names, data.lost
+    if test:
+        images, names, lost = data.test_images, data.test_names, data.test_lost
+    common["lost"] = lost
     if not data.in_files and cfg.data.loader in ("auto", "resident"):
         with blame("data.crop"):
             return ResidentImages(images, **common)

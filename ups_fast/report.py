@@ -49,7 +49,7 @@ def write_pseudo_labels(
     """Writes one line per unlabelled sample, in columns:
 
     index       its place in the training set; of one's own arrays, in x_unlabeled
-    label       number of the class, -1 where the network gave no finite answer
+    label       number of the class, -1 where the network gave no finite answer or the image could not be read
     confidence  mean probability of the label over the passes; nan for label -1
     std         standard deviation of that probability; nan for label -1
     positive    1 if the label is trusted, else 0

@@ -34,7 +34,7 @@ from ups_fast.checkpoint import (
     write_atomic,
 )
 from ups_fast.config import Config, pick_device
-from ups_fast.data import FileImages, ImageSet, ResidentImages
+from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -78,7 +78,7 @@ class Result:
     labelling: Labelling  # of the last round
     truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
     labeled: int  # images
-    lost: list[str]  # sentences on files that could not be read any more, and were black images instead
+    lost: list[str]  # sentences on files that could not be read any more, from which nothing was learned
 
 
 class Interrupted(KeyboardInterrupt):
@@ -130,10 +130,8 @@ class _Run:
         with blame("engine.step"):
             plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
         policy = policy_of(cfg)
-        self.train_images = open_images(cfg, data, data.train_images, data.names, self.device, policy)
-        self.test_images = open_images(
-            cfg, data, data.test_images, data.test_names, self.device, POLICIES["none"]
-        )
+        self.train_images = open_images(cfg, data, self.device, policy)
+        self.test_images = open_images(cfg, data, self.device, POLICIES["none"], test=True)
         with blame("select.dropouts"):
             skipped(model, cfg.select.dropouts)
         self.forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
@@ -262,7 +260,7 @@ class _Run:
             "train_loss": state.train_loss,
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
             "test_mistakes": [
-                list(each) for each in mistakes(test.label, data.test_labels)
+                list(each) for each in mistakes(test.label, data.test_labels[test.index])
             ],  # as JSON has it
         }
         self.board.add_round(row)
@@ -284,13 +282,12 @@ class _Run:
                 f"round {row['round']}: nearly all positives are of class {name!r}. If the images are not, the network "
                 "has not learned to tell them apart: train.first_epochs may be too few, or train.lr too high"
             )
-        if row["non_finite"]:
-            self._say(f"round {row['round']}: {row['non_finite']:,} samples have NaN or infinite logits")
+        if no_label := row["no_label"] - sum(i in self.train_images.lost for i in state.unlabeled.tolist()):
+            self._say(f"round {row['round']}: {no_label:,} samples have NaN or infinite logits")
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round
-        parts = [each for each in (self.train_images, self.test_images) if isinstance(each, FileImages)]
-        lost = sorted({sentence for part in parts for sentence in part.lost.values()})
+        lost = sorted({*self.train_images.lost.values(), *self.test_images.lost.values()})
         labelling = Labelling(**self.state.labelling)
         n = len(self.state.labeled)
         return Result(self.folder, self.state.rows, labelling, self._truth(), n, lost)

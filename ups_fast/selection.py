@@ -32,7 +32,7 @@ class Labelling:
     """What a round's network says of the U unlabelled samples, after selection. All on one device."""
 
     index: Tensor  # int64 [U], into the training set
-    label: Tensor  # int64 [U], -1 where a logit was NaN or infinite
+    label: Tensor  # int64 [U], -1 where there is none: a logit was NaN or infinite, or the image is lost
     confidence: Tensor  # float32 [U], mean probability of the label; NaN where label is -1
     std: Tensor  # float32 [U], of that probability over the passes; NaN where label is -1
     candidate: Tensor  # bool [U], passed the thresholds of a positive
@@ -92,7 +92,7 @@ def label(
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
     order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
-    at once, whatever U and C are.
+    at once, whatever U and C are. An image that is lost (`images.lost`) gets no label and is selected for nothing.
 
     dropouts  if not 0, only so many of the network's last Dropouts act: another method, and cheaper, since all that
               comes before them is computed once for all passes
@@ -118,6 +118,8 @@ def label(
             parts.append(mc_select(logits, **thresholds, packed=True))
             progress(len(chunk))
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))
+    if images.lost:
+        found = _without(found, torch.isin(index, torch.tensor(list(images.lost), device=index.device)))
     positive = found.positive
     if balanced:
         # One pass has no std to rank by: confidence alone decides here too.
@@ -131,6 +133,17 @@ def label(
         candidate=found.positive,
         positive=positive,
         negative=drop_negatives(found.negative, positive),
+    )
+
+
+def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
+    """The selection as if these had given no answer."""
+    return Selection(
+        label=found.label.masked_fill(gone, -1),
+        confidence=found.confidence.masked_fill(gone, math.nan),
+        std=found.std.masked_fill(gone, math.nan),
+        positive=found.positive & ~gone,
+        negative=found.negative.masked_fill(gone[:, None], 0),
     )
 
 
@@ -253,7 +266,7 @@ def report(
 
     positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that truly is not the
     class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by
-    pseudo-label), non_finite (samples with a NaN or infinite logit). None where there is nothing to average.
+    pseudo-label), no_label (samples without one). None where there is nothing to average.
     """
     found = labelling.cpu()
     truth = torch.full_like(found.label, -1) if truth is None else truth.cpu()
@@ -272,7 +285,7 @@ def report(
         "ece": or_none(ece(reliability(found.confidence[known], correct[known]))),
         "ece_selected": or_none(ece(reliability(found.confidence[positive], correct[positive]))),
         "per_class_positives": torch.bincount(found.label[found.positive], minlength=n_classes).tolist(),
-        "non_finite": int((found.label < 0).sum()),
+        "no_label": int((found.label < 0).sum()),
     }
 
 

@@ -126,6 +126,7 @@ class TrainStep:
         self.batch: Tensor | None = (
             None  # [B, C, S, S], if images come from files; others are read in the step
         )
+        self.lost = 0  # how many images the tables know to be lost
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self.optimizer = torch.optim.SGD(
@@ -159,6 +160,7 @@ class TrainStep:
             buffer.copy_(momentum[name]) if momentum else buffer.zero_()
         self.target.copy_(told.target)
         self.negative.copy_(told.negative)
+        self.lost = 0
         self.seeds[0], self.seeds[1] = augment_seed, dropout_seed
         positive = mix.positive(self.device)
         if len(positive) != len(self.positive):
@@ -175,7 +177,13 @@ class TrainStep:
         draw: Tensor,  # int64 [B], which of a sample's augmentations and dropout masks
         lr: float,
     ) -> None:
-        """One step; adds its loss to `loss`. Images from files must be in `batch`. Never waits for the device."""
+        """One step; adds its loss to `loss`. Images from files must be in `batch`. Never waits for the device.
+
+        An image that is lost stays in its batch, but has neither a target nor negatives any more.
+        """
+        if len(self.images.lost) > self.lost:
+            gone = torch.tensor(list(self.images.lost), device=self.device)
+            self.target[gone], self.negative[gone], self.lost = -1, 0, len(gone)
         self.rows[0].copy_(index)
         self.rows[1].copy_(draw)
         self.lr.fill_(lr)
@@ -192,7 +200,8 @@ class TrainStep:
         assert images is not None
         keys = dropout_keys(index, seed=self.seeds[1], draw=draw)
         target, negative = self.target[index], self.negative[index]
-        self.loss += train_step(self.loss_of, self.optimizer, images, keys, target, self.positive, negative)
+        positive = self.positive & (target >= 0)
+        self.loss += train_step(self.loss_of, self.optimizer, images, keys, target, positive, negative)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; what its trial steps change is put back."""

@@ -100,7 +100,7 @@ def as_image_set(
 ) -> tuple[ImageSet, list[Damaged]]:
     """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
 
-    keep  these become black images, and no other changes its place; else they are left out
+    keep  these become black images that are told as lost, and no other changes its place; else they are left out
 
     The labelled images come first in the training set, then the unlabelled ones, each in the order of their paths.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
@@ -136,6 +136,8 @@ def as_image_set(
     train = torch.cat([left.labeled, left.unlabeled])
     train_images = images[: len(train)]
     mean, std = _moments(train_images)
+    rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
+    n = len(train)
     data = ImageSet(
         "folder",
         left.classes,
@@ -150,7 +152,9 @@ def as_image_set(
         test_names=[left.paths[i] for i in left.test.tolist()],
         root=str(left.root),
         notes=tuple(left.notes),
-        damaged=tuple(damaged[i] for i in sorted(damaged)),
+        damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
+        lost={row: why for row, why in rows.items() if row < n},
+        test_lost={row - n: why for row, why in rows.items() if row >= n},
     )
     return data, _listed(folder, damaged)
 

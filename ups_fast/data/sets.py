@@ -6,8 +6,8 @@ import gzip
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,10 @@ class ImageSet:
     root: str | None = None  # folder of these files
     in_files: bool = False  # images stay in them: train_images and test_images are [0, S, S, C]
     notes: tuple[str, ...] = ()  # sentences for the user
-    damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read
+    damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read and was left out
+    # Images that are gone since a run began, black here: their positions, each with a sentence.
+    lost: Mapping[int, str] = field(default_factory=dict)  # of the training set
+    test_lost: Mapping[int, str] = field(default_factory=dict)
 
 
 def load_set(name: str, root: str) -> ImageSet:

@@ -12,7 +12,7 @@ import itertools
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,9 +50,11 @@ class FileImages:
     threads       that read and decode; None: one for each core
     prefetch      batches made ahead: prefetch + 1 of them are all that is held of files
     images        uint8 [N, H, W, C] in place of the files: then root is None and paths are empty
+    lost          ids of files that are known to be gone, each with a sentence
 
-    Files that are gone or damaged never stop a run: such an image is black before it is normalised, and `lost` has
-    its id with a sentence before its batch is handed out. Raises ValueError or TypeError that names the argument.
+    Files that are gone or damaged never stop a run: such an image is black before it is normalised, and before its
+    batch is handed out `lost` has its id, so that nobody learns from it. Raises ValueError or TypeError that names the
+    argument.
     """
 
     lost: dict[int, str]  # by sample id
@@ -74,6 +76,7 @@ class FileImages:
         threads: int | None = None,
         prefetch: int = 2,
         images: Tensor | None = None,  # [N, H, W, C] uint8
+        lost: Mapping[int, str] | None = None,
     ) -> None:
         for name, value, low in (("size", size, 1), ("resize", resize, size), ("threads", threads, 1)):
             if value is not None and value < low:
@@ -99,7 +102,7 @@ class FileImages:
         self.threads, self.prefetch = threads or len(os.sched_getaffinity(0)), prefetch
         self.device = torch.device(device)
         self.home = self.device if has_kernels(self.device) else torch.device("cpu")
-        self.lost = {}
+        self.lost = dict(lost or {})
         none = torch.zeros(0, dtype=torch.int64)
         self._finished(torch.zeros(0, size, size, channels, dtype=torch.uint8), none, none, 0, policy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import json
 import math
 import re
 from base64 import b64decode
@@ -16,7 +17,7 @@ import torch
 from ups_fast import report
 from ups_fast.config import Config
 from ups_fast.reference import mc_select, unpack_mask
-from ups_fast.selection import Labelling, drop_negatives
+from ups_fast.selection import Labelling, drop_negatives, on_test
 from ups_fast.selection import report as numbers
 
 NASTY = [
@@ -171,9 +172,41 @@ def test_unknown_truth_leaves_gaps_that_are_named(cfg):
     assert [line.get_label() for line in accuracy.lines] == ["test set"]
     assert "the truth of the pseudo-labels is not known" in words(accuracy)
     assert heights(counts, "positive") == [int(labelling.positive.sum())] * 3 and "wrong" not in words(counts)
-    assert "The true labels are not known" in words(calibration) and "ECE" not in words(calibration)
+    assert "No label can be judged" in words(calibration) and "ECE" not in words(calibration)
     assert len(offsets(plane, "truth unknown")) == 300
     assert len(offsets(plane, "correct")) == len(offsets(plane, "wrong")) == 0
+
+
+def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
+    labelling, truth, _ = case(broken=4)
+    test, test_truth, _ = case(seed=1, broken=3)
+    unknown = torch.full_like(truth, -1)
+    found = on_test(test, test_truth)
+    rows = [{**row, **json.loads(json.dumps(found))} for row in rows_of(labelling, unknown, 10, 2)]
+    calibration = panels(labelling, unknown, rows, cfg)[2]
+    expected = numbers(test, test_truth, 10)
+    assert found["test_positives"] == expected["positives"] > 50
+    assert found["test_positive_acc"] == expected["positive_acc"]
+    assert f"all test images: ECE {expected['ece']:.3f}" in words(calibration)
+    assert f"selected: ECE {expected['ece_selected']:.3f}" in words(calibration)
+    _, page = report.write_report(tmp_path, rows, labelling, unknown, cfg, ["x"] * 10)
+    share = f"{100 * expected['positive_acc']:.1f} % of them with the right label"
+    taken = f"The same selection takes {expected['positives']} of 297 test images, {share}"
+    assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
+    assert report.test_guess(rows_of(labelling, truth, 10, 1)[0]) == ""
+    nothing = {**found, **on_test(no_samples(test), test_truth[:0])}
+    assert report.test_guess(nothing).startswith(
+        "The same selection takes 0 of 0 test images: the best guess"
+    )
+    assert "No label can be judged" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
+
+
+def test_one_round_is_no_drama(cfg):
+    labelling, truth, rows = case(n_rounds=1)
+    for test_acc in (0.0, 0.5, 1.0):
+        row = {**rows[0], "test_acc": test_acc, "positive_acc": None, "negative_acc": None}
+        low, high = panels(labelling, truth, [row], cfg)[0].get_ylim()
+        assert high - low >= 4 and low < 100 * test_acc <= high
 
 
 def test_partly_known_truth_is_not_stretched_over_the_rest(cfg):

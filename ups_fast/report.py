@@ -23,7 +23,7 @@ from torch import Tensor
 from ups_fast.checkpoint import write_atomic
 from ups_fast.config import Config
 from ups_fast.reference import unpack_mask
-from ups_fast.selection import Labelling, ece, reliability
+from ups_fast.selection import Labelling, Reliability, ece, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, labeled: 
         figure.text(0.06, 0.918, _subline(labelling, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
         _draw_counts(counts, rows, len(labelling.index), all_known=bool((truth >= 0).all()))
-        _draw_calibration(calibration, labelling, truth)
+        _draw_calibration(calibration, _bins(rows[-1], labelling, truth))
         _draw_plane(plane, labelling, truth, cfg)
     return figure
 
@@ -202,6 +202,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), line, color=colour, ms=5, lw=2, label=name)
     low, high = axes.get_ylim()
+    low = min(low, high - 4)  # no drama where there is one round
     # Room for the numbers below the first and last point, and for half a marker at 100.
     axes.set_ylim(low - 0.1 * (high - low), min(high, 100 + 0.03 * (high - low)))
     for row in (rows[0], rows[-1])[: len(rows)]:
@@ -236,29 +237,36 @@ def _draw_counts(axes: Axes, rows: Rows, unlabelled: int, *, all_known: bool) ->
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_calibration(axes: Axes, labelling: Labelling, truth: Tensor) -> None:
+def _bins(row: Mapping[str, Any], labelling: Labelling, truth: Tensor) -> dict[str, Reliability]:
+    """How far confidence is deserved, by groups of images: of unlabelled ones, or else of test images."""
+    if not (truth >= 0).any():
+        found = row.get("test_bins") or {}
+        names = {"all": "all test images", "selected": "selected"}
+        return {names[key]: Reliability(*torch.tensor(found[key]).T) for key in names if found.get(key)}
+    groups = {"all unlabelled": torch.ones_like(labelling.positive), "selected": labelling.positive}
+    judged = {name: each & (truth >= 0) & (labelling.label >= 0) for name, each in groups.items()}
+    correct = labelling.label == truth
+    return {
+        name: reliability(labelling.confidence[each], correct[each])
+        for name, each in judged.items()
+        if each.any()
+    }
+
+
+def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=DASHES)
-    groups = [
-        ("all unlabelled", torch.ones_like(labelling.positive), MUTED, "o"),
-        ("selected", labelling.positive, BLUE, "s"),
-    ]
-    for name, members, colour, marker in groups:
-        judged = members & (truth >= 0) & (labelling.label >= 0)
-        if judged.any():
-            bins = reliability(labelling.confidence[judged], labelling.label[judged] == truth[judged])
-            share = (bins.count / bins.count.sum()).numpy()
-            x, y = bins.confidence.numpy(), bins.accuracy.numpy()  # NaN, and so not drawn, in an empty bin
-            filled = share > 0
-            how: Any = {"color": colour, "marker": marker}
-            axes.plot(x[filled], y[filled], lw=0.8, alpha=0.5, color=colour)  # thin: a bin may hold one image
-            axes.scatter(x, y, 15 + 200 * share, lw=0, zorder=3, clip_on=False, **how)
-            axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
+    for name, bins in groups.items():
+        how: Any = {"color": BLUE, "marker": "s"} if name == "selected" else {"color": MUTED, "marker": "o"}
+        filled = bins.count > 0
+        x, y, count = (each[filled].numpy() for each in (bins.confidence, bins.accuracy, bins.count))
+        axes.plot(x, y, lw=0.8, alpha=0.5, color=how["color"])  # thin: a bin may hold one image
+        axes.scatter(x, y, 15 + 200 * count / count.sum(), lw=0, zorder=3, clip_on=False, **how)
+        axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
     _title(axes, "Is the confidence deserved?", "On the dashed line it is; larger points are more images")
-    if axes.get_legend_handles_labels()[0]:
+    if groups:
         _legend(axes)
     else:
-        why = "No label can be judged" if (truth >= 0).any() else "The true labels are not known"
-        axes.text(0.5, 0.5, why, ha="center", color=MUTED, backgroundcolor="white")
+        axes.text(0.5, 0.5, "No label can be judged", ha="center", color=MUTED, backgroundcolor="white")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     axes.grid(color=RULE)
 
@@ -398,11 +406,23 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor) -> str:
     known = int((truth >= 0).sum())
     if known == 0:
         told += "; the truth of the unlabelled images is not known, so these cannot be judged"
+        if guess := test_guess(last):
+            told += f". {guess}"
     elif known < unlabelled:
         told += f"; judged by the {known:,} images whose truth is known"
     gain = 100 * (last["test_acc"] - rows[0]["test_acc"])
     step = f", {gain:+.1f} points from round 0" if len(rows) > 1 else ""
     return f"The network is right on {_percent(last['test_acc'])} of the test images{step}. {kept}; {told}."
+
+
+def test_guess(row: Mapping[str, Any]) -> str:
+    """A sentence on what the selection does to test images; empty where it was not tried."""
+    if (count := row.get("test_positives")) is None:
+        return ""
+    of_all = sum(each[0] for each in row["test_bins"]["all"])
+    right = f", {_percent(row['test_positive_acc'])} of them with the right label" if count else ""
+    took = f"The same selection takes {count:,} of {of_all:,} test images{right}"
+    return f"{took}: the best guess at how good the pseudo-labels are"
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:

@@ -34,7 +34,7 @@ from ups_fast.checkpoint import (
     write_atomic,
 )
 from ups_fast.config import Config, pick_device
-from ups_fast.data import ImageSet, ResidentImages
+from ups_fast.data import FileImages, ImageSet, ResidentImages
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -56,6 +56,7 @@ from ups_fast.selection import (
     label,
     labelling_rows,
     mistakes,
+    on_test,
     or_none,
     passes_over,
     reliability,
@@ -247,7 +248,16 @@ class _Run:
             test = evaluate(
                 self.model, self.test_images, data.test_labels, batch_size=size, forward=self.forward
             )
-        labelling = self._label()
+        labelling = self._label(
+            "labelling",
+            self.train_images,
+            state.unlabeled,
+            balanced=state.round < self.cfg.select.balance_rounds,
+        )
+        guess = {}
+        if not (self._truth() >= 0).any():
+            index = torch.arange(len(data.test_labels))
+            guess = on_test(self._label("labelling test images", self.test_images, index), data.test_labels)
         with self._outside():
             save_model(self.folder, self.model, self.about)
             self._write_selection(vars(labelling))
@@ -262,6 +272,7 @@ class _Run:
             "test_mistakes": [
                 list(each) for each in mistakes(test.label, data.test_labels[test.index])
             ],  # as JSON has it
+            **guess,
         }
         self.board.add_round(row)
         state.rows.append(row)
@@ -314,9 +325,11 @@ class _Run:
         step.loss.copy_(state.loss)
         state.loss, state.model, state.momentum = step.loss, None, None
 
-    def _label(self) -> Labelling:
-        select, state = self.cfg.select, self.state
-        bar = self._bar("labelling", len(state.unlabeled))
+    def _label(
+        self, what: str, images: ResidentImages | FileImages, index: Tensor, *, balanced: bool = False
+    ) -> Labelling:
+        select = self.cfg.select
+        bar = self._bar(what, len(index))
 
         def advance(images: int) -> None:
             self.progress.advance(bar, images)
@@ -324,8 +337,8 @@ class _Run:
 
         labelling = label(
             self.model,
-            self.train_images,
-            state.unlabeled.to(self.device),
+            images,
+            index.to(self.device),
             tau_p=select.tau_p,
             tau_n=select.tau_n,
             kappa_p=select.kappa_p,
@@ -335,7 +348,7 @@ class _Run:
             batch_size=self._labelling_batch(),
             dropouts=select.dropouts,
             forward=self.forward,
-            balanced=state.round < select.balance_rounds,
+            balanced=balanced,
             seed=self._seed("label"),
             progress=advance,
         )

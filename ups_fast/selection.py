@@ -239,6 +239,29 @@ def reliability(
     )
 
 
+def on_test(
+    labelling: Labelling,  # of test images, on the host
+    truth: Tensor,  # int64 [U]
+) -> dict[str, Any]:
+    """What the selection does to images whose truth is known: a guess where that of the unlabelled is not.
+
+    By their names in metrics.jsonl: test_positives, test_positive_acc (None where there is none), and test_bins:
+    reliability of "all" and of the "selected", each bin that is not empty as [count, confidence, accuracy].
+    """
+    read = labelling.label >= 0
+    correct, positive = labelling.label == truth, labelling.positive
+    groups = {"all": read, "selected": positive}
+    bins = {name: reliability(labelling.confidence[each], correct[each]) for name, each in groups.items()}
+    return {
+        "test_positives": int(positive.sum()),
+        "test_positive_acc": or_none(correct[positive].double().mean()),
+        "test_bins": {
+            name: [list(row) for row in zip(*(x.tolist() for x in each), strict=True) if row[0]]
+            for name, each in bins.items()
+        },
+    }
+
+
 def ece(bins: Reliability) -> float:
     """Expected calibration error: mean of |confidence - accuracy| over the samples' bins; NaN for none."""
     gap = (bins.confidence - bins.accuracy).abs().nan_to_num(0.0)

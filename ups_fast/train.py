@@ -114,6 +114,8 @@ def _train(cfg: config.Config) -> None:
     if result.lost:
         console.print(f"{len(result.lost):,} files could not be read any more, such as {result.lost[0]}")
     console.print(report.headline(result.rows, cfg))
+    if guess := report.test_guess(result.rows[-1]):
+        console.print(guess)
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:

@@ -464,9 +464,9 @@ def reads(monkeypatch) -> list[str]:
     names: list[str] = []
     real = image_module.read_image
 
-    def read(path, channels):
+    def read(path, *args, **kwargs):
         names.append(Path(path).name)
-        return real(path, channels)
+        return real(path, *args, **kwargs)
 
     monkeypatch.setattr("ups_fast.data.reading.read_image", read)
     return names

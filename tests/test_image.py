@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms import Resize
 
 from ups_fast.data import DamagedImage, read_image, resize_crop
+from ups_fast.data.image import ENOUGH
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # no two pixels alike, so that a turn shows
 
@@ -392,3 +393,38 @@ def test_the_settings_of_pillow_are_left_alone(tmp_path):
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     read_image(tmp_path / "a.png", 1)
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path, mode, options):
+    """Down to what is asked for, upright, and after scaling hardly to be told from the whole."""
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    noise.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", exif=exif, **options)
+    for at_least, side in ((0, 480), (1, 60), (60, 60), (61, 120), (240, 240), (241, 480), (9999, 480)):
+        image = read_image(tmp_path / "a.jpg", 3, at_least)
+        assert image.shape == (side * 4 // 3, side, 3)
+    whole = resize_crop(read_image(tmp_path / "a.jpg", 3), 40).astype(int)
+    for at_least, mean, most in ((ENOUGH * 40, 1, 6), (40, 3, 16)):
+        error = np.abs(resize_crop(read_image(tmp_path / "a.jpg", 3, at_least), 40) - whole)
+        assert error.mean() <= mean and error.max() <= most
+
+
+@pytest.mark.parametrize("at_least", [0, 1])
+def test_damage_is_found_at_any_fraction(tmp_path, at_least):
+    Image.effect_noise((640, 480), 60).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    for share in (0.02, 0.5, 0.99):
+        (tmp_path / "a.jpg").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(DamagedImage, match="truncated"):
+            read_image(tmp_path / "a.jpg", 1, at_least)
+
+
+def test_only_jpegs_have_fractions(tmp_path):
+    picture = Image.effect_noise((64, 48), 60)
+    for kind in ("png", "webp", "tif", "bmp", "gif"):
+        picture.save(tmp_path / f"a.{kind}")
+        assert read_image(tmp_path / f"a.{kind}", 1, 1).shape == (48, 64, 1)

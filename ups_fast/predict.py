@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
-from ups_fast.data.image import SUFFIXES, DamagedImage, read_image, resize_crop
+from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
 from ups_fast.data.reading import in_order
 from ups_fast.display import progress_bar
 from ups_fast.ops import mc_select
@@ -77,9 +77,9 @@ class Predictor:
 
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
-        image = read_image(path, self.channels)
         if self.height == self.width:
-            return resize_crop(image, self.height)
+            return resize_crop(read_image(path, self.channels, ENOUGH * self.height), self.height)
+        image = read_image(path, self.channels)
         if image.shape[:2] != (self.height, self.width):
             got = "x".join(map(str, image.shape[:2]))
             raise DamagedImage(f"{path!r} must be {self.height}x{self.width} for this network, got {got}")

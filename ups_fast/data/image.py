@@ -28,7 +28,12 @@ class DamagedImage(ValueError):
     """A file that cannot be read as an image. The message is a sentence that names it."""
 
 
-def read_image(path: str | Path, channels: int) -> np.ndarray:  # [H, W, C] uint8
+ENOUGH = (
+    3  # times the side that a JPEG is scaled to is what it is decoded to: docs/data.md has the difference
+)
+
+
+def read_image(path: str | Path, channels: int, at_least: int = 0) -> np.ndarray:  # [H, W, C] uint8
     """The file's first frame as people see it in a viewer, with 1 channel (grey) or 3 (RGB).
 
     Turned as its EXIF orientation says; what is transparent lies on white, as in most viewers. Colours become grey
@@ -36,13 +41,16 @@ def read_image(path: str | Path, channels: int) -> np.ndarray:  # [H, W, C] uint
     whole range, never clipped. Wider numbers have no agreed range: integers must be in 0..65535 and are read as
     16 bits, floats must be in 0..1.
 
+    at_least  a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by scaled inverse DCTs, up to 9 times as fast) where
+              its shorter side then still has so many pixels; 0: never
+
     Raises DamagedImage for whatever is wrong with the file, be it that it is gone, and nothing else.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     name = repr(str(path))
     with _opened(path, name) as file:
-        return _decoded(file, name, channels)
+        return _decoded(file, name, channels, at_least)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -124,10 +132,12 @@ def decoding(file: BinaryIO, name: str) -> Iterator[Image.Image]:
         raise DamagedImage(f"{name} cannot be decoded ({_reason(error)})") from error
 
 
-def _decoded(file: BinaryIO, name: str, channels: int) -> np.ndarray:  # [H, W, C] uint8
+def _decoded(file: BinaryIO, name: str, channels: int, at_least: int = 0) -> np.ndarray:  # [H, W, C] uint8
     from PIL import ImageOps
 
     with decoding(file, name) as image:
+        if at_least:
+            image.draft(None, (at_least, at_least))
         image.load()
         with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
             ImageOps.exif_transpose(image, in_place=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.folder import Folder, leave_out
-from ups_fast.data.image import DamagedImage, read_image, resize_crop
+from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
 from ups_fast.data.sets import ImageSet, _moments
 
 Progress = Callable[[int, int], object]  # files done, files in all
@@ -65,7 +65,7 @@ def check(
 
     def reason(i: int) -> str | None:
         try:
-            read_image(_file(folder, i), 3)
+            read_image(_file(folder, i), 3, at_least=1)
         except DamagedImage as error:
             return str(error)
         return None
@@ -115,7 +115,7 @@ def as_image_set(
 
     def read(row: int, i: int) -> str | None:
         try:
-            pixels[row] = resize_crop(read_image(_file(folder, i), channels), size)
+            pixels[row] = resize_crop(read_image(_file(folder, i), channels, ENOUGH * size), size)
         except DamagedImage as error:
             pixels[row] = 0
             return str(error)
@@ -175,7 +175,7 @@ def as_file_set(
 
     def read(i: int) -> Tensor | None:
         try:
-            return torch.from_numpy(resize_crop(read_image(_file(folder, i), channels), size))
+            return torch.from_numpy(resize_crop(read_image(_file(folder, i), channels, ENOUGH * size), size))
         except DamagedImage:  # since it was checked: it does not stop the run
             return None
 

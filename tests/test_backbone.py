@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ups_fast import load_model, rounds
-from ups_fast.checkpoint import save_model
+from ups_fast.checkpoint import RunFolderError, save_model
 from ups_fast.config import Config, ModelConfig, TrainConfig
 from ups_fast.data import ImageSet
 from ups_fast.models import Backbone, Dropout, build
@@ -373,7 +373,16 @@ def test_files_that_are_no_weights(tmp_path, file, content):
 
 
 @pytest.mark.parametrize(
-    "content", [[torch.zeros(3)], {"epoch": 3}, torch.zeros(3), {"model": {"a": "b"}}, None]
+    "content",
+    [
+        [torch.zeros(3)],
+        {"epoch": 3},
+        torch.zeros(3),
+        {"model": {"a": "b"}},
+        None,
+        {"fc.weight": torch.eye(3).to_sparse()},
+        {"fc.weight": torch.empty(3, device="meta")},
+    ],
 )
 def test_files_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
@@ -479,4 +488,10 @@ def test_every_round_starts_with_the_weights(tmp_path):
     for key in kept:
         torch.testing.assert_close(body[key], content[key], rtol=0, atol=1e-12, msg=key)
     with pytest.raises(ValueError, match=r"^model.name: weights: there is no file"):
+        rounds.run(cfg, data, console=Console(file=io.StringIO()))
+    torch.save({key: x * 2 if x.is_floating_point() else x for key, x in content.items()}, tmp_path / "w.pth")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(RunFolderError, match=r"belongs to other data: .*, weights "),
+    ):
         rounds.run(cfg, data, console=Console(file=io.StringIO()))

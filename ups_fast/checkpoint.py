@@ -171,8 +171,11 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def fingerprint(data: ImageSet) -> str:
-    """Tells data sets apart: sizes for people, a hash over every label and pixel (or file name) for the rest."""
+def fingerprint(data: ImageSet, weights: str = "") -> str:
+    """Tells data sets apart: sizes for people, a hash over every label and pixel (or file name) for the rest.
+
+    weights  the file of pretrained weights, if there is one: a run that went on with others would be another
+    """
     digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
     images = () if data.names else (data.train_images, data.test_images)  # files have a list of their own
     for tensor in (*images, data.train_labels, data.test_labels, data.labeled):
@@ -182,7 +185,10 @@ def fingerprint(data: ImageSet) -> str:
     for name in (*(data.names or ()), *(data.test_names or ())):
         digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
     sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
-    return f"{sizes}, hash {digest.hexdigest()}"
+    found = f"{sizes}, hash {digest.hexdigest()}"
+    if weights:
+        found += f", weights {hashlib.blake2b(Path(weights).read_bytes(), digest_size=16).hexdigest()}"
+    return found
 
 
 @dataclass

@@ -145,7 +145,7 @@ class _Run:
             weight_decay=cfg.train.weight_decay,
         )
         with blame("data.n_labels"):
-            self.state = Checkpoint(fingerprint(data), *split_of(cfg, data))
+            self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.progress = progress_bar(console)
 

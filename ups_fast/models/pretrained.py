@@ -74,6 +74,10 @@ def _read(path: str) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"weights: {path} is no state_dict, which is a table of tensors by name")
+    plain = isinstance(content, dict) and all(
+        isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+        for x in content.values()
+    )
+    if not plain:
+        raise ValueError(f"weights: {path} is no state_dict, which is a table of dense tensors by name")
     return dict(content)

@@ -7,8 +7,8 @@ scales the boxes there. docs/data.md has the bounds.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -20,47 +20,45 @@ from ups_fast.data.boxes import Box
 from ups_fast.data.image import DamagedImage, decoding, read_bytes
 from ups_fast.data.stream import NO_DALI, BoxOf, FileImages
 
-_UNDECODABLE = (
-    "Failed to decode",
-    "nvImageCodec failure",
-)  # what DALI says of a damaged file, among other errors
 _LUMA = torch.tensor([19595, 38470, 7471], dtype=torch.int32)  # of 2^16: ITU-R 601 as Pillow has it
+_FLIPPED, _MIRRORED = (3, 4, 7, 8), (2, 3, 6, 7)  # orientations: rows in reverse, columns in reverse
+_MOST_BYTES = 64 << 20  # of decoded boxes that a pipeline holds at once on a CPU
 
 
-def size_for_dali(encoded: bytes, name: str) -> tuple[int, int] | None:
-    """Height and width of the upright image if DALI decodes this file as `read_image` does, by its header alone.
+class Header(NamedTuple):
+    """Of a file that DALI decodes as `read_image` does."""
 
-    These it does, all else goes through Pillow:
+    height: int  # of the upright image
+    width: int
+    orientation: int  # as in EXIF: how the image in the file has to be turned
+
+
+def header_for_dali(encoded: bytes, name: str) -> Header | None:
+    """The header of a file for DALI. These files it decodes, all else goes through Pillow:
 
     JPEG, MPO   grey or RGB. CMYK may be inverted, and a GPU has no decoder for it
     PNG         of at most 8 bits, without transparency (DALI drops alpha, here it lies on white; of 16 bits Pillow
                 keeps the upper 8 in colour) and without EXIF or XMP data, which may follow the pixels
     WebP        without transparency
-    any         only if the orientation is that of well-formed EXIF data: DALI knows no other place for it
 
     Raises DamagedImage where even the header cannot be read.
     """
-    from PIL import Image
-
     with decoding(BytesIO(encoded), name) as image:
         width, height = image.size
         if not width or not height or "transparency" in image.info:
             return None
         if image.format == "PNG":
             turned = any(word in encoded for word in (b"eXIf", b"exif", b"XML:com.adobe.xmp"))
-            upright = image.mode in ("1", "L", "P", "RGB") and encoded[24] <= 8 and not turned
-            return (height, width) if upright else None
+            plain = image.mode in ("1", "L", "P", "RGB") and encoded[24] <= 8 and not turned
+            return Header(height, width, 1) if plain else None
         if image.format not in ("JPEG", "MPO", "WEBP") or image.mode not in ("L", "RGB"):
             return None
-        own = Image.Exif()
-        try:
-            own.load(image.info.get("exif", b""))
-            orientation = own.get(0x112, 1)
-            if orientation not in range(1, 9) or image.getexif().get(0x112, 1) != orientation:
-                return None
-        except Exception:  # Pillow reads such a file as if it had no EXIF data
-            return None
-        return (width, height) if orientation >= 5 else (height, width)
+        orientation = 1
+        with suppress(Exception):  # Pillow reads a file with broken EXIF data as if it had none
+            orientation = image.getexif().get(0x112, 1)
+        if orientation not in range(2, 9):
+            orientation = 1
+        return Header(width, height, orientation) if orientation >= 5 else Header(height, width, orientation)
 
 
 class DaliImages(FileImages):
@@ -80,9 +78,9 @@ class DaliImages(FileImages):
         self._gpu = self.home.type == "cuda" and self.images is None
         self._stream = torch.cuda.Stream(self.home) if self._gpu else None
         self._idle: list[Any] = []  # pipelines that no thread uses
-        # By id, of files that were opened before: height and width of the upright image, 0 if DALI is not to decode
-        # it; and the number of bytes for which that is so.
-        self._known = np.zeros((len(self), 3), np.int64)
+        # By id, of files that were opened before: the header, all 0 if DALI is not to decode it; and the file's time
+        # of change in ns and number of bytes, for which that is so.
+        self._known = np.zeros((len(self), 5), np.int64)
 
     def _makers(self) -> int:
         return (
@@ -96,7 +94,7 @@ class DaliImages(FileImages):
             return torch.empty(n, self.size, self.size, self.channels, dtype=torch.uint8, device=self.home)
 
     def _fill(self, out: Tensor, ids: list[int], rows: Iterable[int], box_of: BoxOf) -> None:
-        files = []
+        files: list[_File] = []
         with torch.cuda.stream(self._stream):  # does nothing for None
             for row in rows:
                 if self.images is not None:
@@ -105,31 +103,30 @@ class DaliImages(FileImages):
                 elif (found := self._opened(ids[row])) is None:
                     out[row] = torch.from_numpy(self._by_pillow(ids[row], row, box_of))
                 else:
-                    encoded, size = found
-                    files.append(_File(row, encoded, box_of(row, *size)))
-            for row, encoded, _ in self._refused(out, files):
-                i = ids[row]
-                self._known[i] = 0, 0, len(encoded)
-                out[row] = torch.from_numpy(self._by_pillow(i, row, box_of, encoded))
-                if i not in self.lost:
-                    warnings.warn(f"{self._file(i)!r} is read by Pillow: DALI cannot decode it", stacklevel=2)
+                    encoded, header = found
+                    files.append(_File(row, encoded, header, box_of(row, header.height, header.width)))
+            for part in _parts(files, 16 * _MOST_BYTES if self._gpu else _MOST_BYTES):
+                for file in self._refused(out, part):
+                    i = ids[file.row]
+                    self._known[i, :3] = 0
+                    out[file.row] = torch.from_numpy(self._by_pillow(i, file.row, box_of, file.encoded))
             if self._stream is not None:  # this thread waits, so that no other need know of the stream
                 self._stream.synchronize()
 
-    def _opened(self, i: int) -> tuple[bytes, tuple[int, int]] | None:
-        """Content, height and width of a file that DALI is to decode. None: Pillow is, or will say what is wrong."""
+    def _opened(self, i: int) -> tuple[bytes, Header] | None:
+        """Content and header of a file that DALI is to decode. None: Pillow is, or will say what is wrong."""
         try:
-            encoded = read_bytes(self._file(i))
-            height, width, length = self._known[i].tolist()
-            if length != len(encoded):
-                height, width = size_for_dali(encoded, repr(self._file(i))) or (0, 0)
-                self._known[i] = height, width, len(encoded)
+            encoded, changed = read_bytes(self._file(i))
+            *header, then, length = self._known[i].tolist()
+            if (then, length) != (changed, len(encoded)):
+                header = header_for_dali(encoded, repr(self._file(i))) or (0, 0, 0)
+                self._known[i] = *header, changed, len(encoded)
         except DamagedImage:
             return None
-        return (encoded, (height, width)) if height else None
+        return (encoded, Header(*header)) if header[0] else None
 
     def _refused(self, out: Tensor, files: list[_File]) -> list[_File]:
-        """Decodes the files into their rows; those that DALI cannot decode are left.
+        """Decodes the files into their rows; those that DALI cannot decode are left for Pillow, which may.
 
         One of them fails its whole batch: then each is tried alone, for what becomes of an image must not depend on
         its company.
@@ -139,10 +136,10 @@ class DaliImages(FileImages):
         try:
             self._decode(out, files)
             return []
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _UNDECODABLE):
-                raise
-        return files if len(files) == 1 else [each for file in files for each in self._refused(out, [file])]
+        except RuntimeError:
+            if len(files) == 1:
+                return files
+        return [each for file in files for each in self._refused(out, [file])]
 
     def _decode(self, out: Tensor, files: list[_File]) -> None:
         """Raises RuntimeError where DALI fails; its pipeline is then not used again."""
@@ -152,22 +149,29 @@ class DaliImages(FileImages):
             pipeline = None
         if pipeline is None or pipeline.max_batch_size < len(files):
             pipeline = self._pipeline(len(files), scaled=self._gpu)
-        start, shape = (np.array([file.box[k : k + 2] for file in files], np.int32) for k in (0, 2))
+        boxes = [_box_in_file(file) for file in files]
+        start, shape = (np.array([box[k : k + 2] for box in boxes], np.int32) for k in (0, 2))
         encoded = [np.frombuffer(file.encoded, np.uint8) for file in files]
         (images,) = pipeline.run(encoded=encoded, start=start, shape=shape)
-        rows = [file.row for file in files]
+        places = [out[file.row] for file in files]
         if self._stream is not None:
             colours = torch.from_dlpack(images.as_tensor())
-            out[rows] = colours if self.channels == 3 else _grey(colours)
-            self._stream.synchronize()  # before the pipeline writes there again
+            for place, image in zip(places, colours if self.channels == 3 else _grey(colours), strict=True):
+                place.copy_(image)
         elif self.channels == 3:
-            for k, row in enumerate(rows):
-                _put(np.asarray(images[k]), out[row])
+            for k, place in enumerate(places):
+                _put(np.asarray(images[k]), place)
         else:
-            colours = out.new_empty(len(rows), self.size, self.size, 3)
+            colours = out.new_empty(len(files), self.size, self.size, 3)
             for k, place in enumerate(colours):
                 _put(np.asarray(images[k]), place)
-            out[rows] = _grey(colours)
+            for place, image in zip(places, _grey(colours), strict=True):
+                np.copyto(place.numpy(), image.numpy())
+        for file, place in zip(files, places, strict=True):
+            if file.header.orientation > 1:
+                place.copy_(_upright(place, file.header.orientation))
+        if self._stream is not None:
+            self._stream.synchronize()  # before the pipeline writes there again
         self._idle.append(pipeline)
 
     def _pipeline(self, batch_size: int, scaled: bool) -> Any:
@@ -187,6 +191,7 @@ class DaliImages(FileImages):
                 shape=fn.external_source(name="shape"),
                 axis_names="HW",
                 output_type=types.RGB,
+                adjust_orientation=False,  # DALI reads another one than Pillow of some files
                 device="mixed" if self._gpu else "cpu",
                 **({"jpeg_fancy_upsampling": True} if self._gpu else {}),  # as on a CPU
             )
@@ -201,7 +206,38 @@ class DaliImages(FileImages):
 class _File(NamedTuple):
     row: int
     encoded: bytes
-    box: Box
+    header: Header
+    box: Box  # of the upright image
+
+
+def _parts(files: list[_File], most: int) -> Iterator[list[_File]]:
+    """The files in parts whose boxes take at most so many bytes, or of one file."""
+    part: list[_File] = []
+    size = 0
+    for file in files:
+        bytes_of = 3 * file.box[2] * file.box[3]
+        if part and size + bytes_of > most:
+            yield part
+            part, size = [], 0
+        part.append(file)
+        size += bytes_of
+    yield part
+
+
+def _box_in_file(file: _File) -> Box:
+    """The box of the image as it lies in the file: `_upright` backwards."""
+    (top, left, h, w), (height, width, orientation) = file.box, file.header
+    if orientation in _FLIPPED:
+        top = height - top - h
+    if orientation in _MIRRORED:
+        left = width - left - w
+    return (left, top, w, h) if orientation >= 5 else (top, left, h, w)
+
+
+def _upright(image: Tensor, orientation: int) -> Tensor:  # [S, S, C]
+    """A copy, turned as EXIF's orientation says: transposed from 5 on, then flipped and mirrored."""
+    image = image.transpose(0, 1) if orientation >= 5 else image
+    return image.flip([axis for axis, some in enumerate((_FLIPPED, _MIRRORED)) if orientation in some])
 
 
 def _cut(image: np.ndarray, box: Box) -> np.ndarray:

@@ -53,12 +53,15 @@ def read_image(path: str | Path, channels: int, at_least: int = 0) -> np.ndarray
         return _decoded(file, name, channels, at_least)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The file as it is. Raises DamagedImage as `read_image` does where it is gone, empty or no file."""
+def read_bytes(path: str | Path) -> tuple[bytes, int]:
+    """The file as it is, and its time of change in ns.
+
+    Raises DamagedImage as `read_image` does where it is gone, empty or no file.
+    """
     name = repr(str(path))
     with _opened(path, name) as file:
         try:
-            return file.read()
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise DamagedImage(f"{name} cannot be read ({_reason(error)})") from error
 

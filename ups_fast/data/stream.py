@@ -138,7 +138,7 @@ class FileImages:
             raise ValueError(
                 f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}"
             )
-        parts = self._checked("index", index).split(batch_size) if len(index) else ()
+        parts = self._checked("index", index).split(batch_size)
         batches = self._streamed((ids, self._middle) for ids in parts)
         return (
             self._finished(batch, ids, ids, 0, POLICIES["none"])
@@ -151,10 +151,10 @@ class FileImages:
     def _checked_draw(ids: Tensor, draw: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.shape != draw.shape:
             raise ValueError(f"index and draw must be [B], got {list(ids.shape)} and {list(draw.shape)}")
-        return draw.to("cpu", torch.int64)
+        return draw.to("cpu", torch.int64, copy=True)
 
     def _checked(self, name: str, ids: Tensor) -> Tensor:
-        ids = ids.to("cpu", torch.int64)
+        ids = ids.to("cpu", torch.int64, copy=True)  # read later, when the user's may have changed
         if ids.numel() and not (ids.min() >= 0 and ids.max() < len(self)):
             got = f"{ids.min()}..{ids.max()}"
             raise ValueError(f"{name} must hold sample ids of 0..{len(self) - 1}, got {got}")
@@ -241,9 +241,8 @@ class FileImages:
                 image = self.images[i]
             else:
                 name = self._file(i)
-                image = decode_image(
-                    read_bytes(name) if encoded is None else encoded, self.channels, repr(name)
-                )
+                encoded = read_bytes(name)[0] if encoded is None else encoded
+                image = decode_image(encoded, self.channels, repr(name))
         except DamagedImage as error:
             self.lost[i] = str(error)
             return np.zeros((self.size, self.size, self.channels), np.uint8)

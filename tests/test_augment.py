@@ -492,10 +492,36 @@ def test_the_result_may_go_to_a_given_place(augment):
         torch.zeros(5, 3, 8, 6),
         place[:5].expand(5, 3, 8, 6)[:, :, ::2],
         torch.zeros(5, 3, 8, 6, device="meta"),
+        place[:5].clone().requires_grad_(),
+        images.view(-1)[: 5 * 8 * 6 * 3].view(torch.uint8),
         [1],
     ):
-        with pytest.raises((ValueError, TypeError), match=r"^out must be "):
+        with pytest.raises((ValueError, TypeError), match=r"^out must "):
             augment(images, index, **rule, out=wrong)
+
+
+def test_a_place_that_a_backward_needs_is_not_overwritten_unheard():
+    images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
+    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    batch, weight = ops.augment(images, index, **rule), torch.ones(3, 1, 1, requires_grad=True)
+    loss = (batch * weight).sum()
+    ops.augment(images, index + 1, **rule, out=batch)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        ops.augment(images, index, **rule, out=ops.augment(images, index, **rule))
+    memory = torch.zeros(5 * 8 * 8 * 3 * 4, dtype=torch.uint8)
+    place = memory.view(torch.float32).view(5, 8, 8, 3).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"^out must not share memory with images"):
+        ops.augment(memory[: 9 * 8 * 8 * 3].view(9, 8, 8, 3), index, **rule, out=place)
+
+
+@pytest.mark.parametrize("augment", [ops.augment, reference.augment], ids=["fused", "reference"])
+@pytest.mark.parametrize("index", [[-1], [0, 9]])
+def test_an_index_out_of_range_is_an_error(augment, index):
+    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(RuntimeError, match=r"index must lie in 0\.\.8, got"):
+        augment(hostile_images(9, 8, 8, 3), torch.tensor(index), **rule)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

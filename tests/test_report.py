@@ -201,6 +201,32 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     assert "No label can be judged" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
 
 
+def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
+    labelling, truth, rows = case()
+    sure = labelling.confidence >= cfg.select.tau_p
+    kept_out = int((sure & (labelling.std > cfg.select.kappa_p)).sum())
+    assert 0 < kept_out < int(sure.sum())
+    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
+    said = f"Of {int(sure.sum())} confident labels {kept_out} were too uncertain (std above 0.05)"
+    assert said in page.read_text()
+
+
+def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
+    labelling, truth, rows = case(n_rounds=4)
+    assert report.advice(rows) == "" and report.advice(rows[:1]) == ""
+    rows = [{**row, "test_acc": acc} for row, acc in zip(rows, (0.8, 0.85, 0.85, 0.7), strict=True)]
+    assert report.advice(rows).startswith(
+        "The last round is worse than round 0: here pseudo-labels did not help."
+    )
+    assert "best.safetensors is the network of round 2 (85.0 %)" in report.advice(rows)
+    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
+    assert report.advice(rows) in page.read_text()
+    for accuracies in ((None, None), (0.8, None), (None, 0.8)):
+        rows = [{**row, "test_acc": acc} for row, acc in zip(case(n_rounds=2)[2], accuracies, strict=True)]
+        _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
+        assert ("No test image could be read" in page.read_text()) == (accuracies[1] is None)
+
+
 def test_one_round_is_no_drama(cfg):
     labelling, truth, rows = case(n_rounds=1)
     for test_acc in (0.0, 0.5, 1.0):

@@ -155,6 +155,31 @@ def test_labelled_and_unlabelled_never_meet_and_all_unlabelled_are_labelled(fini
     assert np.array_equal(selection(result.folder)["index"], unlabeled)
 
 
+def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the highest test accuracy, of equal ones the last, whatever the later rounds do."""
+    accuracies, kept = [0.5, 0.75, 0.75, 0.25, 0.0], {}
+    real = rounds.evaluate
+
+    def scripted(model, *args, **kwargs):
+        found, n = real(model, *args, **kwargs), len(kept)
+        kept[n] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        right = torch.arange(len(found.correct)) < accuracies[n] * len(found.correct)
+        return found._replace(correct=right)
+
+    monkeypatch.setattr(rounds, "evaluate", scripted)
+    result, _ = run(tiny_config(tmp_path / "run", train__rounds=5))
+    best, last = (ups_fast.load_model(result.folder, best=each).state_dict() for each in (True, False))
+    n = len(tiny_set().test_labels)
+    assert [row["test_acc"] for row in result.rows] == [
+        sum(i < a * n for i in range(n)) / n for a in accuracies
+    ]
+    assert all(map(torch.equal, best.values(), kept[2].values()))
+    assert all(map(torch.equal, last.values(), kept[4].values()))
+    (result.folder / "best.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"it has no best\.safetensors"):
+        ups_fast.load_model(result.folder, best=True)
+
+
 def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
     cfg, result, _ = finished
     model, data = ups_fast.load_model(cfg.run_dir), tiny_set()

@@ -21,6 +21,7 @@ from ups_fast.selection import (
     balance,
     drop_negatives,
     ece,
+    interval,
     label,
     mc_dropout,
     mistakes,
@@ -402,6 +403,14 @@ def test_ece_against_torchmetrics(bins: int) -> None:
     got = ece(reliability(confidence, prediction == truth, bins))
     assert got == pytest.approx(float(want), abs=1e-6)
     assert got > 0.1, "these random labels must be badly calibrated"
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"), [(7, 7, 0.6457, 1.0), (0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)]
+)
+def test_intervals_are_wilson_s(right: int, count: int, low: float, high: float) -> None:
+    """The last one as in Newcombe, Statistics in Medicine 17 (1998), table I."""
+    assert interval(right / count, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_mistakes_come_by_their_number() -> None:

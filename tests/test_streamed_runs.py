@@ -114,7 +114,7 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     monkeypatch.setattr(step, "train_step", sabotaged)
     assert train.main(words(mine, tmp_path / "run", "data.loader=plain", "train.rounds=1")) == 0
     said = capfd.readouterr().out
-    assert "1 files could not be read any more" in said and "dark 0.png" in said and "NaN" not in said
+    assert "1 file cannot be read any more, and teach nothing, such as" in said and "NaN" not in said
     assert "dark 0.png" in (tmp_path / "run" / "report.html").read_text()
     labels = {row["path"]: row for row in table(tmp_path / "run" / "pseudo_labels.csv")}
     gone = labels.pop(os.path.join("unlabeled", "dark 0.png"))
@@ -167,6 +167,54 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     shutil.rmtree(copy / "labeled")
     assert train.main(words(copy, tmp_path / "run", f"data.loader={loader}")) == 2
     assert "lacks 23 of the 28 files of the run" in capfd.readouterr().err
+
+
+def test_a_disk_that_is_taken_away_ends_the_run_with_a_sentence(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All labelled images, or more than half of all; once they are back the run goes on."""
+    import shutil
+
+    for part, what in (("labeled", "all 12 labelled images"), ("unlabeled", "12 images")):
+        mine, away, run_dir = (tmp_path / part / name for name in ("images", "away", "run"))
+        shutil.copytree(images, mine)
+        arguments = words(mine, run_dir, "data.loader=plain")
+        real, calls = step.train_step, [0]
+
+        def sabotaged(*args: Any, mine=mine, away=away, part=part, real=real, calls=calls) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == 3:
+                (mine / part).rename(away)
+                if part == "unlabeled":
+                    for i in range(2):
+                        (mine / "labeled" / "dark" / f"dark {3 * i}.png").unlink()
+            return real(*args)
+
+        monkeypatch.setattr(step, "train_step", sabotaged)
+        assert train.main(arguments) == 2
+        error = capfd.readouterr().err
+        assert f"{what} cannot be read any more, such as" in error and error.count("\n") == 1
+        monkeypatch.setattr(step, "train_step", real)
+        away.rename(mine / part)
+        assert train.main(arguments) == 0
+
+
+def test_a_run_whose_test_images_are_gone_ends_all_the_same(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    mine = shutil.copytree(images, tmp_path / "images")
+    real = step.train_step
+
+    def sabotaged(*args: Any) -> torch.Tensor:
+        shutil.rmtree(mine / "test", ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(step, "train_step", sabotaged)
+    assert train.main(words(mine, tmp_path / "run", "data.loader=plain")) == 0
+    assert "No test image could be read" in (tmp_path / "run" / "report.html").read_text()
+    assert [row["test_acc"] for row in rows_of(tmp_path / "run")] == [None, None]
 
 
 def test_what_does_not_fit_into_memory_stays_in_its_files(

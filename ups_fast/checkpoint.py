@@ -30,7 +30,11 @@ from ups_fast.data import ImageSet
 from ups_fast.models import build
 from ups_fast.selection import Labelling
 
-CONFIG, CHECKPOINT, MODEL, LOCK = "config.yaml", "checkpoint.pt", "model.safetensors", ".lock"
+CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
+MODEL, BEST = (
+    "model.safetensors",
+    "best.safetensors",
+)  # of the last round, of the round of highest test accuracy
 READABLE = "readable.json"  # which files of a folder have been found good
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
@@ -278,14 +282,19 @@ def rebuild(about: Mapping[str, Any]) -> nn.Module:
     return build(n_classes=len(classes), channels=channels, size=size, **about["model"])
 
 
-def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
-    """The weights and `about`, with which `load_model` makes the network again; pretrained ones are not needed then."""
+def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best: bool = False) -> None:
+    """The weights and `about`, with which `load_model` makes the network again; pretrained ones are not needed then.
+
+    best  the network is the best one so far, too
+    """
     about = {**about, "model": {**about["model"], "weights": ""}}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(folder / MODEL, safetensors.torch.save(weights, {"ups_fast": json.dumps(about)}))
+    content = safetensors.torch.save(weights, {"ups_fast": json.dumps(about)})
+    for name in (MODEL, BEST)[: 1 + best]:
+        write_atomic(folder / name, content)
 
 
-def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> nn.Module:
     """The network of a run's last finished round, in eval mode on `device`.
 
     It takes float32 [B, channels, H, W], pixels normalised as (pixel / 255 - mean) / std, and returns logits
@@ -293,14 +302,16 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> nn.Mo
     float32 [channels, 1, 1] on the device.
 
     device  as in a config: auto, cpu, cuda or cuda:N
+    best    that of the round whose test accuracy was highest (of equal ones the last): as it was chosen by them, the
+            test images then promise a little too much
 
     Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged, ValueError where
     there is no such device.
     """
     device = pick_device(str(device))
-    path = Path(run_dir) / MODEL
+    path = Path(run_dir) / (BEST if best else MODEL)
     if not path.exists():
-        why = f"it has no {MODEL}" if path.parent.is_dir() else "there is no such folder"
+        why = f"it has no {path.name}" if path.parent.is_dir() else "there is no such folder"
         why = "it is a file" if path.parent.is_file() else why
         raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
     try:

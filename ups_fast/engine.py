@@ -88,7 +88,9 @@ def batch_mix(n_pos: int, n_neg: int, batch_size: int) -> Mix:
     nl_bs = batch_size * n_neg // total
     notes = []
     if n_neg and not nl_bs:
-        notes.append(f"too few negative samples ({n_neg}) for a place in a batch of {batch_size}: unused")
+        notes.append(
+            f"too few negative samples ({n_neg}) for a place in a batch of {batch_size}: unused, no harm"
+        )
     if total < batch_size:
         notes.append(
             f"too few samples ({total}) for a batch of {batch_size}: one batch an epoch, with repeats"

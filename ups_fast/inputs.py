@@ -64,6 +64,8 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
     known = _known_files(cfg)
     with blame("data.root"):
         folder = known.folder if known else scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+    if known:
+        console.print("the run goes on with the files of its first start: new ones are not looked for")
     if (tests := len(folder.test)) < FEW_TESTS and known is None:
         note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
         folder = replace(folder, notes=[*folder.notes, note])
@@ -145,7 +147,9 @@ def _known_files(cfg: Config) -> _Known | None:
         )
     for name, before, after in zip(names, stamps, now, strict=True):
         if after != GONE and after[:numbers] != before[:numbers]:
-            raise ValueError(f"{name!r} of data.root has changed since the run began: choose another run_dir")
+            raise ValueError(
+                f"{name!r} of data.root has changed since the run began: choose another run_dir, or take the file away"
+            )
     return _Known(folder, mean, std, damaged, [i for i, stamp in enumerate(now) if stamp == GONE])
 
 

@@ -202,6 +202,8 @@ def augment(
         draws,
         table.settings,
     )
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that a backward that needs what was there says so
     return out
 
 

@@ -51,8 +51,8 @@ class Predictor:
     Raises as `load_model` does, and RunFolderError where the run's config.yaml lacks the thresholds.
     """
 
-    def __init__(self, run_dir: str | Path, device: str = "auto") -> None:
-        model: Any = load_model(run_dir, device)
+    def __init__(self, run_dir: str | Path, device: str = "auto", *, best: bool = False) -> None:
+        model: Any = load_model(run_dir, device, best=best)
         self.model, self.classes, self.channels = model, list(model.classes), int(model.channels)
         self.height, self.width = model.size
         self.device = next(model.parameters()).device
@@ -210,12 +210,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="the run's folder, such as runs/digits")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
     parser.add_argument("--out", default="-", help="the table to write, a new file; default: standard output")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="by the network of the round whose test accuracy was highest, not the last",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     console, done, damaged = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), 0, 0
     try:
         paths = find(args.images)
-        predictor = Predictor(args.run, args.device)
+        predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.out != "-":
         wrong = f", {damaged:,} with an error" if damaged else ""
-        print(f"{done:,} rows{wrong} in {args.out}", file=sys.stderr)
+        print(f"{done:,} row{'s' * (done != 1)}{wrong} in {args.out}", file=sys.stderr)
     return 0
 
 

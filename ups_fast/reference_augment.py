@@ -145,6 +145,8 @@ def augment(
         CPU and ends the CUDA context on a GPU, as torch's own indexing does.
     """
     policy = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
+    if len(index) and not (index.min() >= 0 and index.max() < len(images)):
+        raise RuntimeError(f"index must lie in 0..{len(images) - 1}, got {index.min()}..{index.max()}")
     height, width = images.shape[1:3]
     plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, epoch=epoch)
     rows = [replay(images[sample], plan, i) for i, sample in enumerate(index.tolist())]
@@ -317,6 +319,11 @@ def check_augment(
             raise ValueError(
                 f"out must be {dtype} {shape} on {images.device}, got {out.dtype} {list(out.shape)} on {out.device}"
             )
+        if out.requires_grad:
+            raise ValueError("out must not require a gradient")
+        apart = torch.compiler.is_compiling() or not out.numel()
+        if not apart and out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+            raise ValueError("out must not share memory with images")
         if not out.permute(0, 2, 3, 1).is_contiguous():
             raise ValueError(f"out must be channels last in memory, got strides {out.stride()}")
     return policy

@@ -20,10 +20,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ups_fast.checkpoint import write_atomic
+from ups_fast.checkpoint import BEST, write_atomic
 from ups_fast.config import Config
 from ups_fast.reference import unpack_mask
-from ups_fast.selection import Labelling, Reliability, ece, reliability
+from ups_fast.selection import Labelling, Reliability, ece, interval, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,6 +163,8 @@ def _title(axes: Axes, title: str, note: str) -> None:
 
 def _legend(axes: Axes) -> None:
     """One row between title and panel, where it can cover nothing."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.012, 1.0),
@@ -205,7 +207,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     low = min(low, high - 4)  # no drama where there is one round
     # Room for the numbers below the first and last point, and for half a marker at 100.
     axes.set_ylim(low - 0.1 * (high - low), min(high, 100 + 0.03 * (high - low)))
-    for row in (rows[0], rows[-1])[: len(rows)]:
+    for row in [row for row in (rows[0], rows[-1])[: len(rows)] if row["test_acc"] is not None]:
         value = 100 * row["test_acc"]
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
     unknown = "" if any_known else "; the truth of the pseudo-labels is not known"
@@ -263,9 +265,8 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
         axes.scatter(x, y, 15 + 200 * count / count.sum(), lw=0, zorder=3, clip_on=False, **how)
         axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
     _title(axes, "Is the confidence deserved?", "On the dashed line it is; larger points are more images")
-    if groups:
-        _legend(axes)
-    else:
+    _legend(axes)
+    if not groups:
         axes.text(0.5, 0.5, "No label can be judged", ha="center", color=MUTED, backgroundcolor="white")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     axes.grid(color=RULE)
@@ -304,8 +305,7 @@ def _draw_plane(axes: Axes, labelling: Labelling, truth: Tensor, cfg: Config) ->
     sampled = len(drawn) < len(finite)
     points = f"{MOST_POINTS:,} of {len(finite):,} images" if sampled else "One point per image"
     _title(axes, "Confidence and uncertainty", f"{points}; the tinted corner passes both limits")
-    if len(drawn):
-        _legend(axes)
+    _legend(axes)
     axes.set(xlim=(left, 1.02), ylim=(0, top))
     spread = "std over the passes" if cfg.select.passes > 1 else "std: 0, as there is one pass"
     axes.set(xlabel="confidence: mean probability of the label", ylabel=spread)
@@ -378,7 +378,7 @@ def _page(
 <body>
 <main>
 <h1>{title}</h1>
-<p>{html.escape(_summary(rows, labelling, truth))}</p>
+<p>{html.escape(_summary(rows, labelling, truth, cfg))}</p>
 <img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
@@ -395,7 +395,7 @@ def _page(
 """
 
 
-def _summary(rows: Rows, labelling: Labelling, truth: Tensor) -> str:
+def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> str:
     last, unlabelled = rows[-1], len(labelling.index)
     kept = f"{last['positives']:,} of {unlabelled:,} unlabelled images have a positive pseudo-label"
     if last["positive_acc"] is not None:
@@ -410,9 +410,35 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor) -> str:
             told += f". {guess}"
     elif known < unlabelled:
         told += f"; judged by the {known:,} images whose truth is known"
-    gain = 100 * (last["test_acc"] - rows[0]["test_acc"])
-    step = f", {gain:+.1f} points from round 0" if len(rows) > 1 else ""
-    return f"The network is right on {_percent(last['test_acc'])} of the test images{step}. {kept}; {told}."
+    if last["test_acc"] is None:
+        return f"No test image could be read. {kept}; {told}. {_doubts(labelling, cfg)}"
+    step = ""
+    if len(rows) > 1 and rows[0]["test_acc"] is not None:
+        step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
+    right = f"The network is right on {_percent(last['test_acc'])} of the test images{step}."
+    return f"{right} {advice(rows)} {kept}; {told}. {_doubts(labelling, cfg)}".replace("  ", " ")
+
+
+def _doubts(labelling: Labelling, cfg: Config) -> str:
+    """What uncertainty has done."""
+    if cfg.select.passes == 1:
+        return ""
+    sure = labelling.confidence >= cfg.select.tau_p
+    doubted = int((sure & ~labelling.candidate).sum())
+    return f"Of {int(sure.sum()):,} confident labels {doubted:,} were too uncertain (std above {cfg.select.kappa_p:g})."
+
+
+def advice(rows: Rows) -> str:
+    """What to do where the rounds have made the network worse; else empty."""
+    best = max(rows, key=lambda row: (row["test_acc"] or 0, row["round"]))
+    if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
+        return ""
+    return (
+        f"The last round is worse than round 0: here pseudo-labels did not help. {BEST} is the network of round "
+        f"{best['round']} ({_percent(best['test_acc'])}). Later rounds may need more train.epochs or "
+        "train.warm_start=true with train.later_lr a third of train.lr, a higher select.tau_p, select.balance_rounds, "
+        "or augmentation (data.ops)."
+    )
 
 
 def test_guess(row: Mapping[str, Any]) -> str:
@@ -420,7 +446,11 @@ def test_guess(row: Mapping[str, Any]) -> str:
     if (count := row.get("test_positives")) is None:
         return ""
     of_all = sum(each[0] for each in row["test_bins"]["all"])
-    right = f", {_percent(row['test_positive_acc'])} of them with the right label" if count else ""
+    right = ""
+    if count:
+        low, high = interval(row["test_positive_acc"], count)
+        share = f"{_percent(row['test_positive_acc'])} of them with the right label"
+        right = f", {share} (95 % interval {_percent(low)} to {_percent(high)})"
     took = f"The same selection takes {count:,} of {of_all:,} test images{right}"
     return f"{took}: the best guess at how good the pseudo-labels are"
 
@@ -436,6 +466,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         "on images",
         "ECE",
         "ECE selected",
+        "ECE test",
         "time",
     ]
     body = [
@@ -449,6 +480,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
             f"{row['negative_samples']:,}",
             _decimals(row["ece"]),
             _decimals(row["ece_selected"]),
+            _decimals(row.get("test_ece")),
             f"{row['seconds']:.1f} s",
         ]
         for row in rows

@@ -147,6 +147,7 @@ class _Run:
         with blame("data.n_labels"):
             self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
+        self.told_lost = 0
         self.progress = progress_bar(console)
 
     def _plan(self, told: Supervision, mix: Mix, epoch: int) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,7 @@ class _Run:
     def train_round(self) -> None:
         """Trains the round's network from where the checkpoint stands."""
         cfg, state = self.cfg, self.state
+        self._check_lost()
         epochs, batch_size = self._budget(state.round)
         told = self._supervision()
         mix = batch_mix(len(told.positives), len(told.negatives), batch_size)
@@ -231,6 +233,7 @@ class _Run:
                 lr = lr_at(before + step, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
                 with self._outside():
                     next(batches)
+                self._check_lost()
                 self.step(plan[step], draw[step], lr)
                 state.step = step + 1
                 self._show(bar, (before + state.step) * batch_size, lr)
@@ -258,12 +261,14 @@ class _Run:
         if not (self._truth() >= 0).any():
             index = torch.arange(len(data.test_labels))
             guess = on_test(self._label("labelling test images", self.test_images, index), data.test_labels)
+        accuracy = or_none(test.correct.double().mean())
+        before = [row["test_acc"] or 0 for row in state.rows]
         with self._outside():
-            save_model(self.folder, self.model, self.about)
+            save_model(self.folder, self.model, self.about, best=(accuracy or 0) >= max(before, default=0))
             self._write_selection(vars(labelling))
         row = {
             "round": state.round,
-            "test_acc": or_none(test.correct.double().mean()),
+            "test_acc": accuracy,
             **report(labelling, self._truth(), len(data.classes)),
             "seconds": round(self._lap(), 3),
             "outside": round(state.outside / max(state.seconds, 1e-9), 4),
@@ -293,8 +298,30 @@ class _Run:
                 f"round {row['round']}: nearly all positives are of class {name!r}. If the images are not, the network "
                 "has not learned to tell them apart: train.first_epochs may be too few, or train.lr too high"
             )
+        elif row["positives"] > 20 and (
+            none := [name for name, n in zip(data.classes, row["per_class_positives"], strict=True) if not n]
+        ):
+            names = ", ".join(map(repr, none[:3])) + f" and {len(none) - 3:,} more" * (len(none) > 3)
+            self._say(f"round {row['round']}: nothing was selected as {names}")
         if no_label := row["no_label"] - sum(i in self.train_images.lost for i in state.unlabeled.tolist()):
             self._say(f"round {row['round']}: {no_label:,} samples have NaN or infinite logits")
+
+    def _check_lost(self) -> None:
+        """Says how many files are gone; raises ValueError where what is left is not worth going on."""
+        lost, found = self.train_images.lost, len(self.train_images.lost) + len(self.test_images.lost)
+        if found == self.told_lost:
+            return
+        self.told_lost = found
+        labeled = sum(i in lost for i in self.state.labeled.tolist())
+        some = next(iter([*lost.values(), *self.test_images.lost.values()]))
+        if labeled == len(self.state.labeled) or 2 * len(lost) > len(self.train_images):
+            what = f"all {labeled:,} labelled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
+            raise ValueError(
+                f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Once they are "
+                "back, the same command goes on"
+            )
+        files = f"{found:,} file{'s' * (found > 1)}"
+        self._say(f"{files} cannot be read any more, and teach nothing, such as {some}")
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round
@@ -331,8 +358,9 @@ class _Run:
         select = self.cfg.select
         bar = self._bar(what, len(index))
 
-        def advance(images: int) -> None:
-            self.progress.advance(bar, images)
+        def advance(done: int) -> None:
+            self.progress.advance(bar, done)
+            self._check_lost()
             self._end_if_asked()  # training was saved when it ended
 
         labelling = label(

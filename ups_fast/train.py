@@ -82,6 +82,11 @@ def _train(cfg: config.Config) -> None:
         torch.set_num_threads(cfg.threads)
     gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    cores = len(os.sched_getaffinity(0))
+    if not gpu and torch.get_num_threads() > 1 and os.getloadavg()[0] > cores:
+        console.print(
+            f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): threads=1 may be much faster"
+        )
     console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place})")
     console.print(f"ops on {device.type}: {ups_fast.backend()[device.type]}")
 
@@ -111,8 +116,6 @@ def _train(cfg: config.Config) -> None:
     except (ValueError, OSError) as error:
         again = "once that is mended, the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
-    if result.lost:
-        console.print(f"{len(result.lost):,} files could not be read any more, such as {result.lost[0]}")
     console.print(report.headline(result.rows, cfg))
     if guess := report.test_guess(result.rows[-1]):
         console.print(guess)
@@ -120,12 +123,8 @@ def _train(cfg: config.Config) -> None:
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:
         console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
-    if (result.rows[-1]["test_acc"] or 0) < (result.rows[0]["test_acc"] or 0):
-        console.print(
-            "the last round, whose network is the one that is kept, is worse than round 0: train.epochs may be too "
-            "few, select.tau_p too low, or select.balance_rounds too few. train.warm_start=true, with train.later_lr "
-            "a third of train.lr, and augmentation (data.ops) may help, too"
-        )
+    if advice := report.advice(result.rows):
+        console.print(advice)
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 
 

@@ -147,7 +147,7 @@ class _Run:
         with blame("data.n_labels"):
             self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
-        self.told_lost = 0
+        self.lost = self.told_lost = 0
         self.progress = progress_bar(console)
 
     def _plan(self, told: Supervision, mix: Mix, epoch: int) -> tuple[Tensor, Tensor]:
@@ -286,42 +286,50 @@ class _Run:
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
         self._write_rows()
-        if not row["positives"] and not row["negatives"]:
-            self._say(
-                f"round {row['round']}: nothing was selected; more epochs, or a lower select.tau_p, may help"
-            )
         self._say(table_line(row))
-        most = max(row["per_class_positives"])
-        if row["positives"] > 20 and most > 0.95 * row["positives"]:
-            name = data.classes[row["per_class_positives"].index(most)]
-            self._say(
-                f"round {row['round']}: nearly all positives are of class {name!r}. If the images are not, the network "
-                "has not learned to tell them apart: train.first_epochs may be too few, or train.lr too high"
+        for sentence in self._worries(row):
+            self._say(f"round {row['round']}: {sentence}")
+
+    def _worries(self, row: Row) -> Iterator[str]:
+        """What the user should know of a round's selection."""
+        each, lost = row["per_class_positives"], self.train_images.lost
+        none = [repr(name) for name, n in zip(self.data.classes, each, strict=True) if not n]
+        if not row["positives"] and not row["negatives"]:
+            yield "nothing was selected; more epochs, or a lower select.tau_p, may help"
+        elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
+            yield (
+                f"nearly all positives are of class {self.data.classes[each.index(max(each))]!r}. If the images are "
+                "not, the network has not learned to tell them apart: train.first_epochs may be too few, or train.lr "
+                "too high"
             )
-        elif row["positives"] > 20 and (
-            none := [name for name, n in zip(data.classes, row["per_class_positives"], strict=True) if not n]
-        ):
-            names = ", ".join(map(repr, none[:3])) + f" and {len(none) - 3:,} more" * (len(none) > 3)
-            self._say(f"round {row['round']}: nothing was selected as {names}")
-        if no_label := row["no_label"] - sum(i in self.train_images.lost for i in state.unlabeled.tolist()):
-            self._say(f"round {row['round']}: {no_label:,} samples have NaN or infinite logits")
+        elif row["positives"] > 20 and none:
+            yield (
+                "nothing was selected as "
+                + ", ".join(none[:3])
+                + f" and {len(none) - 3:,} more" * (len(none) > 3)
+            )
+        if no_label := row["no_label"] - sum(i in lost for i in self.state.unlabeled.tolist()):
+            yield f"{no_label:,} samples have NaN or infinite logits"
 
     def _check_lost(self) -> None:
-        """Says how many files are gone; raises ValueError where what is left is not worth going on."""
-        lost, found = self.train_images.lost, len(self.train_images.lost) + len(self.test_images.lost)
-        if found == self.told_lost:
+        """Says when files are gone, and when twice as many are; raises ValueError where what is left is too little."""
+        lost, test_lost = self.train_images.lost, self.test_images.lost
+        found = len(lost) + len(test_lost)
+        if found == self.lost:
             return
-        self.told_lost = found
+        self.lost = found
         labeled = sum(i in lost for i in self.state.labeled.tolist())
-        some = next(iter([*lost.values(), *self.test_images.lost.values()]))
+        some = next(iter([*lost.values(), *test_lost.values()]))
         if labeled == len(self.state.labeled) or 2 * len(lost) > len(self.train_images):
             what = f"all {labeled:,} labelled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
             raise ValueError(
                 f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Once they are "
                 "back, the same command goes on"
             )
-        files = f"{found:,} file{'s' * (found > 1)}"
-        self._say(f"{files} cannot be read any more, and teach nothing, such as {some}")
+        if found >= 2 * self.told_lost:
+            self.told_lost = found
+            files = f"{found:,} file{'s' * (found > 1)}"
+            self._say(f"{files} cannot be read any more, and teach nothing, such as {some}")
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round

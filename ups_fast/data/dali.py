@@ -83,9 +83,8 @@ class DaliImages(FileImages):
         self._known = np.zeros((len(self), 5), np.int64)
 
     def _makers(self) -> int:
-        return (
-            min(2, self.threads) if self._gpu else self.threads
-        )  # on a GPU one reads while the other decodes
+        most = 2 if self._gpu else self.threads  # on a GPU one reads while the other decodes
+        return min(most, self.threads)
 
     def _room(self, n: int) -> Tensor:
         if not self._gpu:

@@ -264,11 +264,9 @@ def on_test(
 
 def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share that was found in `count` cases."""
-    middle, spread = (
-        share + z * z / (2 * count),
-        z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count),
-    )
-    return tuple(min(1.0, max(0.0, (middle + sign * spread) / (1 + z * z / count))) for sign in (-1, 1))  # type: ignore[return-value]
+    middle, whole = share + z * z / (2 * count), 1 + z * z / count
+    spread = z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count)
+    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
 
 
 def ece(bins: Reliability) -> float:

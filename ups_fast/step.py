@@ -123,9 +123,8 @@ class TrainStep:
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
         self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
-        self.batch: Tensor | None = (
-            None  # [B, C, S, S], if images come from files; others are read in the step
-        )
+        # [B, C, S, S] where images come from files: their loader writes there; others are read in the step.
+        self.batch: Tensor | None = None
         self.lost = 0  # how many images the tables know to be lost
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0

@@ -421,7 +421,7 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> st
 
 def _doubts(labelling: Labelling, cfg: Config) -> str:
     """What uncertainty has done."""
-    if cfg.select.passes == 1:
+    if not math.isfinite(cfg.select.kappa_p):
         return ""
     sure = labelling.confidence >= cfg.select.tau_p
     doubted = int((sure & ~labelling.candidate).sum())

@@ -71,9 +71,9 @@ inline Tensor new_plan(const Tensor& index, const DrawArgs& args) {
 
 // The arguments of augment; `out` is [B, H, W, C] as `norm` is typed.
 struct AugmentCall {
-  AugmentCall(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants, const Tensor& operations,
-              const Tensor& blends, const Tensor& norm, const Tensor& seed, const Tensor& epoch,
-              const std::optional<Tensor>& plan, const std::vector<int64_t>& settings)
+  AugmentCall(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
+              const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
+              const Tensor& epoch, const std::optional<Tensor>& plan, const std::vector<int64_t>& settings)
       : images(images), blends(blends), norm(norm), out(out), plan(plan) {
     check_dim("images", images, 4);
     check_type("images", images, ScalarType::Byte, "uint8");

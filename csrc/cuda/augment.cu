@@ -118,8 +118,8 @@ void augment_cuda(const Tensor& out, const Tensor& images, const Tensor& index, 
     if (where.shared > 48 << 10) {  // more than a block has unless it asks
       const cudaError_t refused =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared);
-      UPS_CHECK(refused == cudaSuccess, "augment: ", where.shared, " bytes of shared memory were refused: ",
-                cudaGetErrorString(refused));
+      UPS_CHECK(refused == cudaSuccess, "augment: ", where.shared,
+                " bytes of shared memory were refused: ", cudaGetErrorString(refused));
     }
     launch("augment", kernel, where, images, args, B, static_cast<uint8_t*>(nullptr));
   });

@@ -173,10 +173,11 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
 }
 
 // As torch.ops.ups_fast.augment, to float32. `plan` may be null. In global memory where shared_bytes do not suffice.
-const char* augment(uint64_t seed, int64_t shared_bytes, int64_t max_blocks, const uint8_t* images, int64_t N, int H, int W, int C, const int64_t* index,
-                    int64_t B, const void* variants, int n_variants, const int32_t* operations, int n_operations,
-                    const uint8_t* blends, const uint32_t* norm, const int64_t* seed_and_epoch, const int32_t* plan,
-                    const ups::AugmentSettings* settings, uint32_t* out) {
+const char* augment(uint64_t seed, int64_t shared_bytes, int64_t max_blocks, const uint8_t* images, int64_t N, int H,
+                    int W, int C, const int64_t* index, int64_t B, const void* variants, int n_variants,
+                    const int32_t* operations, int n_operations, const uint8_t* blends, const uint32_t* norm,
+                    const int64_t* seed_and_epoch, const int32_t* plan, const ups::AugmentSettings* settings,
+                    uint32_t* out) {
   const ups::DrawArgs draw =
       draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
   const ups::AugmentArgs<uint32_t> args = {draw, images, N, blends, norm, plan, out};

@@ -14,9 +14,9 @@
 #include "../../csrc/augment.h"
 
 extern "C" {
-const char* augment(uint64_t, int64_t, int64_t, const uint8_t*, int64_t, int, int, int, const int64_t*, int64_t, const void*, int,
-                    const int32_t*, int, const uint8_t*, const uint32_t*, const int64_t*, const int32_t*,
-                    const ups::AugmentSettings*, uint32_t*);
+const char* augment(uint64_t, int64_t, int64_t, const uint8_t*, int64_t, int, int, int, const int64_t*, int64_t,
+                    const void*, int, const int32_t*, int, const uint8_t*, const uint32_t*, const int64_t*,
+                    const int32_t*, const ups::AugmentSettings*, uint32_t*);
 const char* control(const char*, uint64_t, int*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
@@ -182,8 +182,9 @@ void try_augment(int H, int W, int C) {
   for (uint64_t seed = 0; seed < 4; ++seed) {  // then in global memory, which 5 blocks use for several images
     const Bytes& out = results.emplace_back(int64_t{n} * H * W * C * 4);
     const std::string error =
-        augment(seed, seed < 2 ? 227 << 10 : 0, seed < 2 ? n : 5, images.get(), n, H, W, C, as<int64_t>(index), n, variants.data(), kKinds, operations.data(),
-                kKinds, blends.get(), as<uint32_t>(norm), as<int64_t>(counter), nullptr, &settings, as<uint32_t>(out));
+        augment(seed, seed < 2 ? 227 << 10 : 0, seed < 2 ? n : 5, images.get(), n, H, W, C, as<int64_t>(index), n,
+                variants.data(), kKinds, operations.data(), kKinds, blends.get(), as<uint32_t>(norm),
+                as<int64_t>(counter), nullptr, &settings, as<uint32_t>(out));
     expect(error.empty(), error, where);
   }
   for (const Bytes& each : results) expect(each == results[0], "the order of threads, or the memory, shows", where);

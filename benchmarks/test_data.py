@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rivals import torchvision_transform
 from test_ops import GPU, MEAN, STD, measure
 
 from ups_fast.data import ResidentImages, file_images, read_image, resize_crop
@@ -80,7 +81,12 @@ def passes_over(loader):
     return all_batches
 
 
-@pytest.mark.parametrize("name", ["torchvision v2, 2 workers", "plain: Pillow, 2 threads", "dali, 2 threads"])
+ON_GPU = ["dali, GPU"] if GPU else []
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision v2, 2 workers", "plain: Pillow, 2 threads", "dali, 2 threads", *ON_GPU]
+)
 @pytest.mark.parametrize("chain", [False, True], ids=["decode", "chain"])
 def test_jpegs(benchmark, photographs, chain, name):
     """224 pixels. decode: to uint8, a random resized crop; chain: and flip and normalise."""
@@ -96,9 +102,10 @@ def test_jpegs(benchmark, photographs, chain, name):
         kind = name.split(",")[0].split(":")[0]
         if kind == "dali":
             pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+        device = "cuda" if name in ON_GPU else "cpu"
         images = file_images(
-            kind, root, paths, size=224, channels=3, mean=MEAN, std=STD, device="cpu",
-            policy=Policy(flip=True), resized_crop=SCALE, threads=WORKERS,
+            kind, root, paths, size=224, channels=3, mean=MEAN, std=STD, device=device,
+            policy=Policy(flip=True), resized_crop=SCALE, threads=16 if name in ON_GPU else WORKERS,
         )  # fmt: skip
         plan = torch.randperm(IMAGES).view(-1, BATCH)
         if chain:
@@ -112,16 +119,41 @@ def test_jpegs(benchmark, photographs, chain, name):
             call = passes_over(lambda: images._streamed(jobs))
     benchmark.extra_info["images"] = IMAGES
     group = f"{IMAGES} JPEGs of 280x320, {'full chain' if chain else 'decode and crop'} to 224"
-    measure(benchmark, group, name, call, "cpu", ROUNDS)
+    measure(benchmark, group, name, call, "cuda" if name in ON_GPU else "cpu", ROUNDS)
 
 
-@pytest.mark.parametrize("name", ["resident", "plain, 2 threads", "dali, 2 threads"])
+class Augmented(torch.utils.data.Dataset):
+    """Arrays as the published chain leaves them in torchvision's v2 transforms."""
+
+    def __init__(self, pixels):  # uint8 [N, 32, 32, 3]
+        self.images = pixels.permute(0, 3, 1, 2).contiguous()
+        self.transform = torchvision_transform(MEAN, STD, "cpu")
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resident", "plain, 2 threads", "dali, 2 threads", "torchvision v2, 2 workers"]
+    + ["resident, GPU", *ON_GPU] * GPU,
+)
 def test_arrays(benchmark, name):
     """32 pixels, the published chain: arrays that fit into memory need no loader."""
     pixels, n = torch.randint(0, 256, (4096, 32, 32, 3), dtype=torch.uint8), 4096
     plan = torch.randperm(n).view(-1, 128)
-    settings = {"mean": MEAN, "std": STD, "device": "cpu", "policy": POLICIES["published"]}
-    if name == "resident":
+    device = "cuda" if name.endswith("GPU") else "cpu"
+    plan = plan.to(device) if name == "resident, GPU" else plan
+    settings = {"mean": MEAN, "std": STD, "device": device, "policy": POLICIES["published"]}
+    if name.startswith("torchvision"):
+        loader = torch.utils.data.DataLoader(
+            Augmented(pixels), 128, shuffle=True, num_workers=WORKERS, persistent_workers=True
+        )
+        call = passes_over(lambda: loader)
+    elif name.startswith("resident"):
         resident = ResidentImages(pixels, **settings)
         call = passes_over(lambda: (resident.augmented(ids, seed=0, epoch=0) for ids in plan))
     else:
@@ -131,7 +163,8 @@ def test_arrays(benchmark, name):
         images = file_images(kind, None, (), size=32, channels=3, images=pixels, threads=WORKERS, **settings)
         call = passes_over(lambda: images.training(zip(plan, torch.zeros_like(plan), strict=True), seed=0))
     benchmark.extra_info["images"] = n
-    measure(benchmark, f"{n} arrays of 32x32, published chain", name, call, "cpu", ROUNDS)
+    rounds = 3 if name.startswith("torchvision") else ROUNDS
+    measure(benchmark, f"{n} arrays of 32x32, published chain", name, call, device, rounds)
 
 
 @pytest.fixture(scope="module")

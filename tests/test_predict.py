@@ -70,7 +70,7 @@ def test_a_folder_becomes_a_run(folder: Path, images: Path) -> None:
     assert "torn.jpg" in page and "light &amp; bright" in page and "About the data" in page
     (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert row["test_acc"] == 1.0 and row["positive_acc"] is None
-    assert f"The same selection takes {row['test_positives']} of 6 test images" in page
+    assert f"The same thresholds take {row['test_positives']} of 6 test images" in page
 
 
 def test_the_same_command_again_changes_nothing(folder: Path, images: Path, capsys) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -191,13 +192,11 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     assert f"selected: ECE {expected['ece_selected']:.3f}" in words(calibration)
     _, page = report.write_report(tmp_path, rows, labelling, unknown, cfg, ["x"] * 10)
     share = f"{100 * expected['positive_acc']:.1f} % of them with the right label"
-    taken = f"The same selection takes {expected['positives']} of 297 test images, {share}"
+    taken = f"The same thresholds take {expected['positives']} of 297 test images, {share}"
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
     assert report.test_guess(rows_of(labelling, truth, 10, 1)[0]) == ""
     nothing = {**found, **on_test(no_samples(test), test_truth[:0])}
-    assert report.test_guess(nothing).startswith(
-        "The same selection takes 0 of 0 test images: the best guess"
-    )
+    assert report.test_guess(nothing).startswith("The same thresholds take 0 of 0 test images: a guess")
     assert "No label can be judged" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
 
 
@@ -207,20 +206,25 @@ def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
     kept_out = int((sure & (labelling.std > cfg.select.kappa_p)).sum())
     assert 0 < kept_out < int(sure.sum())
     _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
-    said = f"Of {int(sure.sum())} confident labels {kept_out} were too uncertain (std above 0.05)"
+    dropped = int((labelling.candidate & ~labelling.positive).sum())
+    said = f"Of {int(sure.sum())} confident labels {kept_out} were too uncertain (std above 0.05), and {dropped} more"
     assert said in page.read_text()
 
 
 def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
     labelling, truth, rows = case(n_rounds=4)
-    assert report.advice(rows) == "" and report.advice(rows[:1]) == ""
+    assert report.advice(rows, cfg) == "" and report.advice(rows[:1], cfg) == ""
     rows = [{**row, "test_acc": acc} for row, acc in zip(rows, (0.8, 0.85, 0.85, 0.7), strict=True)]
-    assert report.advice(rows).startswith(
-        "The last round is worse than round 0: here pseudo-labels did not help."
+    assert "the last round is worse than round 0" in report.advice(rows, cfg)
+    assert "warm_start" in report.advice(rows, cfg) and "data.ops" in report.advice(rows, cfg)
+    said = replace(
+        cfg, train=replace(cfg.train, warm_start=True, repeat_labels=4), data=replace(cfg.data, ops="ups")
     )
-    assert "best.safetensors is the network of round 2 (85.0 %)" in report.advice(rows)
+    said.select = replace(cfg.select, balance_rounds=100)
+    assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
+    assert "best.safetensors is the network of round 2 (85.0 %)" in report.advice(rows, cfg)
     _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
-    assert report.advice(rows) in page.read_text()
+    assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):
         rows = [{**row, "test_acc": acc} for row, acc in zip(case(n_rounds=2)[2], accuracies, strict=True)]
         _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)

@@ -344,7 +344,7 @@ _READING = """
 <li><b>Is the confidence deserved?</b> Points on the diagonal keep their promise, below it the network is too
  sure of itself; the expected calibration error (ECE) is the mean distance.</li>
 <li><b>Confidence and uncertainty:</b> wrong labels should lie outside the tinted corner, for those inside it
- are taught as true.</li>
+ are taught as true, but for what the class balance leaves out.</li>
 """
 
 
@@ -416,7 +416,7 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> st
     if len(rows) > 1 and rows[0]["test_acc"] is not None:
         step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
     right = f"The network is right on {_percent(last['test_acc'])} of the test images{step}."
-    return f"{right} {advice(rows)} {kept}; {told}. {_doubts(labelling, cfg)}".replace("  ", " ")
+    return f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(labelling, cfg)}".replace("  ", " ")
 
 
 def _doubts(labelling: Labelling, cfg: Config) -> str:
@@ -425,19 +425,29 @@ def _doubts(labelling: Labelling, cfg: Config) -> str:
         return ""
     sure = labelling.confidence >= cfg.select.tau_p
     doubted = int((sure & ~labelling.candidate).sum())
-    return f"Of {int(sure.sum()):,} confident labels {doubted:,} were too uncertain (std above {cfg.select.kappa_p:g})."
+    said = f"Of {int(sure.sum()):,} confident labels {doubted:,} were too uncertain (std above {cfg.select.kappa_p:g})"
+    dropped = int((labelling.candidate & ~labelling.positive).sum())
+    return said + (f", and {dropped:,} more were left out to balance the classes." if dropped else ".")
 
 
-def advice(rows: Rows) -> str:
+def advice(rows: Rows, cfg: Config) -> str:
     """What to do where the rounds have made the network worse; else empty."""
+    train, select = cfg.train, cfg.select
+    settings = {
+        "more train.epochs": True,
+        "a higher select.tau_p": True,
+        "train.warm_start=true with train.later_lr a third of train.lr": not train.warm_start,
+        "a higher train.repeat_labels": train.repeat_labels == 1,
+        f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,
+        "augmentation (data.ops)": not cfg.data.ops,
+    }
+    help_ = [words for words, open_ in settings.items() if open_]
     best = max(rows, key=lambda row: (row["test_acc"] or 0, row["round"]))
     if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
         return ""
     return (
-        f"The last round is worse than round 0: here pseudo-labels did not help. {BEST} is the network of round "
-        f"{best['round']} ({_percent(best['test_acc'])}). Later rounds may need more train.epochs or "
-        "train.warm_start=true with train.later_lr a third of train.lr, a higher select.tau_p, select.balance_rounds, "
-        "or augmentation (data.ops)."
+        f"On the test images the last round is worse than round 0. {BEST} is the network of round {best['round']} "
+        f"({_percent(best['test_acc'])}). What may help: {', '.join(help_)}."
     )
 
 
@@ -451,8 +461,8 @@ def test_guess(row: Mapping[str, Any]) -> str:
         low, high = interval(row["test_positive_acc"], count)
         share = f"{_percent(row['test_positive_acc'])} of them with the right label"
         right = f", {share} (95 % interval {_percent(low)} to {_percent(high)})"
-    took = f"The same selection takes {count:,} of {of_all:,} test images{right}"
-    return f"{took}: the best guess at how good the pseudo-labels are"
+    took = f"The same thresholds take {count:,} of {of_all:,} test images{right}"
+    return f"{took}: a guess at how good the pseudo-labels are"
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -466,7 +476,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         "on images",
         "ECE",
         "ECE selected",
-        "ECE test",
+        "ECE test, without dropout",
         "time",
     ]
     body = [

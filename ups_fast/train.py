@@ -99,6 +99,7 @@ def _train(cfg: config.Config) -> None:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
+    lost = [f"could not be read any more, and teaches nothing: {sentence}" for sentence in result.lost]
     try:
         # Of one's own arrays the labelled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
@@ -111,7 +112,7 @@ def _train(cfg: config.Config) -> None:
             cfg,
             data.classes,
             labeled=result.labeled,
-            notes=[*data.notes, *data.damaged, *result.lost],
+            notes=[*data.notes, *data.damaged, *lost],
         )
     except (ValueError, OSError) as error:
         again = "once that is mended, the same command makes the report without training again"
@@ -123,7 +124,7 @@ def _train(cfg: config.Config) -> None:
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:
         console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
-    if advice := report.advice(result.rows):
+    if advice := report.advice(result.rows, cfg):
         console.print(advice)
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice, repeat
+from itertools import chain, islice, repeat, tee
 from pathlib import Path
 from types import FrameType
 
@@ -150,21 +150,17 @@ class _Run:
         self.lost = self.told_lost = 0
         self.progress = progress_bar(console)
 
-    def _plan(self, told: Supervision, mix: Mix, epoch: int) -> tuple[Tensor, Tensor]:
-        """Sample ids and draws of an epoch's steps, int64 [steps, B], on the host."""
-        plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", epoch))
-        return plan, epoch + (occurrences(plan) << EPOCH_BITS)
+    def _plans(self, told: Supervision, mix: Mix, epochs: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each epoch the sample ids and draws of its steps, int64 [steps, B], on the host."""
+        for epoch in epochs:
+            plan = epoch_plan(told.positives, told.negatives, mix, self._stream("epoch", epoch))
+            yield plan, epoch + (occurrences(plan) << EPOCH_BITS)
 
-    def _batches(self, told: Supervision, mix: Mix) -> Iterator[Tensor | None]:
-        """Puts the images of the round's remaining steps where the step reads them, one by one; those on the device
-        it reads by itself."""
-        if isinstance(self.train_images, ResidentImages):
-            return repeat(None)
-        epochs = range(self.state.epoch, self._budget(self.state.round)[0])
-        # Plans of its own, as it is ahead of the training.
-        steps = chain.from_iterable(zip(*self._plan(told, mix, epoch), strict=True) for epoch in epochs)
+    def _batches(self, images: FileImages, plans: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """Puts the images of the round's remaining steps where the step reads them, one by one."""
+        steps = chain.from_iterable(zip(*each, strict=True) for each in plans)
         rest = islice(steps, self.state.step, None)
-        return self.train_images.training(rest, seed=self._seed("augment"), out=self.step.batch)
+        return images.training(rest, seed=self._seed("augment"), out=self.step.batch)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
@@ -222,11 +218,15 @@ class _Run:
         bar = self._bar("training", total * batch_size, done * batch_size)
         with self._outside():
             self._start(told, mix)
-        batches = self._batches(told, mix)
+        plans = self._plans(told, mix, range(state.epoch, epochs))
+        batches: Iterator[Tensor | None] = repeat(None)  # images on the device are read by the step itself
+        if isinstance(self.train_images, FileImages):
+            plans, ahead = tee(plans)  # by an epoch at most
+            batches = self._batches(self.train_images, ahead)
         while state.epoch < epochs:
             before = state.epoch * mix.steps
             with self._outside():
-                plan, draw = (each.to(self.device) for each in self._plan(told, mix, state.epoch))
+                plan, draw = (each.to(self.device) for each in next(plans))
             if state.step == 0:
                 state.loss.zero_()
             for step in range(state.step, mix.steps):

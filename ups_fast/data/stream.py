@@ -199,11 +199,12 @@ class FileImages:
     def _streamed(self, jobs: Iterable[tuple[Tensor, BoxOf]]) -> Iterator[Tensor]:
         """The uint8 batch of each job, in order, made in parts of consecutive rows, each by one thread."""
         waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
-        with ThreadPoolExecutor(self._makers()) as makers:
+        n = self._makers()
+        with ThreadPoolExecutor(n) as makers:
             try:
                 for ids, box_of in jobs:
                     out, numbers, rows = self._room(len(ids)), ids.tolist(), range(len(ids))
-                    part = max(FEWEST, -(-len(ids) // makers._max_workers))
+                    part = max(FEWEST, -(-len(ids) // n))
                     parts = [rows[first : first + part] for first in rows[::part]]
                     fills = [makers.submit(self._fill, out, numbers, some, box_of) for some in parts]
                     waiting.append((out, fills))
@@ -225,12 +226,14 @@ class FileImages:
         return self.threads
 
     def _room(self, n: int) -> Tensor:  # [n, S, S, C] uint8
-        return torch.empty(n, self.size, self.size, self.channels, dtype=torch.uint8)
+        shape, pinned = (n, self.size, self.size, self.channels), self.home.type == "cuda"
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
     def _fill(self, out: Tensor, ids: list[int], rows: Iterable[int], box_of: BoxOf) -> None:
         """Makes these rows of a batch [B, S, S, C] uint8 of the images `ids` [B]."""
+        pixels = out.numpy()  # whose assignments wake no other threads, as torch's may
         for row in rows:
-            out[row] = torch.from_numpy(self._by_pillow(ids[row], row, box_of))
+            pixels[row] = self._by_pillow(ids[row], row, box_of)
 
     def _by_pillow(
         self, i: int, row: int, box_of: BoxOf, encoded: bytes | None = None

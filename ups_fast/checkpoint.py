@@ -31,10 +31,8 @@ from ups_fast.models import build
 from ups_fast.selection import Labelling
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
-MODEL, BEST = (
-    "model.safetensors",
-    "best.safetensors",
-)  # of the last round, of the round of highest test accuracy
+MODEL = "model.safetensors"  # the network of the last round
+BEST = "best.safetensors"  # of the round of highest test accuracy
 READABLE = "readable.json"  # which files of a folder have been found good
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.

@@ -96,7 +96,6 @@ class _Known(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     damaged: tuple[str, ...]  # sentences of then
-
     gone: list[int]  # positions in folder.paths
 
     def again(self, data: ImageSet) -> ImageSet:

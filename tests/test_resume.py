@@ -31,6 +31,7 @@ from test_rounds import tiny_config, tiny_set
 
 from ups_fast import checkpoint, load_model, rounds, selection, step
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
+from ups_fast.display import Board
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
@@ -156,6 +157,17 @@ def scalars(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
     board = EventAccumulator(str(folder / "tb" / part)).Reload()
     tags = [tag for tag in board.Tags()["scalars"] if tag not in CLOCKS]
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+
+def test_processes_of_one_second_hide_nothing_in_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one's number comes first in the order of letters."""
+    for epoch, process in enumerate((99999, 100000)):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        with Board(tmp_path / "tb", epoch, 0) as board:
+            board.add_epoch(epoch + 1, {"loss": epoch + 0.5})
+    assert scalars(tmp_path, "epochs") == {"loss": [(1, 0.5), (2, 1.5)]}
 
 
 def assert_same_run(folder: Path, want: Path) -> None:

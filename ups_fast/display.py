@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Board:
     def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
         self.folder = folder
         with writing(folder):
+            _wait_for_a_later_name(folder)
             # What a killed process logged after its last checkpoint is logged again: hide the first copy.
             self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
             self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
@@ -52,6 +54,15 @@ class Board:
         with writing(self.folder):
             self.epochs.flush()
             self.rounds.flush()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads files in the order of their names: of the second they began in, host, process.
+
+    Of two in one second the earlier process may come last, and hide what the later one wrote.
+    """
+    while any(folder.glob(f"*/events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.02)
 
 
 def progress_bar(console: Console) -> Progress:

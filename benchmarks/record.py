@@ -45,10 +45,13 @@ PER_SECOND = {"us": 1e6, "s": 1.0}  # units of time
 
 HEAD = """# Benchmarks
 
-Made by `make bench` and `make gpu-check` of the JSON records beside it. A median is of n rounds, in brackets the middle
-half. The bound is the bytes that any implementation must move, at the copy bandwidth of the same run; it is left out
-where they fit into a cache, or where arithmetic is the limit. The last column says how many times longer a call (an
-image, where images are counted) takes than with ups_fast. ", graph": one CUDA graph, so without Python's time."""
+`make bench` and `make gpu-check` make this page from the JSON records beside it.
+
+- **median** is taken from n rounds. Brackets hold the middle half.
+- **of the bound** compares with the bytes that any implementation must move, at the copy bandwidth of the same run.
+  It is left out where these bytes fit into a cache, or where arithmetic is the limit.
+- **time** says how many times longer a call takes than with ups_fast. Where images are counted, it is one image.
+- **graph** means one CUDA graph, without the time of Python."""
 
 
 def about() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Makes a folder of small picture files from data that ship with scikit-learn: `python examples/make_images.py FOLDER`.
+"""Creates a folder of small image files from scikit-learn's digits: `python examples/make_images.py FOLDER`.
 
 Handwritten digits as JPEG and PNG files of 32x32 pixels: labeled/<digit>/ has 4 of each, unlabeled/ 1,397,
 test/<digit>/ 360 in all. Two files are damaged on purpose.

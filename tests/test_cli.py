@@ -128,14 +128,14 @@ def test_a_report_that_cannot_be_written_says_that_the_run_is_complete(capsys, t
     )
 
 
-def test_ctrl_c_while_torch_is_imported_is_quiet():
+def test_ctrl_c_while_torch_is_imported():
     process = start(DIGITS)
     libraries = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in libraries.read_text():
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (130, "", "stopped\n")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):

@@ -30,10 +30,11 @@ ORDER = [
     "step",
     "inputs",
     "rounds",
+    "command",
     "train",
     "predict",
 ]
-BASE = {"seeds", "config", "fullgraph", "models", "data"}
+BASE = {"seeds", "machine", "terminal", "config", "fullgraph", "models", "data"}
 EITHER = {"checkpoint", "display", "report"}  # below inputs, rounds and train; above the base
 
 

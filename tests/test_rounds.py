@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ups_fast
 from ups_fast import reference, rounds, step
+from ups_fast.checkpoint import load_checkpoint
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.engine import lr_at
@@ -435,14 +438,88 @@ def test_a_single_pass_without_uncertainty(tmp_path: Path) -> None:
     assert torch.equal(found.positive, found.confidence >= 0.95)
 
 
-def test_a_network_that_explodes_is_reported_and_not_believed(tmp_path: Path) -> None:
-    result, text = run(tiny_config(tmp_path, train__lr=1e30))
-    assert [row["no_label"] for row in result.rows] == [54, 54]
-    assert all(row["positives"] == row["negatives"] == 0 and row["ece"] is None for row in result.rows)
-    assert all(row["train_loss"] is None and row["test_acc"] == 0 for row in result.rows)
-    assert "round 0: 54 samples have NaN or infinite logits" in text
-    for line in (result.folder / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+@pytest.mark.parametrize("lr", [1e3, 1e6, 1e30])
+def test_a_network_that_explodes_ends_the_round_and_is_not_saved(lr: float, tmp_path: Path) -> None:
+    with pytest.raises(
+        rounds.Diverged,
+        match=rf"in round 0, epoch \d+: .*; lower train.lr, which is {re.escape(f'{lr:g}')}, in",
+    ):
+        run(tiny_config(tmp_path, train__lr=lr, train__first_epochs=200, checkpoint_seconds=0.0))
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "best.safetensors").exists()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    state = load_checkpoint(tmp_path)
+    assert state is None or all(
+        x.isfinite().all() for part in (state.model, state.momentum) for x in (part or {}).values()
+    )
+
+
+def test_what_was_good_before_a_round_diverged_stays(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, train__later_lr=1e30, checkpoint_seconds=0.0)
+    for _ in range(2):  # the same command again meets the same end
+        with pytest.raises(
+            rounds.Diverged, match=r"in round 1, .* train.lr \(here train.later_lr\), which is 1e"
+        ):
+            run(cfg)
+        state = load_checkpoint(tmp_path)
+        assert state is not None and state.round == 1 and [row["round"] for row in state.rows] == [0]
+        best, last = (load_file(tmp_path / f"{name}.safetensors") for name in ("best", "model"))
+        assert all(torch.equal(best[name], last[name]) and last[name].isfinite().all() for name in last)
+
+
+@pytest.mark.parametrize("what", ["loss", "weight", "statistic", "momentum"])
+def test_nothing_that_is_not_finite_is_saved(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, steps = step.TrainStep.__call__, itertools.count()
+
+    def poisoned(self: step.TrainStep, *args: Any) -> None:
+        call(self, *args)
+        if next(steps) == 5:
+            whole = {
+                "loss": self.loss,
+                "weight": next(self.model.parameters()).data,
+                "statistic": next(x for x in self.model.buffers() if x.is_floating_point()),
+                "momentum": next(iter(self.momentum.values())),
+            }[what]
+            whole.view(-1)[0] = INF
+
+    monkeypatch.setattr(step.TrainStep, "__call__", poisoned)
+    with pytest.raises(rounds.Diverged, match=r"round 0, epoch 5: .*infinite"):
+        run(tiny_config(tmp_path, checkpoint_seconds=0.0))
+    state = load_checkpoint(tmp_path)
+    assert state is not None and (state.epoch, state.step) == (4, 1)
+
+
+def test_answers_that_are_not_finite_are_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be finite, and the sums of their products not."""
+    forward = rounds.passes_over
+    monkeypatch.setattr(rounds, "passes_over", lambda *args: forward(*args) * math.nan)
+    with pytest.raises(rounds.Diverged, match="answers are NaN or infinite for all images"):
+        run(tiny_config(tmp_path, train__first_epochs=1))
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", ["batch_size", "first_batch_size"])
+def test_a_batch_of_one_names_its_key_and_leaves_no_folder(key: str, tmp_path: Path) -> None:
+    small = {"model__name": "torchvision:resnet18", f"train__{key}": 1}
+    with pytest.raises(
+        ValueError, match=rf"^train\.{key}=1 is too small a batch for model\.name=torchvision"
+    ):
+        run(tiny_config(tmp_path / "run", **small))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_of_one_is_good_where_batch_norm_sees_more_than_a_pixel(tmp_path: Path) -> None:
+    result, _ = run(tiny_config(tmp_path, train__first_batch_size=1, train__rounds=1, train__first_epochs=1))
+    assert len(result.rows) == 1
+
+
+def test_a_log_without_a_terminal_hears_of_long_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "LOG_SECONDS", 0.0)
+    _, text = run(tiny_config(tmp_path, train__rounds=1))
+    assert "round 0: epoch 1 of 12, loss " in text and "round 0: epoch 12 of 12, loss " in text
 
 
 def test_truth_may_be_unknown(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ try:
     from .reference import Selection, dropout_keys
 except KeyboardInterrupt:
     if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     raise
 
@@ -41,7 +42,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The ops must import with torch alone; load_model needs the trainer's dependencies.
     if name == "load_model":
-        from .checkpoint import load_model
-
+        try:
+            from .checkpoint import load_model
+        except ImportError as error:
+            if (error.name or "").startswith(__name__):  # a fault of our own
+                raise
+            raise ImportError(
+                f"load_model needs what pip install 'ups_fast[train]' brings: {error}", name=error.name
+            ) from error
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     import torch
 
 RECIPES = Path(__file__).parent / "recipes"
+LARGEST = 2**20  # bytes of a config file: one that is larger is something else
+MOST_BITS = 14_000  # of an integer: Python writes no number of more than 4,300 digits
+DEEPEST = 20  # lists and mappings within each other
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "folder")
 
 
@@ -266,19 +267,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ${oc.env:HOME} are refused, so that a file means the same everywhere.
     Raises ValueError or FileNotFoundError with one sentence that names the key.
     """
-    path = Path(path)
-    merged = OmegaConf.structured(Config)
+    path, cfg = Path(path), Config()
     words = dict(_parse(word) for word in overrides)
     try:
         given = _read(path)
         recipe = words.get("recipe", given.get("recipe"))
         if recipe in KEYS["recipe"].choices[1:]:
-            _merge(merged, _read(RECIPES / f"{recipe}.yaml"))
-        _merge(merged, given)
+            _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
+        _merge(cfg, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    _merge(merged, words)
-    cfg: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    _merge(cfg, words)
     cfg.run_dir = cfg.run_dir or str(Path("runs") / path.stem)
     validate(cfg)
     return cfg
@@ -386,22 +385,25 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError("a config must be a file, and this is a folder")
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text)
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            got = "a list" if isinstance(root, yaml.SequenceNode) else _said(root.value)
-            raise ValueError(f"a config must be a mapping of keys to values, got {got}")
-        _refuse_odd_numbers(text)
-        tree = _plain(OmegaConf.create(text))
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"a config must have at most {LARGEST:,} bytes, and this file has more")
+        tree = _value(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"this file cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not a readable config: it is no text in UTF-8 ({error.reason})") from None
     except yaml.YAMLError as error:
-        where = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
-        raise ValueError(f"this is not valid YAML: {where}") from None
-    except (OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"this is not a readable config: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"this is not valid YAML: {_yaml_words(error)}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        got = "a list" if isinstance(tree, list) else _said(str(tree))
+        raise ValueError(f"a config must be a mapping of keys to values, got {got}")
     flat: dict[str, Any] = {}
     for key, value in _flatten(tree):
         if key in flat:
-            raise ValueError(f"{key} is given twice")
+            raise ValueError(f"{_said(key)[1:-1]} is given twice")
         flat[key] = value
     return flat
 
@@ -423,30 +425,103 @@ def _parse(word: str) -> tuple[str, Any]:
     if name in KEYS and KEYS[name].type is str:
         return name, raw  # text stands as it was typed: run_dir=010 is not the number 8
     try:
-        _refuse_odd_numbers(raw)
-        return name, _plain(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+        return name, _value(raw)
     except yaml.YAMLError:
         return name, raw  # the check of the type says what is wrong with it
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{_said(name)[1:-1]}: {error}") from None
 
 
-def _refuse_odd_numbers(text: str) -> None:
-    """YAML reads 010 as the octal 8 and 12:30 as the sexagesimal 750, which nobody means."""
-    for event in yaml.parse(text):
-        plain = isinstance(event, yaml.ScalarEvent) and event.style is None
-        if plain and re.fullmatch(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)", event.value):
-            raise ValueError(
-                f"a number must have no leading zeros or colons, got {_said(event.value)} "
-                "(where it is meant as text, put it in quotes)"
-            )
+def _value(text: str) -> Any:
+    """YAML as plain values: None, bool, int, float, str, and lists and dicts of them with keys as they were written.
+
+    Dates stay text. Raises yaml.YAMLError, or ValueError for what YAML knows and a config does not, or what YAML reads
+    as nobody means it.
+    """
+    depth, plain = 0, set()
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is built from it
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"a config must not nest deeper than {DEEPEST} lists and mappings")
+        if isinstance(event, yaml.ScalarEvent):
+            if event.anchor:
+                plain.add(event.anchor)
+            if event.style is None and re.fullmatch(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)", event.value):
+                # YAML reads 010 as the octal 8 and 12:30 as the sexagesimal 750.
+                raise ValueError(
+                    f"a number must have no leading zeros or colons, got {_said(event.value)} "
+                    "(where it is meant as text, put it in quotes)"
+                )
+        elif isinstance(event, yaml.AliasEvent) and event.anchor not in plain:
+            raise ValueError(f"an alias must stand for a single value, got *{_said(event.anchor)[1:-1]}")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return None if root is None else _plain(root)
 
 
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=False)
+_TAG = "tag:yaml.org,2002:"
 
 
-def _merge(merged: Any, values: Mapping[str, Any]) -> None:
+def _plain(node: yaml.Node) -> Any:
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        return [_plain(each) for each in node.value]
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        result: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}null":
+                got = "nothing" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise ValueError(f"this is not a readable config: a key must be a word, got {got}")
+            if key.value in result:
+                raise ValueError(f"this is not valid YAML: duplicate key {_said(key.value)}")
+            result[key.value] = _plain(value)
+        return result
+    if not isinstance(node, yaml.ScalarNode):
+        kind = ""
+    if kind in ("str", "timestamp", "merge", "value"):
+        return node.value
+    try:
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}[
+                node.value.lower()
+            ]
+        if kind == "int":
+            return _integer(node.value)
+        if kind == "float":
+            return _float(node.value)
+    except (ValueError, KeyError):
+        raise ValueError(f"{_said(node.value)} cannot be read as {_said(kind)[1:-1]}") from None
+    raise ValueError(
+        f"this is not valid YAML of a config, which has plain values alone: got the tag {_said(node.tag)}"
+    )
+
+
+def _integer(text: str) -> int:
+    digits = text.replace("_", "").lower()
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-f]+|0b[01]+)", digits):
+        raise ValueError
+    number = int(digits, 0)
+    if number.bit_length() > MOST_BITS:
+        raise ValueError
+    return number
+
+
+def _float(text: str) -> float:
+    number = text.replace("_", "").lower()
+    if not re.fullmatch(
+        r"[-+]?([0-9]+\.?[0-9]*(e[-+]?[0-9]+)?|\.[0-9]+(e[-+]?[0-9]+)?|\.?inf|infinity|\.?nan)", number
+    ):
+        raise ValueError
+    return float(number.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _yaml_words(error: yaml.YAMLError) -> str:
+    words = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
+    return words if len(words) <= 300 else f"{words[:297]}..."
+
+
+def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in _GROUPS:
             member = next(key for key in KEYS if key.startswith(f"{name}."))
@@ -462,15 +537,32 @@ def _merge(merged: Any, values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {_said(value)}"
             )
-        # OmegaConf would turn 8 into "8" and 5 into true without a word; 1 and 0 may be true and false.
-        strict = {str: isinstance(value, str), bool: value in (True, False, *_BOOL_WORDS)}
         try:
-            if not strict.get(kind, True):
-                raise ValueError
-            OmegaConf.update(merged, name, value)
-        except (OmegaConfBaseException, ValueError):
+            typed = _typed(kind, value)
+        except (ValueError, OverflowError):
             got = "nothing" if value is None else _said(value)
             raise ValueError(f"{name} must be {_NOUN[kind]}, got {got}") from None
+        group, _, last = name.rpartition(".")
+        setattr(getattr(cfg, group) if group else cfg, last, typed)
+
+
+def _typed(kind: type, value: Any) -> Any:
+    """The value as a key of this type takes it: 1 and 0 may be true and false, "3" is 3, but 8 is no text."""
+    word = isinstance(value, str)
+    if kind is str and word:
+        value.encode(
+            "utf-8", "surrogateescape"
+        )  # half a character, as no file's name has it, is a ValueError
+        return value
+    if kind is bool and (isinstance(value, (bool, int, float)) and value in (0, 1)):
+        return bool(value)
+    if kind is bool and word and value in _BOOL_WORDS:
+        return value in ("true", "yes", "on")
+    if kind is int and (word or type(value) is int):
+        return _integer(value) if word else value
+    if kind is float and (word or type(value) in (int, float)):
+        return _float(value) if word else float(value)
+    raise ValueError
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:
@@ -483,7 +575,7 @@ def _hint(name: str, valid: Iterable[str]) -> str:
 
 def _said(value: Any) -> str:
     """A value in a sentence."""
-    text = repr(value)
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

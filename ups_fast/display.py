@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+from ups_fast import terminal
 from ups_fast.checkpoint import writing
 
 Row = dict[str, Any]  # one line of metrics.jsonl
@@ -63,6 +64,22 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """
     while any(folder.glob(f"*/events.out.tfevents.{int(time.time())}.*")):
         time.sleep(0.02)
+
+
+class _Console(Console):
+    """One whose lines hold no commands to the terminal but its own."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        super().print(*(terminal.printable(x) if isinstance(x, str) else x for x in objects), **how)
+
+
+def open_console(*, error: bool = False) -> Console:
+    """Standard output, or standard error, for lines and bars. Nothing that becomes of it can end a run.
+
+    Each string is one line: a line break within it, as in a file's name, is shown as an escape.
+    """
+    stream: Any = terminal.standard(error=error)
+    return _Console(file=stream, highlight=False, markup=False, soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -31,6 +31,7 @@ from ups_fast.data import (
     stratified_split,
 )
 from ups_fast.display import progress_bar
+from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
 
@@ -175,7 +176,7 @@ def memory(device: torch.device) -> int:
     """Bytes where images would live."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_bytes()
 
 
 def _readable(cfg: Config) -> Path | None:

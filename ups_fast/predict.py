@@ -6,30 +6,40 @@ damaged files are rows with an error; 2 for what the user can mend (one sentence
 
 from __future__ import annotations
 
-import argparse
 import csv
+import errno
 import glob
 import hashlib
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from rich.console import Console
 
-from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
-from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
-from ups_fast.data.reading import in_order
-from ups_fast.display import progress_bar
-from ups_fast.ops import mc_select
-from ups_fast.reference import Selection, unpack_mask
-from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
+from ups_fast import command, machine
+from ups_fast.terminal import Shown, complain, hold_the_first_three, swallow
+
+try:
+    from omegaconf import OmegaConf
+
+    from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
+    from ups_fast.config import pick_device
+    from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
+    from ups_fast.data.reading import in_order
+    from ups_fast.display import open_console, progress_bar
+    from ups_fast.ops import mc_select
+    from ups_fast.reference import Selection, unpack_mask
+    from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
+except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
+    if __name__ == "__main__":
+        sys.exit(command.interrupted_early(error))
+    raise
 
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
 DESCRIPTION = """\
@@ -40,6 +50,7 @@ patterns such as 'photos/*.jpg'. The table has a row for each file: the label's
 number and name, its confidence and standard deviation over the run's dropout
 passes, whether it is positive by the run's thresholds, which classes the image
 surely is not, and what is wrong with a file that could not be read."""
+REMEDY = "end other programs, or use --device cpu"
 
 
 class Predictor:
@@ -116,7 +127,7 @@ def predict(
         except DamagedImage as error:
             return str(error)
 
-    each = zip(paths, in_order(read, paths, threads or len(os.sched_getaffinity(0))), strict=True)
+    each = zip(paths, in_order(read, paths, threads or machine.cores()), strict=True)
     while chunk := list(islice(each, predictor.rows)):
         images = [image for _, image in chunk if not isinstance(image, str)]
         rows = iter(_rows(predictor(np.stack(images)), predictor.classes) if images else [])
@@ -186,26 +197,32 @@ def _refuse(error: OSError) -> None:
 def _table(out: str) -> Iterator[TextIO]:
     """A new file, or standard output for "-"; nothing is overwritten."""
     encoding: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be no text
-    if out == "-" and sys.stdout is None:
-        raise ValueError("standard output is closed: give --out a file")
-    if out == "-":
-        sys.stdout.reconfigure(**encoding)  # type: ignore[union-attr]
-        yield sys.stdout
-        return
-    try:
-        with open(out, "x", newline="", **encoding) as file:
+    if out != "-":
+        try:
+            file = open(out, "x", newline="", **encoding)  # noqa: SIM115 (closed by the with that follows)
+        except FileExistsError:
+            raise ValueError(f"--out {out} is there already: choose another name, or delete it") from None
+        with file:
             yield file
-    except FileExistsError:
-        raise ValueError(f"--out {out} is there already: choose another name, or delete it") from None
+        return
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: give --out a file")
+    if sys.stdout.isatty():
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        yield cast(TextIO, Shown(sys.stdout))
+        return
+    sys.stdout.reconfigure(**encoding)  # type: ignore[union-attr]
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except OSError:
+        swallow(sys.stdout)
+        raise
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ups_fast.predict",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _words(argv: Sequence[str] | None) -> Namespace:
+    parser = command.Parser(
+        "--help explains the rest", prog="python -m ups_fast.predict", description=DESCRIPTION
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder, such as runs/digits")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
@@ -216,9 +233,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="by the network of the round whose test accuracy was highest, not the last",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    console, done, damaged = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), 0, 0
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
+    hold_the_first_three()
+    done = damaged = 0
+    out = "the table"
     try:
+        args = _words(argv)
+        console, out = open_console(error=True), "standard output" if args.out == "-" else args.out
+        command.check_kernels(pick_device(args.device))
         paths = find(args.images)
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
@@ -231,21 +257,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 writer.writerow([answer.path, *answer.row])
                 done, damaged = done + 1, damaged + bool(answer.row[-1])
     except KeyboardInterrupt:
-        print(f"stopped: {done:,} rows are in {args.out}", file=sys.stderr)
+        complain(f"stopped: {done:,} rows are in {out}" if done else "stopped")
         return 130
     except BrokenPipeError:  # standard output has no reader any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        why = f"{args.out} could not be written: {error.strerror}; {done:,} rows are in it"
-        print(f"error: {why if error.strerror else error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        sentence = command.mistake_of(error, REMEDY)
+        if sentence is None:
+            raise
+        if (
+            isinstance(error, OSError)
+            and error.errno not in (None, errno.ENOMEM)
+            and error.filename in (None, out)
+        ):
+            sentence = f"{out} could not be written: {error.strerror}; {done:,} rows are in it"
+        complain(f"error: {sentence}")
         return 2
     if args.out != "-":
         wrong = f", {damaged:,} with an error" if damaged else ""
-        print(f"{done:,} row{'s' * (done != 1)}{wrong} in {args.out}", file=sys.stderr)
+        complain(f"{done:,} row{'s' * (done != 1)}{wrong} in {out}")
     return 0
 
 

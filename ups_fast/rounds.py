@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -17,7 +18,7 @@ from types import FrameType
 import torch
 from rich.console import Console
 from rich.progress import TaskID
-from torch import Tensor
+from torch import Tensor, nn
 
 from ups_fast.checkpoint import (
     CHECKPOINT,
@@ -68,6 +69,7 @@ from ups_fast.step import TrainStep, plan_step
 # Of the number by which an image's augmentation is drawn; above them, how often it came before.
 EPOCH_BITS = 20
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
+LOG_SECONDS = 60.0  # likewise, a line where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,15 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM ended the run, and everything is saved. The message says where it stands."""
 
 
+class Diverged(ValueError):
+    """Loss, weights or answers became NaN or infinite. Nothing of that is saved; the message says what to lower."""
+
+
 def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     """Runs the rounds that the folder `cfg.run_dir` lacks, and keeps all its files but the report.
 
     Raises ValueError where config and data cannot work, before anything is written; RunFolderError where the
-    folder cannot be used; Interrupted after a signal.
+    folder cannot be used; Diverged where training does; Interrupted after a signal.
     """
     job = _Run(cfg, data, console)
     with open_folder(job.folder, asdict(cfg)), _stop_signal(console) as job.stop:
@@ -127,6 +133,7 @@ class _Run:
         }
         with blame("model.name"):
             model = rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
+        self._check_small_batches(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with blame("engine.step"):
             plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
@@ -149,6 +156,24 @@ class _Run:
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.lost = self.told_lost = 0
         self.progress = progress_bar(console)
+
+    def _check_small_batches(self, model: nn.Module) -> None:
+        """ValueError where batch-norm would meet a single value per channel: a batch of one, images down to 1x1."""
+        train = self.cfg.train
+        for key, size in (("first_batch_size", train.first_batch_size), ("batch_size", train.batch_size)):
+            if size != 1:
+                continue
+            trial = copy.deepcopy(model).train()
+            _, height, width, channels = self.data.train_images.shape
+            image = torch.zeros(1, channels, height, width)
+            try:
+                with torch.no_grad():
+                    trial(image, torch.zeros(1, dtype=torch.int32))
+            except ValueError as error:
+                raise ValueError(
+                    f"train.{key}=1 is too small a batch for model.name={self.cfg.model.name}, whose normalization "
+                    f"needs more than one value per channel: raise it to 2 or more ({error})"
+                ) from error
 
     def _plans(self, told: Supervision, mix: Mix, epochs: range) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each epoch the sample ids and draws of its steps, int64 [steps, B], on the host."""
@@ -213,7 +238,7 @@ class _Run:
         if mix.note:
             self._say(f"round {state.round}: {mix.note}")
         total, warmup = epochs * mix.steps, cfg.train.warmup_epochs * mix.steps
-        peak = cfg.train.later_lr if state.round and cfg.train.later_lr else cfg.train.lr
+        peak = self._rate()[1]
         done = state.epoch * mix.steps + state.step
         bar = self._bar("training", total * batch_size, done * batch_size)
         with self._outside():
@@ -239,7 +264,7 @@ class _Run:
                 self._show(bar, (before + state.step) * batch_size, lr)
                 self._save_if_due()
             lr = lr_at(before + mix.steps - 1, total, lr=peak, warmup=warmup, cosine=cfg.train.cosine)
-            self._end_epoch(float(state.loss) / mix.steps, lr)
+            self._end_epoch(self._read_loss() / mix.steps, lr)
         self._save(training=True)
         self.progress.remove_task(bar)
 
@@ -251,12 +276,15 @@ class _Run:
             test = evaluate(
                 self.model, self.test_images, data.test_labels, batch_size=size, forward=self.forward
             )
+        self._check_answers(test.label)
         labelling = self._label(
             "labelling",
             self.train_images,
             state.unlabeled,
             balanced=state.round < self.cfg.select.balance_rounds,
         )
+        kept = ~torch.isin(state.unlabeled, torch.tensor(list(self.train_images.lost), dtype=torch.int64))
+        self._check_answers(labelling.label[kept])
         guess = {}
         if not (self._truth() >= 0).any():
             index = torch.arange(len(data.test_labels))
@@ -393,7 +421,7 @@ class _Run:
 
     def _end_epoch(self, loss: float, lr: float) -> None:
         state = self.state
-        state.train_loss = loss if math.isfinite(loss) else None
+        state.train_loss = loss
         state.epoch, state.step = state.epoch + 1, 0
         with self._outside():
             self.board.add_epoch(self.epochs_done(), {"train/loss": loss, "train/lr": lr})
@@ -409,10 +437,50 @@ class _Run:
         state = self.state
         with self._outside():
             if training:
+                self._check_weights()
                 state = replace(state, model=self.model.state_dict(), momentum=self.step.momentum)
             self.board.flush()  # scalars of what the checkpoint calls done are not logged again
             save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()
+
+    def _read_loss(self) -> float:
+        """The sum of the epoch's losses so far: this waits for the device. Raises Diverged."""
+        loss = float(self.state.loss)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {'NaN' if math.isnan(loss) else 'infinite'}")
+        return loss
+
+    def _check_weights(self) -> None:
+        """Before they are saved: the loss, weights, statistics and momentum. Raises Diverged."""
+        self._read_loss()
+        tensors = {
+            **self.model.state_dict(),
+            **{f"momentum of {k}": v for k, v in self.step.momentum.items()},
+        }
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        finite = torch.stack(
+            [tensor.isfinite().all() for tensor in floats.values()]
+        ).tolist()  # one wait for all
+        if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
+            raise self._diverged(f"{len(bad)} of {len(floats)} weights are NaN or infinite, such as {bad[0]}")
+
+    def _check_answers(self, label: Tensor) -> None:  # int64 [n], of images that could be read
+        """Weights may be finite, and yet so large that no answer is. Raises Diverged."""
+        if len(label) and bool((label < 0).all()):
+            raise self._diverged("the network's answers are NaN or infinite for all images")
+
+    def _rate(self) -> tuple[str, float]:
+        """The key of the learning rate that holds in this round, and its value."""
+        train = self.cfg.train
+        return ("later_lr", train.later_lr) if self.state.round and train.later_lr else ("lr", train.lr)
+
+    def _diverged(self, what: str) -> Diverged:
+        state, (key, rate) = self.state, self._rate()
+        also = f" (here train.{key})" if key != "lr" else ""
+        return Diverged(
+            f"training diverged in round {state.round}, epoch {state.epoch}: {what}; lower train.lr{also}, which is "
+            f"{rate:g}, in another run_dir (a run keeps its config, and {self.folder} what was good before)"
+        )
 
     def _end_if_asked(self) -> None:
         if self.stop.is_set():
@@ -438,11 +506,16 @@ class _Run:
         return self.progress.add_task(name, total=images, completed=done, now="")
 
     def _show(self, bar: TaskID, images: int, lr: float) -> None:
-        now = time.monotonic()
-        if not self.progress.disable and now - self.shown_at >= REFRESH_SECONDS:
-            self.shown_at = now
-            loss = float(self.state.loss) / self.state.step
-            self.progress.update(bar, completed=images, now=f"loss {loss:.3f}  lr {lr:.4f}")
+        now, state = time.monotonic(), self.state
+        if now - self.shown_at < (LOG_SECONDS if self.progress.disable else REFRESH_SECONDS):
+            return
+        self.shown_at = now
+        seen = f"loss {self._read_loss() / state.step:.3f}  lr {lr:.4f}"
+        self.progress.update(bar, completed=images, now=seen)
+        if self.progress.disable:
+            self._say(
+                f"round {state.round}: epoch {state.epoch + 1} of {self._budget(state.round)[0]}, {seen}"
+            )
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

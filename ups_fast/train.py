@@ -5,70 +5,70 @@ Exit status: 0 for a finished run, 2 for what the user can mend (one sentence, n
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+import torch
+
+import ups_fast
+from ups_fast import command, machine
+from ups_fast.terminal import complain, hold_the_first_three
 
 try:
-    import torch
-    from rich.console import Console
-
-    import ups_fast
     from ups_fast import config
-except KeyboardInterrupt:  # in the first seconds: nothing has been done, and nothing needs to be said
+    from ups_fast.display import open_console
+except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
-        sys.exit(130)
+        sys.exit(command.interrupted_early(error))
     raise
 
 DESCRIPTION = """\
-Train a classifier from few labels and many unlabelled images by UPS.
+Train a classifier from few labels and many unlabeled images by UPS.
 
 CONFIG is a YAML file, such as configs/digits.yaml; key=value changes one of its
 keys, such as seed=1 or train.rounds=3. A run that was stopped goes on when the
-same command is given again."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; keys are written as key=value, and --help explains them\n")
+same command is given again. A finished run goes on when train.rounds is
+raised."""
+REMEDY = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
+    hold_the_first_three()
+    try:
+        _train(_config(words))
+    except KeyboardInterrupt as stopped:
+        python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
+        again = shlex.join([python, "-m", "ups_fast.train", *words])
+        complain("")
+        complain(str(stopped) or "stopped")
+        complain(f"to go on: {again}")
+        return 130
+    except Exception as error:
+        sentence = command.mistake_of(error, REMEDY)
+        if sentence is None:
+            raise
+        complain(f"error: {sentence}")
+        return 2
+    return 0
+
+
+def _config(words: Sequence[str]) -> config.Config:
+    parser = command.Parser(
+        "keys are written as key=value, and --help explains them",
         prog="python -m ups_fast.train",
         usage="%(prog)s CONFIG [key=value ...]",
         description=DESCRIPTION,
         epilog="Keys, with their defaults:\n\n" + config.help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file that describes the run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of its keys, see below")
     args = parser.parse_args(words)
-    try:
-        _train(config.load(args.config, args.overrides))
-    except KeyboardInterrupt as stopped:
-        python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
-        again = shlex.join([python, "-m", "ups_fast.train", *words])
-        print(f"\n{stopped or 'stopped'}\nto go on: {again}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
-            raise
-        advice = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
-        print(f"error: memory is used up: {advice} ({text or 'no more is known'})", file=sys.stderr)
-        return 2
-    return 0
+    return config.load(args.config, args.overrides)
 
 
 def _below_here(path: str) -> bool:
@@ -76,16 +76,18 @@ def _below_here(path: str) -> bool:
 
 
 def _train(cfg: config.Config) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = open_console()
     device = config.pick_device(cfg.device)
+    command.check_packages()
+    command.check_kernels(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
-    cores = len(os.sched_getaffinity(0))
-    if not gpu and torch.get_num_threads() > 1 and os.getloadavg()[0] > cores:
+    load, cores = machine.load(), machine.cores()
+    if not gpu and torch.get_num_threads() > 1 and load > cores:
         console.print(
-            f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): threads=1 may be much faster"
+            f"this machine is busy (load {load:.1f} on {cores} cores): threads=1 may be much faster"
         )
     console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place})")
     console.print(f"ops on {device.type}: {ups_fast.backend()[device.type]}")

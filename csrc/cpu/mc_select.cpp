@@ -76,12 +76,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cpu(const Tensor& l
   UPS_CHECK(P >= 1 && C >= 1, "logits must have at least one pass and one class, got [", P, ", ", N, ", ", C, "]");
 
   auto result = new_selection(logits, packed);
-  auto& [label, confidence, std, positive, negative] = result;
   if (N == 0) return result;
 
   dispatch_logits(logits, [&](auto storage, auto compute) {
     using S = decltype(storage);
     using T = decltype(compute);
+    const auto& [label, confidence, std, positive, negative] = result;  // named here: some clangs capture no such names
     mc_select_typed<S, T>(
         {data<const S>(logits), data<const S>(logits) + (P - 1) * logits.stride(0) + (N - 1) * logits.stride(1) + C,
          logits.stride(0), logits.stride(1), P, C, make_thresholds<T>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, P),

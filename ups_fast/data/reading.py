@@ -18,6 +18,7 @@ from torch import Tensor
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
 from ups_fast.data.sets import ImageSet, _moments
+from ups_fast.machine import cores, memory_bytes
 
 Progress = Callable[[int, int], object]  # files done, files in all
 Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
@@ -203,7 +204,7 @@ def as_file_set(
 
 def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8
     needed = n * size * size * channels
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_bytes()
     if needed > memory:
         raise ValueError(
             f"{n:,} images of size={size} and channels={channels} take {needed / 2**30:,.0f} GiB, this machine has "
@@ -223,7 +224,7 @@ def _listed(folder: Folder, damaged: dict[int, str]) -> list[Damaged]:
 def _threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return threads or len(os.sched_getaffinity(0))
+    return threads or cores()
 
 
 def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:

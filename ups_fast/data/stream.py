@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ups_fast.data.boxes import Box, box_draws, middle_box, random_box
 from ups_fast.data.image import DamagedImage, decode_image, read_bytes, resize_box
+from ups_fast.machine import cores
 from ups_fast.ops import augment, augment_plan, has_kernels
 from ups_fast.policy import POLICIES, Policy
 
@@ -99,7 +100,7 @@ class FileImages:
         self.size, self.channels, self.policy = size, channels, policy
         self.mean, self.std, self.resized_crop = tuple(mean), tuple(std), resized_crop
         self.share = size / (resize or size)
-        self.threads, self.prefetch = threads or len(os.sched_getaffinity(0)), prefetch
+        self.threads, self.prefetch = threads or cores(), prefetch
         self.device = torch.device(device)
         self.home = self.device if has_kernels(self.device) else torch.device("cpu")
         self.lost = dict(lost or {})

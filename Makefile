@@ -1,10 +1,11 @@
 # What people and CI both call. Everything lives in .venv; nothing else on the machine is touched.
+# Written for GNU make 3.81 and BSD tools too, which macOS has.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # A reference op must not be measured, or tested, for the kernel that is missing: here a fallback is an error.
-bench gpu-check: export UPS_FAST_STRICT = 1
+STRICT := UPS_FAST_STRICT=1
 BENCHMARKS := benchmarks --record --benchmark-only --benchmark-disable-gc --benchmark-quiet -q -s
 
 .PHONY: setup train test test-slow bench lint gpu-check clean
@@ -12,6 +13,7 @@ BENCHMARKS := benchmarks --record --benchmark-only --benchmark-disable-gc --benc
 # The extension is built without build isolation, against the torch that will load it.
 setup: .venv/ready
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer, such as: make setup PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch and the rest, compiling the kernels: some minutes"
 	$(BIN)/python -m pip install --quiet "torch>=2.11" torchvision "setuptools>=70" pybind11 ninja
@@ -29,7 +31,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 bench: setup
-	$(BIN)/python -m pytest $(BENCHMARKS)
+	$(STRICT) $(BIN)/python -m pytest $(BENCHMARKS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -42,8 +44,8 @@ lint: setup
 gpu-check:
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check needs a GPU that torch can see')"
 	UPS_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=10 $(shell grep -l "mark\.gpu" tests/test_*.py)
-	$(PYTHON) -m pytest $(BENCHMARKS) -p no:cacheprovider --durations=10
+	$(STRICT) $(PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=10 $(shell grep -l "mark\.gpu" tests/test_*.py)
+	$(STRICT) $(PYTHON) -m pytest $(BENCHMARKS) -p no:cacheprovider --durations=10
 
 clean:
 	rm -rf .venv build ups_fast/*.so *.egg-info

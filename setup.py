@@ -12,6 +12,7 @@ and `ups_fast.backend()` says so.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3"]
+MACOS = sys.platform == "darwin"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
 
@@ -53,9 +55,11 @@ def cuda_toolkit(torch_cuda: str | None) -> tuple[Path | None, str]:
         raise SystemExit(f"UPS_FAST_CUDA must be 0, 1 or unset, got {wish!r}")
     if wish == "0":
         return None, "built with UPS_FAST_CUDA=0"
-    home = find_cuda_home()
+    home = None if MACOS else find_cuda_home()
     why_not = ""
-    if home is None:
+    if MACOS:
+        why_not = "macOS has no CUDA"
+    elif home is None:
         why_not = "nvcc was not found at build time"
     else:
         banner = subprocess.run(
@@ -88,6 +92,8 @@ def extension() -> dict:
         say(f"no C++ compiler ({compiler}): installing without compiled kernels")
         return {}
 
+    if MACOS:  # a Python for two kinds of processor would build both, and torch is there for one
+        os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
     sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     include_dirs, library_dirs, libraries = [pybind11.get_include()], [], []
     home, cuda = cuda_toolkit(torch.version.cuda)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import re
+import threading
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
+import fuzz_config
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -363,3 +367,34 @@ def test_paper_configs_are_the_published_settings(name, n_labels, first_batch, b
     select = cfg.select
     assert (select.tau_p, select.tau_n, select.kappa_p, select.kappa_n) == (0.70, 0.05, 0.05, 0.005)
     assert (select.temp_nl, select.passes) == (2.0, 10)
+
+
+# What nobody should write --------------------------------------------------------------------------
+
+
+def test_whatever_is_in_a_config_it_loads_or_is_one_sentence(tmp_path):
+    """The first hundreds of tests/fuzz_config.py, which tries any number of them."""
+    for content, words in itertools.islice(fuzz_config.cases(seed=0), 0, 1300, 2):
+        assert fuzz_config.fault(tmp_path / "fuzz.yaml", content, words) == "", (content[:200], words)
+
+
+def test_a_config_may_come_through_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("data: {n_labels: 40}\n",))
+    writer.start()
+    assert load(path).data.n_labels == 40
+    writer.join()
+
+
+def test_a_config_without_end_is_refused(write):
+    assert "at most 1,048,576 bytes" in refusal(Path("/dev/zero"))
+    assert "at most 1,048,576 bytes" in refusal(write("# x\n" * 300_000))
+
+
+def test_aliases_of_single_values_stand_for_them(write):
+    cfg = load(write("data: {n_labels: &n 40}\nseed: *n\n"))
+    assert cfg.seed == 40
+    assert "an alias must stand for a single value, got *t" in refusal(
+        write("train: &t {lr: 1}\nselect: *t\n")
+    )

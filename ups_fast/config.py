@@ -607,5 +607,5 @@ def _words(interval: str) -> str:
 def _device_parts(name: str) -> tuple[str, int | None]:
     kind, colon, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {_said(name)}")
     return kind, int(index) if colon else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -21,8 +22,17 @@ def load() -> float:
 
 
 def memory_bytes() -> int:
-    """Bytes of main memory; 2**63 - 1 where the system does not say, so that nobody's images are refused for it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 2**63 - 1
+    """Bytes of main memory for this process; 2**62 where the system does not say, so that nothing is refused for it.
+
+    A container may have less than its machine.
+    """
+    found = [2**62]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(limit, "rb") as file:
+                found.append(int(file.read(32)))
+        except (OSError, ValueError):  # there is none, or it says "max"
+            pass
+    return min(size for size in found if size > 0)

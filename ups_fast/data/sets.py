@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
 import struct
 import zipfile
 import zlib
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.split import stratified_split
+from ups_fast.machine import memory_bytes
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _cifar100(root: Path) -> ImageSet:
 def _cifar(name: str, kind: Any, root: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageSet:
     by_hand = f"{kind.filename} from {kind.url}"
     train, test = (_torchvision(name, kind, root, by_hand, train=is_train) for is_train in (True, False))
-    return ImageSet(
+    data = ImageSet(
         name,
         list(train.classes),
         torch.from_numpy(np.ascontiguousarray(train.data)),
@@ -155,6 +158,7 @@ def _cifar(name: str, kind: Any, root: Path, mean: tuple[float, ...], std: tuple
         mean,
         std,
     )
+    return _check_belongs(data, root)
 
 
 def _svhn(root: Path) -> ImageSet:
@@ -167,7 +171,7 @@ def _svhn(root: Path) -> ImageSet:
         torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1))) for part in (train, test)
     )
     mean, std = _moments(train_images)
-    return ImageSet(
+    data = ImageSet(
         "svhn",
         [str(c) for c in range(10)],
         train_images,
@@ -177,6 +181,7 @@ def _svhn(root: Path) -> ImageSet:
         mean,
         std,
     )
+    return _check_belongs(data, root)
 
 
 # --- Fashion-MNIST ------------------------------------------------------------------------------------------
@@ -202,8 +207,13 @@ _FASHION_CLASSES = [
 
 
 def _fashion_mnist(root: Path) -> ImageSet:
-    folder = root
-    if not any(_idx_path(root, file) for file in _FASHION_FILES):
+    folder, raw = (
+        root,
+        root / "FashionMNIST" / "raw",
+    )  # torchvision believes files that it finds unzipped there
+    if all((raw / file).is_file() for file in _FASHION_FILES):
+        folder = raw
+    elif not any(_idx_path(root, file) for file in _FASHION_FILES):
         from torchvision.datasets import FashionMNIST
 
         by_hand = (
@@ -216,7 +226,7 @@ def _fashion_mnist(root: Path) -> ImageSet:
     )
     train_images, test_images = train_images.unsqueeze(-1), test_images.unsqueeze(-1)
     mean, std = _moments(train_images)
-    return ImageSet(
+    data = ImageSet(
         "fashion_mnist",
         list(_FASHION_CLASSES),
         train_images,
@@ -226,6 +236,7 @@ def _fashion_mnist(root: Path) -> ImageSet:
         mean,
         std,
     )
+    return _check_belongs(data, folder)
 
 
 def _idx_path(folder: Path, file: str) -> Path | None:
@@ -238,17 +249,51 @@ def _read_idx(folder: Path, file: str) -> Tensor:
     path = _idx_path(folder, file)
     if path is None:
         raise ValueError(f"{file}.gz is missing in {str(folder)!r} (data.root)")
+    ndim = int(file[file.index("idx") + 3])  # the name says it too: images idx3, labels idx1
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        ndim = int(file[file.index("idx") + 3])  # the name says it too: images idx3, labels idx1
-        if raw[:4] != bytes((0, 0, 8, ndim)):
-            raise ValueError(f"header {raw[:4].hex()}")
-        shape = struct.unpack_from(f">{ndim}I", raw, 4)
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * ndim).view(shape)
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
+            head = stream.read(4 + 4 * ndim)
+            if head[:4] != bytes((0, 0, 8, ndim)):
+                raise ValueError(f"header {head[:4].hex()}")
+            shape = struct.unpack_from(f">{ndim}I", head, 4)
+            size = math.prod(shape)
+            if size > memory_bytes():
+                raise ValueError(f"its header says {list(shape)}, more than fits into memory")
+            raw = bytearray(stream.read(size + 1))  # a byte too many is found, and a checksum is read
+        if len(raw) != size:
+            raise ValueError(
+                f"its header says {list(shape)}, and {'more' if len(raw) > size else 'fewer'} bytes follow"
+            )
+        if size == 0:
+            raise ValueError(f"its header says {list(shape)}, so it is empty")
+        return torch.frombuffer(raw, dtype=torch.uint8).view(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged or no IDX file of bytes ({error}); delete or replace it"
         ) from error
+
+
+def _check_belongs(data: ImageSet, root: Path) -> ImageSet:
+    """The data set itself. ValueError where its files were put together from different ones."""
+    parts = (
+        ("training", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    )
+    for part, images, labels in parts:
+        if len(images) != len(labels):
+            what = f"{len(images):,} {part} images and {len(labels):,} labels"
+        elif images.shape[1:] != data.train_images.shape[1:]:
+            sizes = ["x".join(map(str, x.shape[1:3])) for x in (images, data.train_images)]
+            what = f"test images of {sizes[0]} and training images of {sizes[1]}"
+        elif not 0 <= int(labels.min()) <= int(labels.max()) < len(data.classes):
+            lowest, highest = int(labels.min()), int(labels.max())
+            what = f"{part} labels {lowest}..{highest}, where {data.name} has 0..{len(data.classes) - 1}"
+        else:
+            continue
+        raise ValueError(
+            f"the files in {str(root)!r} (data.root) do not belong together as {data.name}: they have {what}"
+        )
+    return data
 
 
 # --- the user's own arrays ----------------------------------------------------------------------------------
@@ -302,32 +347,101 @@ def _npz(path: Path) -> ImageSet:
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled."""
+    """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled.
+
+    What the archive and the arrays' headers claim is held against the file, and against memory, before an array is
+    made.
+    """
     arrays: dict[str, np.ndarray] = {}
     place = ""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r} (data.root)")
     try:
+        if not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "it is no regular file")
         with open(path, "rb") as start:
-            if start.read(2) != b"PK":  # np.load would advise to unpickle
+            if start.read(2) != b"PK":
                 raise ValueError("it is not an .npz archive")
-        with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
+        with zipfile.ZipFile(path) as archive:
+            members = _npz_members(archive)
+            if lacking := [key for key in _NPZ_ARRAYS if key not in members]:
+                return _npz_refused(
+                    path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}"
+                )
+            if unknown := [key for key in members if key not in (*_NPZ_ARRAYS, "y_unlabeled")]:
+                known = f"{', '.join(_NPZ_ARRAYS)} and y_unlabeled"
+                return _npz_refused(path, f"has {', '.join(unknown)}; known arrays are {known}")
+            sizes = {}
+            for key, member in members.items():
                 place = f" at {key}"
-                arrays[key] = np.asarray(file[key])
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        why = "it holds Python objects" if "allow_pickle" in str(error) else error
+                sizes[key] = _npz_size(archive, member)
+            needed = sum(sizes.values()) + sizes["x_labeled"] + sizes["x_unlabeled"]  # these become one array
+            if needed > memory_bytes():
+                raise MemoryError
+            for key, member in members.items():
+                place = f" at {key}"
+                with archive.open(member) as file:
+                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    except MemoryError:
+        raise ValueError(
+            f"the arrays of {str(path)!r} (data.root) take {needed / 2**30:,.1f} GiB to read, and this machine has "
+            f"{memory_bytes() / 2**30:,.1f}: keep fewer or smaller images in x_unlabeled, or store them as image files "
+            "for data.name=folder, which need not be in memory"
+        ) from None
+    except _NpzRefused:
+        raise
+    except Exception as error:  # whatever a stranger's bytes may cause
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {why}"
         ) from error
-    if lacking := [key for key in _NPZ_ARRAYS if key not in arrays]:
-        raise ValueError(
-            f"{str(path)!r} (data.root) lacks {', '.join(lacking)}; it has {', '.join(arrays) or 'nothing'}"
-        )
-    if unknown := [key for key in arrays if key not in (*_NPZ_ARRAYS, "y_unlabeled")]:
-        known = f"{', '.join(_NPZ_ARRAYS)} and y_unlabeled"
-        raise ValueError(f"{str(path)!r} (data.root) has {', '.join(unknown)}; known arrays are {known}")
     return arrays
+
+
+class _NpzRefused(ValueError):
+    """The archive is sound, and is not what is asked for."""
+
+
+def _npz_refused(path: Path, why: str) -> dict[str, np.ndarray]:
+    raise _NpzRefused(f"{str(path)!r} (data.root) {why}")
+
+
+def _npz_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        key = member.filename.removesuffix(".npy")
+        if key in members:
+            raise ValueError(f"it has two arrays of the name {key!r}")
+        if member.flag_bits & 1:
+            raise ValueError(f"{key!r} is encrypted: store it without a password")
+        members[key] = member
+    return members
+
+
+def _npz_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Bytes of an array by its header, which must be that of plain numbers and fit the file."""
+    if member.compress_size > os.path.getsize(str(archive.filename)):
+        raise ValueError("it is longer than the file")
+    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > 1040 * (member.compress_size + 64):
+        raise ValueError("its size cannot be right: no data shrink so far")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        follows = member.file_size - file.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if dtype.kind not in "biuf" or dtype.subdtype:
+        raise ValueError(f"it must hold plain numbers, got {str(dtype)[:100]}")
+    if min(shape, default=0) < 0 or (claimed := math.prod(shape) * dtype.itemsize) != follows:
+        raise ValueError(
+            f"its header says {dtype!s} {list(shape)[:8]}, which the {follows:,} bytes after it are not"
+        )
+    return claimed
 
 
 def _npz_images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8

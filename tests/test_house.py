@@ -33,8 +33,8 @@ ORDER = [
     "train",
     "predict",
 ]
-BASE = {"seeds", "config", "fullgraph", "models", "data"}
-EITHER = {"checkpoint", "display", "report"}  # below inputs, rounds and train; above the base
+BASE = {"seeds", "config", "files", "fullgraph", "models", "data"}
+EITHER = {"state", "checkpoint", "display", "report"}  # below inputs, rounds and train; above the base
 
 
 def imports_of(path: Path) -> set[str]:

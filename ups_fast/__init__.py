@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from . import reference
@@ -18,6 +18,9 @@ except KeyboardInterrupt:
     if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
         sys.exit(130)
     raise
+
+if TYPE_CHECKING:
+    from .checkpoint import load_model
 
 __version__ = "0.1.0"
 __all__ = [

@@ -311,7 +311,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     write_atomic(file, b"old")
-    monkeypatch.setattr(files, "_new", lambda path: open("/dev/full", "wb"))  # the system refuses each byte
+    full = Path("/dev/full").open("wb")  # noqa: SIM115 (closed by write_atomic); the system refuses each byte
+    monkeypatch.setattr(files, "_new", lambda path: full)
     with pytest.raises(RunFolderError, match="file could not be written: No space left on device"):
         write_atomic(file, b"new" * 10_000)
     assert contents(tmp_path) == {Path("file"): b"old"}

@@ -115,8 +115,13 @@ def read_config(path: Path) -> dict[Any, Any]:
     """A run's config.yaml as nested plain values. Raises RunFolderError, one sentence, where it is none."""
     try:
         text = read_bytes(path, MOST_CONFIG).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has references, which may grow without bound")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if (
+                isinstance(event, yaml.AliasEvent) or depth > 5
+            ):  # either may take time and memory without bound
+                raise ValueError("it has references, or groups in groups in groups")
         tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except RunFolderError:
         raise
@@ -152,6 +157,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _said(value: Any) -> str:
     """A value in a sentence: what a stranger's file holds may be long, or move the cursor."""
+    if type(value) is int and abs(value) > 10**20:
+        return "a huge number"  # whose digits Python may refuse to write
     text = str(value)
     return text if len(text) <= 200 and text.isprintable() else ascii(text)[:200]
 
@@ -209,11 +216,14 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise RunFolderError(
             f"{path} is damaged or no checkpoint{why}; move it away to start over"
         ) from error
-    if type(content) is not dict or content.pop("format", None) != FORMAT:
+    made_by = (
+        (content.pop("format", None), content.pop("version", None)) if type(content) is dict else ("", 0)
+    )
+    if [type(each) for each in made_by] != [str, int] or made_by[0] != FORMAT:
         raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
-    if (version := content.pop("version", None)) != VERSION:
+    if made_by[1] != VERSION:
         raise RunFolderError(
-            f"{path} has version {ascii(version)[:20]}, but this ups_fast reads version {VERSION}: go on with the "
+            f"{path} has version {_said(made_by[1])}, but this ups_fast reads version {VERSION}: go on with the "
             "ups_fast that began the run, or choose another run_dir"
         )
     if wrong := alone(content):

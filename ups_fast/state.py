@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -134,8 +135,12 @@ def _tensor(value: Any, dtype: torch.dtype, *shape: int) -> bool:
     )
 
 
-def _text(value: Any) -> bool:
+def _printable(value: Any) -> bool:
     return type(value) is str and len(value) <= 500 and value.isprintable()
+
+
+def _version(value: Any) -> bool:
+    return type(value) is str and re.fullmatch(r"[0-9][0-9A-Za-z.+_-]{0,60}", value) is not None
 
 
 def alone(content: Mapping[str, Any]) -> str:
@@ -148,7 +153,7 @@ def alone(content: Mapping[str, Any]) -> str:
 
 def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
     """Each part with whether it fits; a later one may rely on the earlier ones."""
-    yield "data or torch_version", _text(state.data) and _text(state.torch_version)
+    yield "data or torch_version", _printable(state.data) and _version(state.torch_version)
     yield "round, epoch or step", all(map(_count, (state.round, state.epoch, state.step)))
     yield "seconds or loss", _number(state.seconds) and _number(state.outside)
     yield "seconds or loss", _tensor(state.loss, torch.float32) and finite(state.loss)

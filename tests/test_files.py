@@ -22,7 +22,7 @@ from rich.console import Console
 from test_rounds import tiny_config, tiny_set
 
 from ups_fast import checkpoint, config, display, files, load_model, rounds
-from ups_fast.checkpoint import FILES, open_folder
+from ups_fast.checkpoint import RUN_FILES, open_folder
 from ups_fast.data.reading import _remember, _remembered
 from ups_fast.display import Board
 from ups_fast.files import RunFolderError, load_torch, open_regular, read_bytes, write_atomic
@@ -120,7 +120,7 @@ def test_a_write_leaves_other_names_of_a_file_alone_and_heeds_the_umask(place: P
 
 
 @pytest.mark.parametrize("kind", [*ODD, "a link to nothing"])
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(RUN_FILES))
 def test_what_lies_in_place_of_a_runs_file_is_refused(name: str, kind: str, place: Path) -> None:
     with open_folder(place, CONFIG):
         pass
@@ -397,6 +397,20 @@ def test_a_pickle_of_torch_before_its_archives(place: Path) -> None:
     (place / "bomb.pth").write_bytes(b"".join(pickle.dumps(each, 2) for each in magic) + bomb)
     with pytest.raises(ValueError, match="bytearray"):
         load_torch(place / "bomb.pth")
+
+
+def test_an_archive_behind_a_pickle_and_a_pickle_of_another_case(place: Path) -> None:
+    """Two readers of one file must not see two contents."""
+    bomb = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R."
+    magic = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+    harmless = repacked({}, lambda z, m, data: z.writestr(m.filename, data))
+    (place / "a.pth").write_bytes(b"".join(pickle.dumps(each, 2) for each in magic) + bomb + harmless)
+    (place / "b.pth").write_bytes(
+        repacked({}, lambda z, m, data: z.writestr(m.filename.replace("data.pkl", "DATA.PKL"), bomb))
+    )
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(ValueError, match="bytearray"):
+            load_torch(place / name)
 
 
 def test_pretrained_weights_that_are_not_finite(place: Path) -> None:

@@ -56,7 +56,7 @@ _PRODUCTS = (
     "selection.npz",
     "split.npz",
 )
-FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
+RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
@@ -83,7 +83,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
         raise _no_run(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(FILES):
+        for name in sorted(RUN_FILES):
             check_plain(folder / name)
         for name in ("", "epochs", "rounds"):
             check_plain(folder / TENSORBOARD / name, folder=True)
@@ -93,7 +93,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
         else:
             write_atomic(known, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
         with writing(folder):
-            remove_leftovers(folder, FILES)
+            remove_leftovers(folder, RUN_FILES)
         yield warning
 
 

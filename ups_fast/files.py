@@ -220,7 +220,7 @@ def load_torch(path: str | Path) -> Any:
     Raises ValueError, whose text says what is wrong, OSError, or whatever a stranger's bytes cause in torch.
     """
     with open_regular(path) as file:
-        if zipfile.is_zipfile(file):
+        if file.read(4) == b"PK\x03\x04":  # as torch itself tells them apart
             _check_archive(file)
         else:
             file.seek(0)
@@ -237,17 +237,18 @@ def _check_archive(file: BinaryIO) -> None:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        names = {m.filename.lower() for m in members}  # torch does not tell A from a
         stored = all(
             m.compress_type == zipfile.ZIP_STORED and m.compress_size == m.file_size for m in members
         )
         if not stored or sum(m.file_size for m in members) > size:
             raise ValueError("its parts are compressed or larger than the file")
-        if len({m.filename for m in members}) != len(members):
-            raise ValueError("it has two parts of one name")
+        if len(names) != len(members) or archive.comment:
+            raise ValueError("it has two parts of one name, or a comment")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it has changed")
         for member in members:
-            if member.filename.endswith(".pkl"):
+            if member.filename.lower().endswith(".pkl"):
                 _check_pickle(io.BytesIO(archive.read(member)))
 
 

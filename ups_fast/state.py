@@ -136,7 +136,7 @@ def _tensor(value: Any, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def _printable(value: Any) -> bool:
-    return type(value) is str and len(value) <= 500 and value.isprintable()
+    return type(value) is str and len(value) <= 1000 and value.isprintable()
 
 
 def _version(value: Any) -> bool:

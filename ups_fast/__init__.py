@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from . import reference
@@ -19,6 +19,9 @@ except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     raise
+
+if TYPE_CHECKING:
+    from .checkpoint import load_model
 
 __version__ = "0.1.0"
 __all__ = [

@@ -5,131 +5,101 @@ checkpoint.pt alone says where a run stands; everything else in the folder is a 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
-import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from ups_fast.config import pick_device
+from ups_fast.config import KEYS, ModelConfig, pick_device
 from ups_fast.data import ImageSet
-from ups_fast.models import build
-from ups_fast.selection import Labelling
+from ups_fast.files import (
+    RunFolderError,
+    check_plain,
+    home,
+    is_leftover,
+    load_torch,
+    locked,
+    misfit,
+    open_regular,
+    read_bytes,
+    remove_leftovers,
+    write_atomic,
+    writing,
+)
+from ups_fast.models import Network, build
+from ups_fast.state import Checkpoint, alone, among
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
 MODEL = "model.safetensors"  # the network of the last round
 BEST = "best.safetensors"  # of the round of highest test accuracy
 READABLE = "readable.json"  # which files of a folder have been found good
+TENSORBOARD = "tb"
+# All that a run writes. In its folder each must be a regular file itself, or not there.
+_PRODUCTS = (
+    "files.json",
+    "metrics.jsonl",
+    "pseudo_labels.csv",
+    "report.html",
+    "report.png",
+    "selection.npz",
+    "split.npz",
+)
+RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
-FORMAT, VERSION = "ups_fast checkpoint", 3
-
-
-class RunFolderError(ValueError):
-    """A run's folder cannot be used as asked. The message is a sentence; what was there is unchanged."""
+FORMAT, VERSION = "ups_fast checkpoint", 4
+MOST_CONFIG = 100_000  # bytes of a config.yaml; one has some 3,000
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write (a full disk, a missing right) into a RunFolderError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"{path} could not be written: {error.strerror}; nothing was overwritten"
-        ) from error
-
-
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Replaces `path` by `content`: a reader, even after a power cut, meets the old file or the new one.
-
-    Raises RunFolderError where it cannot be written; the old file then stands.
-    """
-    tmp = _tmp(path)
-    with writing(path):
-        try:
-            with open(tmp, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name outlasts a power cut only once its folder is on the disk; some file systems cannot say so."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
-    """Writes host tensors as an .npz file, atomically."""
-    buffer = io.BytesIO()
-    columns: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-    np.savez(buffer, **columns)
-    write_atomic(path, buffer.getbuffer())
-
-
-@contextmanager
-def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Holds a run's folder for this process; makes it, with its config.yaml, at first use.
 
     config  nested plain values, as resolved
 
-    Raises RunFolderError: it is not a folder, holds files but no run, is in use by another process, or its
-    config.yaml contradicts `config` in more than FREE_KEYS.
+    Yields a warning where the folder cannot be locked, else "". The folder itself may be a link. Raises
+    RunFolderError: it is not a folder, holds files but no run, or a link or pipe in place of a run's file, is in use by
+    another process, or its config.yaml contradicts `config` in more than FREE_KEYS.
     """
     with writing(folder):  # a name may be too long
         there = folder.exists()
     if there and not folder.is_dir():
         raise RunFolderError(f"run_dir must be a folder, but {folder} is a file")
     known = folder / CONFIG
-    if not known.exists() and any(not _is_ours(path) for path in folder.glob("*")):
+    if not os.path.lexists(known) and any(not _is_ours(path) for path in folder.glob("*")):
         raise _no_run(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "ab")  # noqa: SIM115 (closed by the with that follows)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise RunFolderError(f"run_dir={folder} is in use by another process") from None
+        for name in sorted(RUN_FILES):
+            check_plain(folder / name)
+        for name in ("", "epochs", "rounds"):
+            check_plain(folder / TENSORBOARD / name, folder=True)
+    with locked(folder / LOCK) as warning:
         if known.exists():
             _check_config(known, config)
         else:
             write_atomic(known, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
-        yield
-
-
-def _tmp(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+        with writing(folder):
+            remove_leftovers(folder, RUN_FILES)
+        yield warning
 
 
 def _is_ours(path: Path) -> bool:
     """What a run that was killed before its config.yaml stood may have left."""
-    known = path in (path.with_name(LOCK), path.with_name(READABLE), _tmp(path.with_name(CONFIG)))
-    return known or (path.name.startswith(f".{READABLE}.") and path.name.endswith(".tmp"))
+    return path.name in (LOCK, READABLE) or is_leftover(path, frozenset((LOCK, READABLE, CONFIG)))
 
 
 def _no_run(folder: Path) -> RunFolderError:
@@ -141,18 +111,39 @@ def _no_run(folder: Path) -> RunFolderError:
     )
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def read_config(path: Path) -> dict[Any, Any]:
+    """A run's config.yaml as nested plain values. Raises RunFolderError, one sentence, where it is none."""
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise RunFolderError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        text = read_bytes(path, MOST_CONFIG).decode()
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if (
+                isinstance(event, yaml.AliasEvent) or depth > 5
+            ):  # either may take time and memory without bound
+                raise ValueError("it has references, or groups in groups in groups")
+        tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except RunFolderError:
+        raise
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise RunFolderError(f"{path} is damaged: {_line(error)}") from error
     if not isinstance(tree, dict):
         raise RunFolderError(f"{path} is damaged: it is not a mapping of keys to values")
+    return tree
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    tree = read_config(path)
     here, there = dict(_flat(config)), dict(_flat(tree))
     if not here.keys() & there.keys():
         raise _no_run(path.parent)
     differing = [
-        f"{key} is {here.get(key, 'absent')} and was {there.get(key, 'absent')}"
+        f"{_said(key)} is {_said(here.get(key, 'absent'))} and was {_said(there.get(key, 'absent'))}"
         for key in {**here, **there}
         if key not in FREE_KEYS and here.get(key) != there.get(key)
     ]
@@ -162,6 +153,14 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"run_dir={path.parent} belongs to a run with another config: {', '.join(differing[:5])}{more}; "
             "choose another run_dir, or delete that folder to start over"
         )
+
+
+def _said(value: Any) -> str:
+    """A value in a sentence: what a stranger's file holds may be long, or move the cursor."""
+    if type(value) is int and abs(value) > 10**20:
+        return "a huge number"  # whose digits Python may refuse to write
+    text = str(value)
+    return text if len(text) <= 200 and text.isprintable() else ascii(text)[:200]
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -193,88 +192,58 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
     return found
 
 
-@dataclass
-class Checkpoint:
-    """Where a run stands. All else derives from this, the config and the data."""
-
-    data: str  # fingerprint
-    labeled: Tensor  # int64 [L]
-    unlabeled: Tensor  # int64 [U]
-    round: int = 0  # the one in progress; all are done when it equals train.rounds
-    epoch: int = 0  # epochs of the round done
-    step: int = 0  # steps of the epoch done
-    seconds: float = 0.0  # spent on the round so far
-    outside: float = 0.0  # of these, on neither steps nor labelling
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
-    train_loss: float | None = None  # mean over the last whole epoch; None where not finite
-    rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
-    labelling: dict[str, Tensor] | None = None  # of the last finished round
-    # None at the start of a round, where they are made anew: weights from the seed, if not the last round's go on.
-    model: dict[str, Any] | None = None
-    momentum: dict[str, Any] | None = None
-
-
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     buffer = io.BytesIO()  # so that write_atomic alone meets the disk
-    torch.save({"format": FORMAT, "version": VERSION, **vars(state)}, buffer)
+    made_by = {"format": FORMAT, "version": VERSION, "torch_version": str(torch.__version__)}
+    torch.save({**vars(state), **made_by}, buffer)
     write_atomic(folder / CHECKPOINT, buffer.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint of `folder`, on the host; None where there is none yet.
 
-    Raises RunFolderError where it is damaged (check sums are compared), foreign, of another version, or where its
-    parts contradict each other.
+    Raises RunFolderError where it is no regular file, damaged (check sums are compared), larger in memory than on the
+    disk, foreign, of another version, or where its parts have impossible types or values or contradict each other.
     """
     path = folder / CHECKPOINT
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    check_plain(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load leaves the check sums aside
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
-        raise RunFolderError(f"{path} is damaged or no checkpoint; move it away to start over") from error
-    if damaged:
-        raise RunFolderError(f"{path} is damaged ({damaged} in it has changed); move it away to start over")
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
-    if (version := content.pop("version", None)) != VERSION:
-        raise RunFolderError(f"{path} has version {version}, but this ups_fast reads version {VERSION}")
-    try:
-        state = Checkpoint(**content)
-        wrong = _misfit(state)
-    except Exception:  # as above
-        wrong = "a part or its type"
-    if wrong:
+        why = f" ({error})" if type(error) is ValueError else ""
         raise RunFolderError(
-            f"{path} is no state of a run: {wrong} cannot be right; move it away to start over"
+            f"{path} is damaged or no checkpoint{why}; move it away to start over"
+        ) from error
+    made_by = (
+        (content.pop("format", None), content.pop("version", None)) if type(content) is dict else ("", 0)
+    )
+    if [type(each) for each in made_by] != [str, int] or made_by[0] != FORMAT:
+        raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
+    if made_by[1] != VERSION:
+        raise RunFolderError(
+            f"{path} has version {_said(made_by[1])}, but this ups_fast reads version {VERSION}: go on with the "
+            "ups_fast that began the run, or choose another run_dir"
         )
-    return state
+    if wrong := alone(content):
+        raise _unbelievable(path, wrong)
+    return Checkpoint(**content)
 
 
-def _misfit(state: Checkpoint) -> str:
-    """The first parts of a checkpoint that do not fit the others; "" if all do. A wrong type may raise anything."""
-    counts = state.round, state.epoch, state.step
-    tables = vars(Labelling(**state.labelling)).values() if state.labelling else ()
-    fits = {
-        "round, epoch or step": all(type(count) is int and count >= 0 for count in counts),
-        "seconds or loss": math.isfinite(state.seconds + state.outside) and state.loss.ndim == 0,
-        "train_loss": math.isfinite(state.train_loss or 0),
-        "labeled or unlabeled": all(
-            x.dtype == torch.int64 and x.ndim == 1 for x in (state.labeled, state.unlabeled)
-        ),
-        "rows": [row["round"] for row in state.rows] == list(range(len(state.rows)))
-        and len(state.rows) == state.round,
-        "labelling": bool(tables) == (state.round > 0)
-        and all(len(x) == len(state.unlabeled) for x in tables),
-        "model or momentum": bool(state.model) >= bool(state.momentum)  # a model alone begins a round
-        and (bool(state.momentum) or state.epoch == state.step == 0),
-    }
-    return next((parts for parts, fit in fits.items() if not fit), "")
+def check_state(
+    folder: Path, state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int, *, warm_start: bool
+) -> None:
+    """Raises RunFolderError where the checkpoint of `folder` cannot come from this run; arguments as `state.among`."""
+    if wrong := among(state, fresh, model, n_classes, warm_start=warm_start):
+        raise _unbelievable(folder / CHECKPOINT, wrong)
 
 
-def rebuild(about: Mapping[str, Any]) -> nn.Module:
+def _unbelievable(path: Path, wrong: str) -> RunFolderError:
+    return RunFolderError(f"{path} is no state of a run: {wrong} cannot be right; move it away to start over")
+
+
+def rebuild(about: Mapping[str, Any]) -> Network:
     """A new network as `about` says: model (the config's values), classes, channels and size."""
     classes, channels, size = about["classes"], about["channels"], about["size"]
     return build(n_classes=len(classes), channels=channels, size=size, **about["model"])
@@ -292,44 +261,87 @@ def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best
         write_atomic(folder / name, content)
 
 
-def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> nn.Module:
+def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Network:
     """The network of a run's last finished round, in eval mode on `device`.
 
-    It takes float32 [B, channels, H, W], pixels normalised as (pixel / 255 - mean) / std, and returns logits
-    [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), and mean and std,
-    float32 [channels, 1, 1] on the device.
+    It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, and returns logits float32
+    [B, n_classes]. Its attributes say what belongs to it, see `Network`.
 
-    device  as in a config: auto, cpu, cuda or cuda:N
-    best    that of the round whose test accuracy was highest (of equal ones the last): as it was chosen by them, the
-            test images then promise a little too much
+    run_dir  the run's folder; ~ stands for the home folder
+    device   as in a config: auto, cpu, cuda or cuda:N
+    best     the network of the round with the highest test accuracy, the later one where two are equal. It was chosen
+             by the test images, so its accuracy on them is a little too high
 
-    Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged, ValueError where
-    there is no such device.
+    Raises FileNotFoundError where there is no trained network. Raises RunFolderError where its file is damaged, is no
+    regular file, or has weights that are not finite. Raises ValueError where there is no such device.
+
+    Example:
+        model = ups_fast.load_model("runs/digits")
+        pixels = torch.zeros(1, model.channels, *model.size, dtype=torch.uint8)
+        logits = model((pixels / 255 - model.mean) / model.std)
+        model.classes[logits.argmax(1)[0]]
     """
     device = pick_device(str(device))
-    path = Path(run_dir) / (BEST if best else MODEL)
+    folder = home(run_dir)
+    path = folder / (BEST if best else MODEL)
     if not path.exists():
-        why = f"it has no {path.name}" if path.parent.is_dir() else "there is no such folder"
-        why = "it is a file" if path.parent.is_file() else why
+        why = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
+        why = "it is a file" if folder.is_file() else why
         raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
     try:
+        open_regular(path).close()  # safetensors would wait for a pipe
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["ups_fast"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        model = rebuild(about)
-        model.load_state_dict(weights)
-        size, channels = about["size"], about["channels"]
-        if [len(about[name]) for name in ("size", "mean", "std")] != [2, channels, channels] or min(size) < 1:
-            raise ValueError("size, mean or std in its metadata do not fit")
+        _check_about(about)
+        model = _filled(about, weights)
         for name in ("classes", "channels", "size"):
             setattr(model, name, about[name])
         for name in ("mean", "std"):
-            setattr(model, name, torch.tensor(about[name], dtype=torch.float32, device=device).view(-1, 1, 1))
+            value = torch.tensor(about[name], dtype=torch.float32).view(-1, 1, 1)
+            model.register_buffer(name, value, persistent=False)  # goes where the network goes
+    except RunFolderError:
+        raise
     except Exception as error:  # whatever a stranger's bytes may cause
-        why = (
-            f"its metadata lack {error}"
-            if isinstance(error, KeyError)
-            else " ".join(str(error).split())[:300]
-        )
-        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {why}") from error
+        why = f"its metadata lack {error}" if isinstance(error, KeyError) else _line(error)
+        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {_said(why)}") from error
     return model.to(device).eval()
+
+
+def _check_about(about: Any) -> None:
+    """Raises ValueError or KeyError where a file's metadata are not those of `save_model`."""
+    if type(about) is not dict or type(about["model"]) is not dict:
+        raise ValueError("its metadata are not those of a network")
+    for name, value in about["model"].items():
+        kind = KEYS[f"model.{name}"].type if name in {each.name for each in fields(ModelConfig)} else None
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            raise ValueError(f"model.{name} in its metadata is unknown, or not of its type")
+    if about["model"].get("weights"):
+        raise ValueError("model.weights in its metadata names a file of pretrained weights")
+    if type(about["channels"]) is not int or about["channels"] not in (1, 3):
+        raise ValueError("channels in its metadata is neither 1 nor 3")
+    for name in ("classes", "size", "mean", "std"):
+        if type(about[name]) is not list:
+            raise ValueError(f"{name} in its metadata is no list")
+    if not all(type(each) is str for each in about["classes"]):
+        raise ValueError("classes in its metadata are not names")
+    size, mean, std, n = about["size"], about["mean"], about["std"], about["channels"]
+    numbers = all(type(each) in (int, float) and abs(each) < 1e6 for each in (*mean, *std))  # NaN is not
+    if not numbers or not len(mean) == len(std) == n or min(std) <= 0:
+        raise ValueError("mean or std in its metadata do not fit")
+    if len(size) != 2 or not all(type(each) is int and 0 < each <= 2**16 for each in size):
+        raise ValueError("size in its metadata does not fit")
+
+
+def _filled(about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Network:
+    """The network with these weights. A few bytes may name a network of any size: it is first made without memory."""
+    try:
+        with torch.device("meta"):
+            trial = rebuild(about)
+    except Exception:  # some of the libraries' networks read a value while they are made
+        trial = rebuild(about)
+    if wrong := misfit(weights, trial.state_dict()):
+        raise ValueError(f"its weights do not fit: {wrong}")
+    model = rebuild(about)
+    model.load_state_dict(weights)
+    return model

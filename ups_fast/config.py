@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -265,9 +266,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     An empty `run_dir` becomes runs/<stem of the file>. Values stand for themselves: references such as
     ${oc.env:HOME} are refused, so that a file means the same everywhere.
+    An ~ or ~user at the start of a path stands for that home folder.
     Raises ValueError or FileNotFoundError with one sentence that names the key.
     """
-    path, cfg = Path(path), Config()
+    path, cfg = Path(os.path.expanduser(path)), Config()
     words = dict(_parse(word) for word in overrides)
     try:
         given = _read(path)
@@ -278,9 +280,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _merge(cfg, words)
-    cfg.run_dir = cfg.run_dir or str(Path("runs") / path.stem)
+    cfg.run_dir = _at_home("run_dir", cfg.run_dir) or str(Path("runs") / path.stem)
+    cfg.data.root = _at_home("data.root", cfg.data.root)
+    cfg.model.weights = _at_home("model.weights", cfg.model.weights)
     validate(cfg)
     return cfg
+
+
+def _at_home(key: str, path: str) -> str:
+    """The path with the home folder in place of ~ or ~user."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(
+            f"{key} must begin with a home folder that is there, got {_said(path)} (for a name with ~ write ./~)"
+        )
+    return found
 
 
 def validate(cfg: Config) -> None:

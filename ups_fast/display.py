@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from ups_fast import terminal
-from ups_fast.checkpoint import writing
+from ups_fast.files import make_folder, writing
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
@@ -23,11 +24,15 @@ class Board:
 
     def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
         self.folder = folder
+        for each in (folder, folder / "epochs", folder / "rounds"):
+            make_folder(each)
+        # TensorBoard opens its file through links: it gets a name that nobody can have put there.
+        name = f".{secrets.token_hex(8)}"
         with writing(folder):
             _wait_for_a_later_name(folder)
             # What a killed process logged after its last checkpoint is logged again: hide the first copy.
-            self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1)
-            self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done)
+            self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1, filename_suffix=name)
+            self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done, filename_suffix=name)
 
     def __enter__(self) -> Board:
         return self
@@ -62,7 +67,8 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
     Of two in one second the earlier process may come last, and hide what the later one wrote.
     """
-    while any(folder.glob(f"*/events.out.tfevents.{int(time.time())}.*")):
+    end = time.monotonic() + 3  # names of the future, from a clock that was wrong, are not waited for
+    while any(folder.glob(f"*/events.out.tfevents.{int(time.time())}.*")) and time.monotonic() < end:
         time.sleep(0.02)
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast.checkpoint import READABLE, write_atomic
+from ups_fast.checkpoint import READABLE
 from ups_fast.config import Config
 from ups_fast.data import (
     FileImages,
@@ -31,6 +31,7 @@ from ups_fast.data import (
     stratified_split,
 )
 from ups_fast.display import progress_bar
+from ups_fast.files import read_bytes, write_atomic
 from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
@@ -126,7 +127,7 @@ def _known_files(cfg: Config) -> _Known | None:
     if not path.exists():
         return None
     try:
-        about = {"root": "", **json.loads(path.read_bytes())}
+        about = {"root": "", **json.loads(read_bytes(path))}
         names, labels, *_ = zip(*about["files"], strict=True)
         ends = [0, about["labeled"], about["train"], len(names)]
         labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))

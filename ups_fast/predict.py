@@ -26,13 +26,12 @@ from ups_fast import command, machine
 from ups_fast.terminal import Shown, complain, hold_the_first_three, swallow
 
 try:
-    from omegaconf import OmegaConf
-
-    from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
+    from ups_fast.checkpoint import CONFIG, load_model, read_config
     from ups_fast.config import pick_device
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
+    from ups_fast.files import RunFolderError, home, read_bytes
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection, unpack_mask
     from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
@@ -63,20 +62,20 @@ class Predictor:
     """
 
     def __init__(self, run_dir: str | Path, device: str = "auto", *, best: bool = False) -> None:
-        model: Any = load_model(run_dir, device, best=best)
-        self.model, self.classes, self.channels = model, list(model.classes), int(model.channels)
+        model = load_model(run_dir, device, best=best)
+        self.model, self.classes, self.channels = model, model.classes, model.channels
         self.height, self.width = model.size
         self.device = next(model.parameters()).device
-        path = Path(run_dir) / CONFIG
+        path = home(run_dir) / CONFIG
         try:
-            config: Any = OmegaConf.to_container(OmegaConf.load(path))
+            config = read_config(path)
             select = config["select"]
             names = ("tau_p", "tau_n", "kappa_p", "kappa_n", "temp_nl")
             self.thresholds = {name: float(select[name]) for name in names}
             rounds = int(config["train"]["rounds"])
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError
-            done = (Path(run_dir) / "metrics.jsonl").read_bytes().count(b"\n")
+            done = read_bytes(home(run_dir) / "metrics.jsonl").count(b"\n")
             self.passes, dropouts = int(select["passes"]), int(select.get("dropouts", 0))
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
@@ -199,7 +198,7 @@ def _table(out: str) -> Iterator[TextIO]:
     encoding: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be no text
     if out != "-":
         try:
-            file = open(out, "x", newline="", **encoding)  # noqa: SIM115 (closed by the with that follows)
+            file = open(os.path.expanduser(out), "x", newline="", **encoding)  # noqa: SIM115 (closed below)
         except FileExistsError:
             raise ValueError(f"--out {out} is there already: choose another name, or delete it") from None
         with file:

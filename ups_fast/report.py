@@ -20,8 +20,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ups_fast.checkpoint import BEST, write_atomic
+from ups_fast.checkpoint import BEST
 from ups_fast.config import Config
+from ups_fast.files import write_atomic
 from ups_fast.reference import unpack_mask
 from ups_fast.selection import Labelling, Reliability, ece, interval, reliability
 

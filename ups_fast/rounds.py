@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from ups_fast.checkpoint import (
     CHECKPOINT,
     MODEL,
-    Checkpoint,
-    RunFolderError,
+    TENSORBOARD,
+    check_state,
     fingerprint,
     load_checkpoint,
     open_folder,
     rebuild,
     save_checkpoint,
     save_model,
-    write_arrays,
-    write_atomic,
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
@@ -47,6 +45,7 @@ from ups_fast.engine import (
     occurrences,
     supervise,
 )
+from ups_fast.files import RunFolderError, write_arrays, write_atomic
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import blame, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
@@ -64,6 +63,7 @@ from ups_fast.selection import (
     report,
     skipped,
 )
+from ups_fast.state import Checkpoint
 from ups_fast.step import TrainStep, plan_step
 
 # Of the number by which an image's augmentation is drawn; above them, how often it came before.
@@ -99,12 +99,14 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     folder cannot be used; Diverged where training does; Interrupted after a signal.
     """
     job = _Run(cfg, data, console)
-    with open_folder(job.folder, asdict(cfg)), _stop_signal(console) as job.stop:
+    with open_folder(job.folder, asdict(cfg)) as warning, _stop_signal(console) as job.stop:
+        if warning:
+            job._say(warning)
         job.resume()
         if job.state.round < cfg.train.rounds:
             with (
                 torch.backends.cudnn.flags(enabled=True, deterministic=True),
-                Board(job.folder / "tb", job.epochs_done(), job.state.round) as job.board,
+                Board(job.folder / TENSORBOARD, job.epochs_done(), job.state.round) as job.board,
                 job.progress,
             ):
                 while job.state.round < cfg.train.rounds:
@@ -190,21 +192,10 @@ class _Run:
     def resume(self) -> None:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
         found = load_checkpoint(self.folder)
-        if found and found.data != self.state.data:
-            now, then = self.state.data, found.data
-            raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
+        if found:
+            self._check(found)
         self.state = state = found or self.state
         rounds = self.cfg.train.rounds
-        if state.round > rounds:
-            raise RunFolderError(
-                f"run_dir={self.folder} has {state.round} rounds done, but train.rounds is {rounds}: raise it, or "
-                "choose another run_dir"
-            )
-        if state.epoch > (self._budget(state.round)[0] if state.round < rounds else 0):
-            raise RunFolderError(
-                f"{self.folder / CHECKPOINT} stands in round {state.round}, epoch {state.epoch}, which this config "
-                "does not have; move it away to start over"
-            )
         write_files(self.folder, self.data)
         write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
         self._write_rows()
@@ -218,6 +209,11 @@ class _Run:
         self._say(f"training step: {mode}, {str(dtype)[6:]} ({why})")
         at = "all rounds are done" if state.round == rounds else "a new run"
         if found and state.round < rounds:
+            if found.torch_version != torch.__version__:
+                self._say(
+                    f"the run was saved by torch {found.torch_version} and goes on with torch {torch.__version__}: "
+                    "its last bits may differ from those of a run under one version"
+                )
             at = f"going on from round {state.round}, epoch {state.epoch}"
         self._say(f"{self.folder}: {at}")
         if state.round == rounds and not (self.folder / MODEL).exists():
@@ -228,12 +224,37 @@ class _Run:
         for row in state.rows:
             self._say(table_line(row))
 
+    def _check(self, found: Checkpoint) -> None:
+        """Raises RunFolderError where the folder's checkpoint is of another run or cannot be believed."""
+        cfg, path = self.cfg, self.folder / CHECKPOINT
+        if found.data != self.state.data:
+            now, then = self.state.data, found.data
+            raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
+        rounds = cfg.train.rounds
+        if found.round > rounds:
+            raise RunFolderError(
+                f"run_dir={self.folder} has {found.round} rounds done, but train.rounds is {rounds}: raise it, or "
+                "choose another run_dir"
+            )
+        fresh, n_classes = self.state, len(self.data.classes)
+        check_state(self.folder, found, fresh, self.model, n_classes, warm_start=cfg.train.warm_start)
+        epochs, steps = 0, 0
+        if found.round < rounds:
+            epochs, batch_size = self._budget(found.round)
+            told = self._supervision(found)
+            steps = batch_mix(len(told.positives), len(told.negatives), batch_size).steps
+        if found.epoch > epochs or found.step > (steps if found.epoch < epochs else 0):
+            raise RunFolderError(
+                f"{path} stands in round {found.round}, epoch {found.epoch}, step {found.step}, which this config does "
+                "not have; move it away to start over"
+            )
+
     def train_round(self) -> None:
         """Trains the round's network from where the checkpoint stands."""
         cfg, state = self.cfg, self.state
         self._check_lost()
         epochs, batch_size = self._budget(state.round)
-        told = self._supervision()
+        told = self._supervision(state)
         mix = batch_mix(len(told.positives), len(told.negatives), batch_size)
         if mix.note:
             self._say(f"round {state.round}: {mix.note}")
@@ -366,11 +387,12 @@ class _Run:
         n = len(self.state.labeled)
         return Result(self.folder, self.state.rows, labelling, self._truth(), n, lost)
 
-    def _supervision(self) -> Supervision:
-        last = self.state.labelling
+    def _supervision(self, state: Checkpoint) -> Supervision:
+        """What the round in progress learns from."""
+        last = state.labelling
         return supervise(
             self.data.train_labels,
-            self.state.labeled,
+            state.labeled,
             Labelling(**last) if last else None,
             len(self.data.classes),
             repeat=self.cfg.train.repeat_labels,

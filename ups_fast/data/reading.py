@@ -18,6 +18,7 @@ from torch import Tensor
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
 from ups_fast.data.sets import ImageSet, _moments
+from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 
 Progress = Callable[[int, int], object]  # files done, files in all
@@ -253,7 +254,7 @@ def _stamp(folder: Folder, path: str) -> Stamp | None:
 def _remembered(cache: Path) -> dict[str, Stamp]:
     """What an earlier check wrote. A file that is cut short counts as empty, a foreign one is never overwritten."""
     try:
-        text = cache.read_bytes().decode(errors="replace")
+        text = read_bytes(cache).decode(errors="replace")
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -269,14 +270,10 @@ def _remembered(cache: Path) -> dict[str, Stamp]:
 
 def _remember(cache: Path, good: dict[str, Stamp]) -> list[str]:
     """Replaces the file as a whole. Where it cannot be written, a note says so: the check itself is good."""
-    tmp = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tmp.write_text(f'{_HEADER}, "files": {json.dumps(good)}}}\n', encoding="ascii")
-            os.replace(tmp, cache)
-        finally:
-            tmp.unlink(missing_ok=True)
-    except OSError as error:
-        return [f"{str(cache)!r} could not be written ({error.strerror}): the next check begins anew"]
+        with writing(cache):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, f'{_HEADER}, "files": {json.dumps(good)}}}\n'.encode("ascii"))
+    except RunFolderError as error:
+        return [f"{error}: the next check begins anew"]
     return []

@@ -65,6 +65,13 @@ class Network(nn.Module, ABC):
 
     min_size: int  # of height and width
 
+    # What belongs to a trained network. Only the networks that `ups_fast.load_model` returns have these.
+    classes: list[str]  # names, C of them
+    channels: int  # 1 or 3
+    size: list[int]  # [H, W], to which images must be scaled and cropped
+    mean: Tensor  # float32 [channels, 1, 1], on the network's device, of pixels in [0, 1]
+    std: Tensor  # likewise
+
     def forward(
         self,
         images: Tensor,  # [B, channels, H, W]

@@ -7,8 +7,9 @@ import os
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ups_fast.files import RunFolderError, finite, load_torch, open_regular
 
 
 def imported(module: str, extra: str) -> Any:
@@ -33,7 +34,8 @@ def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
     """
     found, wanted = _read(path), net.state_dict()
     for key in found.keys() & wanted.keys():
-        if found[key].ndim == 4 and found[key].shape[1] == 3 and wanted[key].shape[1:2] == (1,):
+        in_color = [*wanted[key].shape[:1], 3, *wanted[key].shape[2:]]
+        if wanted[key].ndim == 4 and wanted[key].shape[1] == 1 and list(found[key].shape) == in_color:
             found[key] = found[key].float().sum(1, keepdim=True)
     old, new = found.get(f"{classifier}.weight"), wanted[f"{classifier}.weight"]
     replaced = old is None or (old.ndim == 2 and old.shape[1] == new.shape[1] and len(old) != len(new))
@@ -51,6 +53,8 @@ def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
                 wrong.append(f"{key} is missing")
         elif kind(found[key]) != kind(tensor):
             wrong.append(f"{key} is {kind(found[key])} and must be {kind(tensor)}")
+        elif not finite(found[key]):
+            wrong.append(f"{key} has NaN or infinite values")
     if wrong:
         more = f", and {len(wrong) - 1} more such" if len(wrong) > 1 else ""
         raise ValueError(f"weights: {path} does not fit {name}: {wrong[0]}{more}")
@@ -62,21 +66,28 @@ def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
 
 def _read(path: str) -> dict[str, Tensor]:
     """The tensors of a file, on the host. Nothing in it is run."""
-    if not os.path.isfile(path):
-        raise ValueError(f"weights: there is no file {path}")
+    try:
+        open_regular(path).close()  # a pipe would be waited for
+    except RunFolderError as error:
+        raise ValueError(f"weights: {error}") from None
+    except OSError as error:
+        why = (
+            f"{path} cannot be read: {error.strerror}" if os.path.exists(path) else f"there is no file {path}"
+        )
+        raise ValueError(f"weights: {why}") from None
     safe = imported("safetensors.torch", "train") if path.endswith(".safetensors") else None
     try:
-        content: Any = safe.load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        content: Any = safe.load_file(path) if safe else load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
+        why = f" ({error})" if type(error) is ValueError else ""
         raise ValueError(
-            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save"
+            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save{why}"
         ) from error
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     plain = isinstance(content, dict) and all(
-        isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
-        for x in content.values()
+        isinstance(key, str) and isinstance(x, Tensor) for key, x in content.items()
     )
     if not plain:
         raise ValueError(f"weights: {path} is no state_dict, which is a table of dense tensors by name")

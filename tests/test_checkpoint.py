@@ -1,0 +1,368 @@
+"""A crafted or rotten checkpoint or network: some hundred mutations of each, all refused with one sentence."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+from test_rounds import tiny_config, tiny_set
+from torch import Tensor
+
+import ups_fast
+from ups_fast import checkpoint, rounds
+from ups_fast.checkpoint import RunFolderError, load_checkpoint, load_model
+from ups_fast.models import Network
+
+Content = dict[str, Any]
+NAN, INF = math.nan, math.inf
+
+
+def looped() -> list[Any]:
+    inside: list[Any] = []
+    inside.append(inside)
+    return inside
+
+
+# What no part of a checkpoint may be, but for the few that LEGAL names.
+WRONG: list[Any] = [
+    None, "text", "\x1b[2J", "x" * 10_000, b"bytes", True, -1, 10**13, 10**400, 0.5, -0.5, NAN, INF, [], {}, (),
+    looped(), [[[1]]], {"a": 1}, {1: 2}, {"a": torch.zeros(3)}, torch.zeros(()), torch.zeros(0),
+    torch.zeros(3, dtype=torch.int64), torch.tensor(NAN), torch.zeros(1).expand(10**12),
+    torch.zeros(2, requires_grad=True), torch.zeros(2).to_sparse(), torch.empty(2, device="meta"),
+    torch.nn.Parameter(torch.zeros(2)), torch.zeros(2, dtype=torch.complex64),
+]  # fmt: skip
+LEGAL: dict[str, tuple[str, ...]] = {
+    "seconds": ("0.5",),
+    "outside": ("0.5",),
+    "train_loss": ("None", "0.5", "-0.5"),
+    "loss": ("tensor(0.)",),
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> rounds._Run:
+    """A run that was stopped in round 1, in the middle of an epoch."""
+    cfg = tiny_config(tmp_path_factory.mktemp("runs") / "run", checkpoint_seconds=0.0, train__epochs=2)
+    console = Console(file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patched:
+        real = rounds._Run._show
+
+        def stop_in_round_1(self: Any, bar: Any, images: int, lr: float) -> None:
+            if self.state.round == 1 and self.state.epoch == 1:
+                self.stop.set()
+            real(self, bar, images, lr)
+
+        patched.setattr(rounds._Run, "_show", stop_in_round_1)
+        with pytest.raises(rounds.Interrupted):
+            rounds.run(cfg, tiny_set(), console=console)
+    return rounds._Run(cfg, tiny_set(), console)
+
+
+@pytest.fixture(scope="module")
+def content(job: rounds._Run) -> Content:
+    found = torch.load(job.folder / checkpoint.CHECKPOINT, weights_only=True)
+    assert found["round"] == 1 and found["epoch"] == 1 and found["step"] > 0 and found["momentum"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def between(content: Content) -> Content:
+    """The same run at the start of round 1: a small file."""
+    return {**content, "model": None, "momentum": None, "epoch": 0, "step": 0}
+
+
+def believed(job: rounds._Run, folder: Path, content: Content) -> str:
+    """The sentence that refuses this content, "" if none does. Whatever else is raised fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(content, folder / checkpoint.CHECKPOINT)
+    try:
+        found = load_checkpoint(folder)
+        assert found is not None
+        job._check(found)
+    except RunFolderError as error:
+        said = str(error)
+        assert "\n" not in said and said.isprintable() and len(said) < 1000
+        return said
+    return ""
+
+
+def test_what_the_run_wrote_is_believed(
+    job: rounds._Run, content: Content, between: Content, tmp_path: Path
+) -> None:
+    assert believed(job, tmp_path, content) == "" and believed(job, tmp_path, between) == ""
+    harmless = {
+        "seconds": 5,
+        "outside": 0.0,
+        "train_loss": None,
+        "loss": torch.tensor(2.5),
+        "torch_version": "2.11.0",
+    }
+    for key, value in harmless.items():
+        assert believed(job, tmp_path, {**content, key: value}) == "", key
+
+
+def parts(content: Content) -> Iterator[tuple[str, Content]]:
+    """Each part gone, doubled under another name, or of another kind."""
+    yield "another part", {**content, "more": 1}
+    for key in content:
+        yield f"without {key}", {name: value for name, value in content.items() if name != key}
+        for i, value in enumerate(WRONG):
+            same = value is None and content[key] is None
+            if not same and repr(value) not in LEGAL.get(key, ()):
+                yield f"{key} = WRONG[{i}]", {**content, key: value}
+
+
+def tensors(content: Content) -> Iterator[tuple[str, Content]]:
+    """Each tensor of another type, shape or order, and with values that it cannot have."""
+    places = [("labeled",), ("unlabeled",), *(("labelling", name) for name in content["labelling"])]
+    weights = ("conv1.weight", "bn1.running_var", "bn1.running_mean", "bn1.num_batches_tracked")
+    names = {name.rpartition(".")[2]: name for name in content["model"]}
+    chosen = [name for name in weights if name in content["model"]] or list(names.values())
+    places += [("model", name) for name in sorted({*chosen, *names.values()})]
+    places += [("momentum", name) for name in list(content["momentum"])[:1]]
+    for place in places:
+        *path, last = place
+
+        def put(value: Any, path: list[str] = path, last: str = last) -> Content:
+            changed = copy.copy(content)
+            inside = changed
+            for name in path:
+                inside[name] = copy.copy(inside[name])
+                inside = inside[name]
+            inside[last] = value
+            return changed
+
+        old: Tensor = (content[path[0]] if path else content)[last]
+        what = ".".join(place)
+        flat = old.reshape(-1)
+        shapes = [
+            old[None],
+            torch.cat([flat, flat]),
+            flat[:0].reshape(0, *old.shape[1:]),
+            flat.repeat(2)[::2][:-1],
+        ]
+        for i, value in enumerate(shapes):
+            if value.shape != old.shape:
+                yield f"{what} of another shape {i}", put(value)
+        yield (
+            f"{what} of another type",
+            put(old.to(torch.float64 if old.dtype != torch.float64 else torch.int8)),
+        )
+        yield f"{what} huge", put(flat[:1].expand(10**11))
+        yield f"{what} a list", put(old.tolist())
+        if old.is_floating_point():
+            for value in (NAN, INF, -INF):
+                yield f"{what} with {value}", put(torch.full_like(old, value))
+        if place[0] in ("labeled", "unlabeled") or last == "index":
+            for name, value in {
+                "reversed": old.flip(0),
+                "doubled": old[:1].expand_as(old).clone(),
+                "out of range": old + 60,
+                "negative": old - 60,
+                "swapped": torch.cat([old[1:2], old[:1], old[2:]]),
+            }.items():
+                yield f"{what} {name}", put(value)
+        odd = {
+            "label": (-2, 3, 2**40),
+            "confidence": (-0.1, 1.5),
+            "std": (-0.1, 1.5),
+            "negative": (-1, 8),
+            "running_var": (-1.0,),
+            "num_batches_tracked": (-1,),
+        }
+        for value in odd.get(last.rpartition(".")[2], ()):
+            yield f"{what} = {value}", put(torch.full_like(old, value))
+    labelling = content["labelling"]
+    for name in ("candidate", "positive"):
+        flipped = {**labelling, name: ~labelling[name]}
+        yield f"{name} flipped", {**content, "labelling": flipped}
+    unknown = torch.full_like(labelling["label"], -1)
+    yield "no labels", {**content, "labelling": {**labelling, "label": unknown}}
+    yield "one more column", {**content, "labelling": {**labelling, "more": unknown}}
+    for name in ("model", "momentum"):
+        for key in list(content[name])[:3]:
+            yield (
+                f"{name} without {key}",
+                {**content, name: {k: v for k, v in content[name].items() if k != key}},
+            )
+        yield f"{name} with more", {**content, name: {**content[name], "\x1b[2J": torch.zeros(3)}}
+
+
+def numbers(content: Content) -> Iterator[tuple[str, Content]]:
+    """Places where this run cannot stand, and exchanged parts of the split."""
+    for change in (
+        {"round": 2}, {"round": 0}, {"round": 3}, {"epoch": 3}, {"step": 1000}, {"epoch": 2, "step": 1},
+        {"epoch": 0, "step": 0}, {"model": None}, {"momentum": None}, {"model": None, "momentum": None},
+        {"model": None, "momentum": None, "epoch": 0}, {"momentum": None, "epoch": 0, "step": 0},
+        {"labelling": None}, {"rows": []}, {"rows": content["rows"] * 2}, {"version": 3}, {"version": "4"},
+        {"version": None}, {"format": "another"}, {"data": "another"}, {"torch_version": "2\n"},
+        {"labeled": content["unlabeled"], "unlabeled": content["labeled"]},
+        {
+            "labeled": torch.cat([content["labeled"][1:], content["unlabeled"][:1]]),
+            "unlabeled": torch.cat([content["labeled"][:1], content["unlabeled"][1:]]),
+        },
+    ):  # fmt: skip
+        yield str(list(change.items()))[:80], {**content, **change}
+
+
+def rows(content: Content) -> Iterator[tuple[str, Content]]:
+    """Each number of a row gone or impossible; they are printed, drawn and written to metrics.jsonl."""
+    (row,) = content["rows"]
+    legal = {"seconds": (0.5,), "outside": (0.5,), "train_loss": (None, 0.5, -0.5)}
+    for key in row:
+        yield f"row without {key}", {**content, "rows": [{k: v for k, v in row.items() if k != key}]}
+        may = (None, 0.5) if "acc" in key or "ece" in key else legal.get(key, ())
+        for i, value in enumerate(WRONG if key == "test_acc" else WRONG[:-10]):
+            plain = isinstance(value, (float, type(None))) and value in may
+            if not plain and not (key == "test_mistakes" and value == []):
+                yield f"row {key} = WRONG[{i}]", {**content, "rows": [{**row, key: value}]}
+    for more in (
+        {"more": 1}, {"\x1b[2J": 1}, {"test_mistakes": [[0, 1]]}, {"test_mistakes": [[0, 9, 1]]},
+        {"test_mistakes": [[0, 1, 1]] * 11}, {"per_class_positives": [0, 0, 10**9]}, {"test_positives": 1},
+        {"per_class_positives": row["per_class_positives"][1:]}, {"test_acc": 2}, {"ece": -0.1},
+    ):  # fmt: skip
+        yield f"row with {more}", {**content, "rows": [{**row, **more}]}
+
+
+@pytest.mark.parametrize("mutations", [parts, tensors, numbers, rows])
+def test_no_mutation_is_believed(
+    mutations: Callable[[Content], Iterator[tuple[str, Content]]],
+    job: rounds._Run,
+    content: Content,
+    between: Content,
+    tmp_path: Path,
+) -> None:
+    count = 0
+    for what, changed in mutations(between if mutations in (parts, rows) else content):
+        count += 1
+        assert believed(job, tmp_path, changed), f"{what} is believed"
+    assert count >= 20
+
+
+def test_sentences_name_the_part(job: rounds._Run, content: Content, tmp_path: Path) -> None:
+    name = next(iter(content["model"]))
+    broken = {**content["model"], name: torch.full_like(content["model"][name], NAN)}
+    assert f"model ({name} has NaN or infinite values)" in believed(
+        job, tmp_path, {**content, "model": broken}
+    )
+    assert "labeled, which is not the split that config and data give," in believed(
+        job, tmp_path, {**content, "labeled": content["labeled"].flip(0)}
+    )
+    assert "has version 3, but this ups_fast reads version 4" in believed(
+        job, tmp_path, {**content, "version": 3}
+    )
+
+
+def test_another_torch_is_told(job: rounds._Run, content: Content) -> None:
+    """The run goes on: its bits may differ, and it says so."""
+    file = job.folder / checkpoint.CHECKPOINT
+    before = file.read_bytes()
+    torch.save({**content, "torch_version": "2.0.1"}, file)
+    console = Console(file=io.StringIO(), width=1000)
+    rounds._Run(job.cfg, tiny_set(), console).resume()
+    said = console.file.getvalue()
+    assert (
+        f"saved by torch 2.0.1 and goes on with torch {torch.__version__}: its last bits may differ" in said
+    )
+    file.write_bytes(before)
+    console = Console(file=io.StringIO(), width=1000)
+    rounds._Run(job.cfg, tiny_set(), console).resume()
+    assert "saved by torch" not in console.file.getvalue()
+
+
+# The trained network.
+
+
+def test_a_trained_network_knows_what_belongs_to_it(job: rounds._Run) -> None:
+    model = ups_fast.load_model(job.folder)
+    assert isinstance(model, Network) and model.classes == ["top", "middle", "bottom"]
+    assert (model.channels, model.size, model.mean.shape, model.std.shape) == (
+        1,
+        [8, 8],
+        (1, 1, 1),
+        (1, 1, 1),
+    )
+    stored = safetensors.torch.load_file(job.folder / "model.safetensors")
+    assert set(model.state_dict()) == set(stored) and not model.training
+    pixels = torch.zeros(2, model.channels, *model.size, dtype=torch.uint8)
+    assert model((pixels / 255 - model.mean) / model.std).shape == (2, 3)
+    assert copy.deepcopy(model).to(torch.float64).mean.dtype == torch.float64, (
+        "they go where the network goes"
+    )
+
+
+def test_no_mutated_network_is_believed(job: rounds._Run, tmp_path: Path) -> None:
+    file = job.folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["ups_fast"])
+    good = about["model"]
+    wide = {**about, "model": {**good, "name": "wrn-1000-100"}}  # of 20 TB
+    cases: list[tuple[Any, dict[str, Tensor]]] = [
+        (wide, weights),
+        ([], weights),
+        (None, weights),
+        ({}, weights),
+    ]
+    cases += [({k: v for k, v in about.items() if k != key}, weights) for key in about]
+    for key in about:
+        cases += [
+            ({**about, key: value}, weights)
+            for value in (None, "text", True, -1, 0.5, [], {}, [None], [10**400], ["a"])
+        ]
+    for key in good:
+        for value in (None, "text", -1, 10**400):
+            cases.append(({**about, "model": {**good, key: value}}, weights))
+    cases += [
+        ({**about, key: value}, weights)
+        for key in ("mean", "std")
+        for value in ([NAN], [INF], [1e300], [1, 1])
+    ]
+    cases += [
+        ({**about, "size": value}, weights)
+        for value in ([8], [8, 8, 8], [0, 8], [8.0, 8], [10**9, 8], [True, 8])
+    ]
+    cases += [({**about, "std": [0.0]}, weights), ({**about, "classes": ["a", "b"]}, weights)]
+    cases += [({**about, "model": {**good, "weights": "/etc/passwd"}}, weights)]
+    for name in list(weights)[:3]:
+        cases += [
+            (about, {**weights, name: weights[name].double()}),
+            (about, {**weights, name: weights[name][None]}),
+        ]
+        cases += [(about, {key: value for key, value in weights.items() if key != name})]
+    floats = [name for name in weights if weights[name].is_floating_point()]
+    cases += [
+        (about, {**weights, name: torch.full_like(weights[name], x)})
+        for name in floats[:2]
+        for x in (NAN, INF)
+    ]
+    cases += [(about, {**weights, "\x1b[2J": torch.zeros(2)}), (about, {})]
+    for name in weights:
+        if name.endswith("running_var"):
+            cases.append((about, {**weights, name: -torch.ones_like(weights[name])}))
+    assert len(cases) > 90
+    for metadata, tensors_ in cases:
+        safetensors.torch.save_file(
+            tensors_, tmp_path / "model.safetensors", {"ups_fast": json.dumps(metadata)}
+        )
+        with pytest.raises(
+            RunFolderError, match=r"model\.safetensors is damaged or no network of ups_fast"
+        ) as caught:
+            load_model(tmp_path)
+            pytest.fail(f"{str(metadata)[:300]} is believed")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    for raw in ("", "[" * 100_000, "NaN", '"text"'):
+        safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"ups_fast": raw})
+        with pytest.raises(RunFolderError, match=r"model\.safetensors is damaged"):
+            load_model(tmp_path)

@@ -1,0 +1,238 @@
+"""Where a run stands, and whether a state that was read from a file can be believed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ups_fast.files import finite, misfit
+from ups_fast.reference import unpack_mask
+from ups_fast.selection import BINS, Labelling
+
+MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands. All else derives from this, the config and the data."""
+
+    data: str  # fingerprint
+    labeled: Tensor  # int64 [L]
+    unlabeled: Tensor  # int64 [U]
+    round: int = 0  # the one in progress; all are done when it equals train.rounds
+    epoch: int = 0  # epochs of the round done
+    step: int = 0  # steps of the epoch done
+    seconds: float = 0.0  # spent on the round so far
+    outside: float = 0.0  # of these, on neither steps nor labelling
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
+    train_loss: float | None = None  # mean over the last whole epoch; None where not finite
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
+    labelling: dict[str, Tensor] | None = None  # of the last finished round
+    # None at the start of a round, where they are made anew: weights from the seed, if not the last round's go on.
+    model: dict[str, Any] | None = None
+    momentum: dict[str, Any] | None = None
+    torch_version: str = str(torch.__version__)  # of the process that saved it
+
+
+# What each value of a row may be -----------------------------------------------------------------------------
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MOST  # NaN is not
+
+
+def _share(value: Any) -> bool:
+    return value is None or (_number(value) and value <= 1)
+
+
+def _loss(value: Any) -> bool:
+    return value is None or (type(value) is float and math.isfinite(value))
+
+
+def _table(value: Any, columns: tuple[Callable[[Any], bool], ...], most: int) -> bool:
+    """A list of at most so many lists, with such columns."""
+    return (
+        type(value) is list
+        and len(value) <= most
+        and all(
+            type(row) is list
+            and len(row) == len(columns)
+            and all(f(x) for f, x in zip(columns, row, strict=True))
+            for row in value
+        )
+    )
+
+
+def _bins(value: Any) -> bool:
+    columns = (_number, _share, _share)
+    return (
+        type(value) is dict
+        and set(value) == {"all", "selected"}
+        and all(_table(bins, columns, BINS) for bins in value.values())
+    )
+
+
+# A new column of metrics.jsonl needs its line here.
+_ROW: dict[str, Callable[[Any], bool]] = {
+    "round": _count,
+    "test_acc": _share,
+    "positives": _count,
+    "positive_acc": _share,
+    "negatives": _count,
+    "negative_acc": _share,
+    "negative_samples": _count,
+    "ece": _share,
+    "ece_selected": _share,
+    "per_class_positives": lambda value: type(value) is list and all(map(_count, value)),
+    "no_label": _count,
+    "seconds": _number,
+    "outside": _number,
+    "train_loss": _loss,
+    "test_ece": _share,
+    "test_mistakes": lambda value: _table(value, (_count, _count, _count), 10),
+}
+_GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled images is unknown
+    "test_positives": _count,
+    "test_positive_acc": _share,
+    "test_bins": _bins,
+}
+
+
+def _row_fits(row: Any, n_classes: int) -> bool:
+    if type(row) is not dict or set(row) not in (set(_ROW), set(_ROW | _GUESS)):
+        return False
+    classes = row["per_class_positives"]
+    return (
+        type(classes) is list
+        and len(classes) == n_classes
+        and all((_ROW | _GUESS)[name](value) for name, value in row.items())
+        and sum(classes) == row["positives"]
+        and all(max(line[:2]) < n_classes for line in row["test_mistakes"])
+    )
+
+
+# Whether a state can be believed -----------------------------------------------------------------------------
+
+
+def _tensor(value: Any, dtype: torch.dtype, *shape: int) -> bool:
+    """A plain tensor of that type and shape; -1 stands for any length."""
+    return (
+        type(value) is Tensor
+        and not value.requires_grad
+        and value.dtype == dtype
+        and value.ndim == len(shape)
+        and all(want in (-1, got) for want, got in zip(shape, value.shape, strict=True))
+    )
+
+
+def _printable(value: Any) -> bool:
+    return type(value) is str and len(value) <= 1000 and value.isprintable()
+
+
+def _version(value: Any) -> bool:
+    return type(value) is str and re.fullmatch(r"[0-9][0-9A-Za-z.+_-]{0,60}", value) is not None
+
+
+def alone(content: Mapping[str, Any]) -> str:
+    """The first parts of a checkpoint's content that no run leaves behind, whatever its config; "" if all are right."""
+    if set(content) != {each.name for each in fields(Checkpoint)}:
+        return "the list of its parts"
+    state = Checkpoint(**content)
+    return next((parts for parts, fits in _parts(state) if not fits), "")
+
+
+def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
+    """Each part with whether it fits; a later one may rely on the earlier ones."""
+    yield "data or torch_version", _printable(state.data) and _version(state.torch_version)
+    yield "round, epoch or step", all(map(_count, (state.round, state.epoch, state.step)))
+    yield "seconds or loss", _number(state.seconds) and _number(state.outside)
+    yield "seconds or loss", _tensor(state.loss, torch.float32) and finite(state.loss)
+    yield "train_loss", _loss(state.train_loss)
+    split = state.labeled, state.unlabeled
+    yield "labeled or unlabeled", all(_tensor(each, torch.int64, -1) for each in split)
+    rows = state.rows
+    yield "rows", type(rows) is list and len(rows) == state.round and all(type(row) is dict for row in rows)
+    yield "rows", all(type(row.get("round")) is int and row["round"] == i for i, row in enumerate(rows))
+    yield "labelling", _labelling_fits(state)
+    training = state.momentum is not None
+    yield (
+        "model or momentum",
+        all(each is None or isinstance(each, dict) for each in (state.model, state.momentum)),
+    )
+    yield "model or momentum", bool(state.model) >= training  # a model alone begins a round
+    yield "model or momentum", training == (state.epoch + state.step > 0)
+
+
+def _labelling_fits(state: Checkpoint) -> bool:
+    found, u = state.labelling, len(state.unlabeled)
+    kinds = {
+        "index": torch.int64,
+        "label": torch.int64,
+        "confidence": torch.float32,
+        "std": torch.float32,
+        "candidate": torch.bool,
+        "positive": torch.bool,
+        "negative": torch.int32,
+    }
+    if state.round == 0:
+        return found is None
+    if type(found) is not dict or set(found) != set(kinds):
+        return False
+    words = {"negative": (-1,)}  # of 32 classes each
+    return all(_tensor(found[name], dtype, u, *words.get(name, ())) for name, dtype in kinds.items())
+
+
+def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int, *, warm_start: bool) -> str:
+    """The first parts of a checkpoint that its run cannot have left behind, "" if all are right.
+
+    state      one in which `alone` found nothing
+    fresh      the state in which config and data begin a run
+    model      the run's network, with any weights
+    """
+    for name in ("labeled", "unlabeled"):
+        if not torch.equal(getattr(state, name), getattr(fresh, name)):
+            return f"{name}, which is not the split that config and data give,"
+    if not all(_row_fits(row, n_classes) for row in state.rows):
+        return "rows"
+    if state.labelling and (wrong := _impossible(Labelling(**state.labelling), fresh.unlabeled, n_classes)):
+        return f"labelling ({wrong})"
+    if state.momentum is None and (state.model is not None) != (warm_start and state.round > 0):
+        return "model, which is there only while a round is trained, or before it by train.warm_start,"
+    if state.model is not None and (wrong := misfit(state.model, model.state_dict())):
+        return f"model ({wrong})"
+    if state.momentum is not None and (wrong := misfit(state.momentum, dict(model.named_parameters()))):
+        return f"momentum ({wrong})"
+    return ""
+
+
+def _impossible(found: Labelling, unlabeled: Tensor, n_classes: int) -> str:
+    """What a labelling of these samples cannot hold; "" if there is nothing."""
+    words, none = (n_classes + 31) // 32, found.label < 0
+    if not torch.equal(found.index, unlabeled):
+        return "index is not that of the unlabeled images"
+    if found.negative.shape[1] != words:
+        return f"negative must have {words} columns"
+    answers = ~none
+    negative = unpack_mask(found.negative, 32 * words)
+    wrong = {
+        "label": (found.label < -1) | (found.label >= n_classes),
+        # Means of float32 probabilities may exceed 1 by a few bits.
+        "confidence": ~((found.confidence >= 0) & (found.confidence <= 1.001)) & answers,
+        "std": ~((found.std >= 0) & (found.std <= 1)) & answers,
+        "confidence or std of an image without a label": none
+        & ~(found.confidence.isnan() & found.std.isnan()),
+        "candidate": found.candidate & none,
+        "positive": found.positive & ~found.candidate,
+        "negative": negative.any(1) & (found.positive | none) | negative[:, n_classes:].any(1),
+    }
+    return next((name for name, where in wrong.items() if where.any()), "")

@@ -167,12 +167,12 @@ def test_links_are_followed_and_loops_end(tmp_path):
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
         ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
-        ("rm unlabeled/*", r"'{root}' has no unlabelled images: .*"),
+        ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
-        ("rm -r labeled/cat test/cat", r"'{root}' must have labelled images of at least two classes, got only 'dog'"),
-        ("rm -r labeled/*", r"'{root}' must have labelled images of at least two classes, got none"),
-        ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labelled"),
+        ("rm -r labeled/cat test/cat", r"'{root}' must have labeled images of at least two classes, got only 'dog'"),
+        ("rm -r labeled/*", r"'{root}' must have labeled images of at least two classes, got none"),
+        ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labeled"),
         ("rm -r test/*", r"test/ of '{root}' has no images in class folders: .*"),
         ("rm -r labeled; echo > labeled", r"'{root}' must have .*, it lacks labeled .*"),
         ("rm -r test labeled/*/[1-9].png", r"'{root}' has no test images, and no class has .*"),
@@ -234,8 +234,8 @@ def test_without_test_images_a_share_is_held_out(tmp_path, share, expected):
     assert folder.label[folder.labeled].bincount().tolist() == [5 - expected, 5 - expected, 1, 1]
     assert not set(labeled) & set(test)
     note = said(folder, "held out")
-    assert f"{len(test)} of the 13 labelled ones ({share:.0%} of each class, drawn by seed 0)" in note
-    said(folder, "^no test image is of class 'emu': it has a single labelled image$")
+    assert f"{len(test)} of the 13 labeled ones ({share:.0%} of each class, drawn by seed 0)" in note
+    said(folder, "^no test image is of class 'emu': it has a single labeled image$")
 
 
 def test_what_is_held_out_follows_the_seed_and_the_names_alone(tmp_path):
@@ -299,13 +299,13 @@ def test_equal_files_across_parts_are_said(tmp_path):
     copy(tmp_path, "unlabeled/0.png", "unlabeled/same.png")  # harmless
     folder = scan(tmp_path)
     assert folder.notes == [
-        "1 test image equal to labelled ones: the test accuracy will look too good "
+        "1 test image equal to labeled ones: the test accuracy will look too good "
         "(such as 'test/cat/x.png' and 'labeled/cat/3.png')",
         "1 image equal to ones of another class: one of the two labels is wrong "
         "(such as 'labeled/dog/wrong.png' and 'labeled/cat/1.png')",
-        "1 unlabelled image equal to test images: the test is not only of unseen images "
+        "1 unlabeled image equal to test images: the test is not only of unseen images "
         "(such as 'unlabeled/y.png' and 'test/dog/0.png')",
-        "2 unlabelled images equal to labelled ones: they count twice "
+        "2 unlabeled images equal to labeled ones: they count twice "
         "(such as 'unlabeled/z.png' and 'labeled/dog/2.png')",
     ]
 
@@ -318,7 +318,7 @@ def test_files_of_equal_size_or_beginning_are_not_equal(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"")  # empty files are damaged, not equal
     folder = scan(tmp_path)
     assert len(folder.notes) == 1
-    said(folder, "^1 unlabelled image equal to labelled ones.*'unlabeled/b.png' and 'labeled/cat/b.png'")
+    said(folder, "^1 unlabeled image equal to labeled ones.*'unlabeled/b.png' and 'labeled/cat/b.png'")
 
 
 def test_files_of_other_sizes_are_never_opened(tmp_path, monkeypatch):
@@ -350,7 +350,7 @@ def test_a_csv_file(tmp_path):
         'a b/ü.png, cat ,train,"two\r\nlines"\r\n'
         "./c.png,dog,,\r\n"
         "\r\n,,,\r\n"
-        "d.png,,,unlabelled\r\n"
+        "d.png,,,unlabeled\r\n"
         "no_suffix,,train\r\n"
         "e.png,cat,Test,\r\n"
         "a b\\..\\f.png,dog, test ,\r\n"
@@ -382,17 +382,25 @@ def test_a_csv_file_without_split_has_a_share_held_out(tmp_path):
     ("text", "sentence"),
     [
         ("", r"'.*my\.csv' must begin with a line of column names, .* got ''"),
-        ("path;label\n", r"'.*' must begin with a line of column names, .* got 'path;label'"),
+        ("path:label\n", r"'.*' must begin with a line of column names, .* got 'path:label'"),
+        (b"PK\3\4" + bytes(99), r"'.*' must be a CSV file in UTF-8: it looks like a workbook; save it as .*"),
+        ("path,label\n".encode("utf-16-le"), r"'.*' must be a CSV file in UTF-8: it holds zero bytes, .*"),
+        ("path,label,path,,\n", r"'.*' must begin with .*, each once, .*"),
+        ("sep=;\npath;label\na.png;x\n\n;y\n", r"line 5 of '.*' must have a path, got ''"),
         ("path,label,path\n", r"'.*' must begin with .*, each once, .*"),
         ("a.png,cat\n", r"'.*' must begin with .* got 'a\.png,cat'"),
-        ("path,label\n", r"'.*' must have labelled images of at least two classes, got none"),
+        ("path,label\n", r"'.*' must have labeled images of at least two classes, got none"),
         ("path,label\na,x,b,c\n", r"line 2 of '.*' has 4 fields, but there are 2 columns"),
         ("path,label\na.png,x\n\n,y\n", r"line 4 of '.*' must have a path, got ''"),
         ("path,label,split\na.png,x,val\n", r"line 2 of '.*' must have the split train, test or nothing, got 'val'"),
         ("path,label,split\na.png,,test\n", r"line 2 of '.*' is a test image and must have a label, got none"),
         ("path,label\na.png,x\n./a.png,y\n", r"line 3 of '.*' contradicts an earlier one on 'a\.png'"),
-        ("path,label\nq.png,x\nr.png,y\n", r"none of the 2 files that '.*' lists is there"),
-        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabelled images: .*"),
+        (
+            "path,label\nq.png,x\nr.png,y\n",
+            r"none of the 2 files that '.*' lists is there, the first looked for is '.*/q\.png'",
+        ),
+        ("path,label\nA.PNG,x\nr.png,y\n", r"none of .*: 'A\.PNG' differs from 'a\.png' in upper and lower case"),
+        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabeled images: .*"),
         ("path,label,split\na.png,x\nb.png,y\nc.png,z,test\nd.png\n", r"the test images of '.*' have class 'z', .*"),
         ('path,label\n"a.png,x\n', r"'.*' must be a CSV file in UTF-8: .*"),
         (b"path,label\n\xff\xfe.png,x\n", r"'.*' must be a CSV file in UTF-8: .*"),
@@ -442,9 +450,9 @@ def test_damaged_files_are_found_and_left_out(tmp_path):
     [
         (
             ["labeled/dog"],
-            r"no labelled image of class 'dog' in '.*' can be read: '.*0\.png' is empty",
+            r"no labeled image of class 'dog' in '.*' can be read: '.*0\.png' is empty",
         ),
-        (["unlabeled"], r"no unlabelled image in '.*' can be read: .*"),
+        (["unlabeled"], r"no unlabeled image in '.*' can be read: .*"),
         (["test/cat", "test/dog"], r"no test image in '.*' can be read: .*"),
     ],
 )

@@ -102,7 +102,7 @@ def as_image_set(
 
     keep  these become black images that are told as lost, and no other changes its place; else they are left out
 
-    The labelled images come first in the training set, then the unlabelled ones, each in the order of their paths.
+    The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
     """
     if size < 1:

@@ -17,6 +17,8 @@ import torch
 
 from ups_fast import report
 from ups_fast.config import Config
+from ups_fast.data.cells import read_cell, write_cell
+from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
 from ups_fast.selection import Labelling, drop_negatives, on_test
 from ups_fast.selection import report as numbers
@@ -99,7 +101,7 @@ def test_table_gives_every_value_back(tmp_path, n_classes):
     assert [[int(c) for c in text.split()] for text in negative] == [
         row.nonzero()[:, 0].tolist() for row in masks
     ]
-    assert list(name[2:]) == [classes[c] for c in labelling.label[2:].tolist()]
+    assert [read_cell(cell) for cell in name[2:]] == [classes[c] for c in labelling.label[2:].tolist()]
     assert [p.name for p in tmp_path.iterdir()] == ["pseudo_labels.csv"]
 
 

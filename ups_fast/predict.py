@@ -7,11 +7,11 @@ damaged files are rows with an error; 2 for what the user can mend (one sentence
 from __future__ import annotations
 
 import argparse
-import csv
 import glob
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -24,11 +24,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
+from ups_fast.data.classes import suffixes
+from ups_fast.data.folder import seen_by_people
 from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
 from ups_fast.data.reading import in_order
 from ups_fast.display import progress_bar
 from ups_fast.ops import mc_select
-from ups_fast.reference import Selection, unpack_mask
+from ups_fast.reference import Selection
+from ups_fast.report import label_rows, label_table
 from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
 
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
@@ -126,14 +129,9 @@ def predict(
 
 
 def _rows(found: Selection, classes: Sequence[str]) -> Iterator[list[str]]:
-    negative = unpack_mask(found.negative, len(classes)).numpy()
-    columns = found.label.tolist(), found.confidence.numpy(), found.std.numpy(), found.positive.int().tolist()
-    for label, confidence, std, positive, surely_not in zip(*columns, negative, strict=True):
-        known = label >= 0
-        name = classes[label] if known else ""
-        error = "" if known else "the network's answer is not finite"
-        others = " ".join(map(str, np.flatnonzero(surely_not)))
-        yield [str(label), name, str(confidence), str(std), str(positive), others, error]
+    for row in label_rows(found, classes):
+        error = "" if row["label"] != "-1" else "the network's answer is not finite"
+        yield [*(row[name] for name in HEAD[1:-1]), error]
 
 
 def _number(image: np.ndarray) -> int:
@@ -141,28 +139,42 @@ def _number(image: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
-def find(words: Sequence[str]) -> list[str]:
-    """The files that are meant by files, folders and patterns, each once, in order. ValueError where one means none."""
+def find(words: Sequence[str], passed: Counter[str] | None = None) -> list[str]:
+    """The files that are meant by files, folders and patterns, each once, in order. ValueError where one means none.
+
+    Of a folder these are its images by their suffix; `passed` counts the suffixes of its other files.
+    """
+    passed = Counter() if passed is None else passed
+    over: set[str] = set()
     found: dict[str, None] = {}
     for word in words:
         place = os.path.expanduser(word)
+        others: Counter[str] = Counter()
         if os.path.isdir(place):
-            files = [
-                os.path.join(folder, name)
-                for folder, names in sorted(_walk(place))
-                for name in sorted(names)
-                if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-            ]
+            files = []
+            for folder, names in sorted(_walk(place)):
+                for name in sorted(filter(seen_by_people, names)):
+                    file, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+                    if suffix in SUFFIXES:
+                        files.append(file)
+                    elif file not in over:
+                        over.add(file)
+                        others[suffix] += 1
         elif os.path.lexists(place):
             files = [place]
         else:
             files = sorted(file for file in glob.glob(place, recursive=True) if not os.path.isdir(file))
         if not files:
-            what = (
-                "holds no images" if os.path.isdir(place) else "is no file or folder, and no file matches it"
-            )
+            what = "is no file or folder, and no file matches it"
+            if os.path.isdir(place):
+                what = "holds no images" + (
+                    f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
+                    if others
+                    else ""
+                )
             raise ValueError(f"{word!r} {what}")
         found |= dict.fromkeys(files)
+        passed += others
     return list(found)
 
 
@@ -219,16 +231,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console, done, damaged = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), 0, 0
     try:
-        paths = find(args.images)
+        passed: Counter[str] = Counter()
+        paths = find(args.images, passed)
+        if passed:
+            files = f"{passed.total():,} file{'s' * (passed.total() != 1)}"
+            console.print(
+                f"{files} passed over, as their suffix is of no image that is read: {suffixes(passed)}"
+            )
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
             task = bar.add_task("labelling", total=len(paths), now="")
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEAD)
+            write = label_table(file, HEAD)
             for answer in predict(predictor, paths, progress=lambda files: bar.advance(task, files)):
-                writer.writerow([answer.path, *answer.row])
+                write(dict(zip(HEAD, [answer.path, *answer.row], strict=True)))
                 done, damaged = done + 1, damaged + bool(answer.row[-1])
     except KeyboardInterrupt:
         print(f"stopped: {done:,} rows are in {args.out}", file=sys.stderr)

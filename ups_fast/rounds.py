@@ -24,7 +24,6 @@ from ups_fast.checkpoint import (
     MODEL,
     Checkpoint,
     RunFolderError,
-    fingerprint,
     load_checkpoint,
     open_folder,
     rebuild,
@@ -35,6 +34,8 @@ from ups_fast.checkpoint import (
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
+from ups_fast.data.classes import class_counts, classes_line, uneven
+from ups_fast.data.manifest import differences, fingerprint
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -47,7 +48,7 @@ from ups_fast.engine import (
     supervise,
 )
 from ups_fast.fullgraph import fullgraph
-from ups_fast.inputs import blame, open_images, policy_of, split_of, write_files
+from ups_fast.inputs import IMAGES, blame, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import (
@@ -59,6 +60,7 @@ from ups_fast.selection import (
     on_test,
     or_none,
     passes_over,
+    recall,
     reliability,
     report,
     skipped,
@@ -144,8 +146,7 @@ class _Run:
             momentum=cfg.train.momentum,
             weight_decay=cfg.train.weight_decay,
         )
-        with blame("data.n_labels"):
-            self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
+        self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.lost = self.told_lost = 0
         self.progress = progress_bar(console)
@@ -166,8 +167,10 @@ class _Run:
         """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
         found = load_checkpoint(self.folder)
         if found and found.data != self.state.data:
-            now, then = self.state.data, found.data
-            raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
+            what = differences(self.data, self.state.data, found.data, self.folder / IMAGES)
+            raise RunFolderError(
+                f"run_dir={self.folder} belongs to other data: {what}; choose another run_dir, or put the data back"
+            )
         self.state = state = found or self.state
         rounds = self.cfg.train.rounds
         if state.round > rounds:
@@ -189,6 +192,11 @@ class _Run:
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_labels):,} test images; {self.cfg.model.name} on {self.device}"
         )
+        labeled = class_counts(self.data.train_labels[state.labeled], len(self.data.classes))
+        tests = class_counts(self.data.test_labels, len(self.data.classes))
+        self._say(classes_line(self.data.classes, labeled, tests))
+        if note := uneven(self.data.classes, labeled):
+            self._say(note)
         mode, dtype, why = self.step.plan
         self._say(f"training step: {mode}, {str(dtype)[6:]} ({why})")
         at = "all rounds are done" if state.round == rounds else "a new run"
@@ -277,6 +285,7 @@ class _Run:
             "test_mistakes": [
                 list(each) for each in mistakes(test.label, data.test_labels[test.index])
             ],  # as JSON has it
+            "test_recall": recall(test.label, data.test_labels[test.index], len(data.classes)),
             **guess,
         }
         self.board.add_round(row)

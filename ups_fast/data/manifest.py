@@ -130,7 +130,8 @@ class Manifest:
             and all((c == -1) == (ends[1] <= i < ends[2]) for i, c in enumerate(self.label))
             and -1 <= min(self.label) <= max(self.label) < len(self.classes),
             "hashes": all(
-                len(each) in (0, 32) and set(each) <= set("0123456789abcdef") for each in self.digests
+                type(each) is str and len(each) in (0, 32) and set(each) <= set("0123456789abcdef")
+                for each in self.digests
             ),
             "sizes or times": all(
                 len(each) == 4 and all(type(x) is int for x in each) for each in self.stamps

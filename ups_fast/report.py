@@ -7,7 +7,6 @@ is not known (-1), what would need it is left out, and the report says so.
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import math
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ups_fast.checkpoint import BEST, write_atomic
 from ups_fast.config import Config
-from ups_fast.data.cells import write_cell
+from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.data.classes import uneven
 from ups_fast.reference import Selection, unpack_mask
 from ups_fast.selection import Labelling, Reliability, ece, interval, recall, reliability
@@ -72,14 +71,12 @@ def write_pseudo_labels(
 
 def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, str]], None]:
     """Begins a table of labels and returns what writes a row by the names of its columns."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
+    file.write(csv_line(columns))
 
     def write(row: Mapping[str, str]) -> None:
         # Numbers are the table's own and stay numbers: -1 is no formula.
-        writer.writerow(
-            [write_cell(row[name]) if name in ("name", "path", "error") else row[name] for name in columns]
-        )
+        text = ("name", "path", "error")
+        file.write(csv_line(write_cell(row[name]) if name in text else row[name] for name in columns))
 
     return write
 

@@ -76,7 +76,7 @@ def lookalikes(counts: Mapping[str, int]) -> list[str]:
         f"classes {_listed(names)} look alike: if they are one class, give it one name"
         for names in groups[:5]
     ]
-    typos = list(_typos(counts, {name for names in groups for name in names}))
+    typos = sorted(_typos(counts, {name for names in groups for name in names}))
     notes += [
         f"class {rare!r} ({_images(counts[rare])}) differs from {name!r} ({counts[name]:,}) in one letter: "
         "if it is a typing error, mend it"
@@ -136,7 +136,7 @@ def classes_line(classes: Sequence[str], labeled: Sequence[int], test: Sequence[
 def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:
     """A sentence where the labels of one class are UNEVEN times those of another; else empty."""
     most, least = (f(range(len(classes)), key=labeled.__getitem__) for f in (max, min))
-    if labeled[most] < UNEVEN * labeled[least]:
+    if not labeled[most] or labeled[most] < UNEVEN * labeled[least]:
         return ""
     return (
         f"the labels are uneven: {labeled[most]:,} of class {classes[most]!r}, {labeled[least]:,} of class "

@@ -235,9 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find(args.images, passed)
         if passed:
             files = f"{passed.total():,} file{'s' * (passed.total() != 1)}"
-            console.print(
-                f"{files} passed over, as their suffix is of no image that is read: {suffixes(passed)}"
-            )
+            console.print(f"{files} passed over for the suffix: {suffixes(passed)}")
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")

@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+Stamp = tuple[
+    int, int, int, int
+]  # size, times of change of content and of entry in ns, inode: kept by what stays
+GONE: Stamp = (-1, -1, -1, -1)
 _HEAD = 1 << 16  # bytes of a file that are compared before all of it
 
 
@@ -22,7 +26,7 @@ def same_content(base: Path, paths: list[str], known: np.ndarray) -> np.ndarray:
     begin alike; unlabeled files are not compared with each other.
     """
     names = [os.path.join(base, path) for path in paths]
-    sizes = np.fromiter(map(_size, names), np.int64, len(names))
+    sizes = np.fromiter((stamp(name)[0] for name in names), np.int64, len(names))
 
     def alike(group: Iterable[int], key: Callable[[int], object]) -> list[list[int]]:
         found = defaultdict(list)
@@ -41,12 +45,15 @@ def same_content(base: Path, paths: list[str], known: np.ndarray) -> np.ndarray:
     return content
 
 
-def _size(name: str) -> int:
+def stamp(name: str) -> Stamp:
+    """GONE where there is no regular file."""
     try:
         status = os.stat(name)
     except (OSError, ValueError):
-        return -1
-    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+        return GONE
+    if not stat.S_ISREG(status.st_mode):
+        return GONE
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _digest(name: str, limit: int | None) -> bytes | None:

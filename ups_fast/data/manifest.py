@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.classes import in_order
-from ups_fast.data.equal import file_digest, notes_on_equal_images, row_digests
+from ups_fast.data.equal import GONE, Stamp, file_digest, notes_on_equal_images, row_digests, stamp
 from ups_fast.data.folder import Folder, Listing
 from ups_fast.data.reading import _threads
 from ups_fast.data.reading import in_order as run_in_order
@@ -176,17 +175,6 @@ def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress
     )
 
 
-def stamp(name: str) -> Stamp:
-    """GONE where there is no regular file."""
-    try:
-        status = os.stat(name)
-    except (OSError, ValueError):
-        return GONE
-    if not stat.S_ISREG(status.st_mode):
-        return GONE
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
 def _digests(names: Sequence[str], threads: int | None, progress: Progress) -> list[str]:
     found = []
     for digest in run_in_order(file_digest, names, _threads(threads)):
@@ -233,7 +221,9 @@ def compare(
     reread = [i for i in touched if i not in resized]
     fresh = dict(zip(reread, _digests([where[i] for i in reread], threads, progress), strict=True))
     for i in touched:
-        if i in resized or fresh[i] != known.digests[i]:
+        if i in fresh and not fresh[i]:
+            there[i] = False  # it cannot be read
+        elif i in resized or fresh[i] != known.digests[i]:
             changes.add(_CONTENT, repr(known.paths[i]))
     gone = [i for i, here in enumerate(there) if not here]
     new = {path: row for path, row in found.rows.items() if path not in then}

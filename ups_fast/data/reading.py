@@ -15,12 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
 from ups_fast.data.sets import ImageSet, _moments
 
 Progress = Callable[[int, int], object]  # files done, files in all
-Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
 SAVE_SECONDS = 20  # a check that is killed has lost no more
 MOMENTS = 1000  # images of a large folder from which mean and std are taken
 _HEADER = '{"ups_fast": "files that can be read"'
@@ -44,7 +44,7 @@ def check(
 ) -> tuple[Folder, list[Damaged]]:
     """Decodes every file once: the folder without those that cannot be read, and these.
 
-    cache     a file that remembers the good ones by path, size and time of change, also when the check is
+    cache     a file that remembers the good ones by path and stamp, also when the check is
               interrupted: only others are decoded by the next check. None: nothing is remembered
     threads   None: one for each core
     progress  is called in this thread after each file
@@ -53,8 +53,9 @@ def check(
     """
     threads = _threads(threads)
     good = {} if cache is None else _remembered(Path(cache))
-    stamps = {path: stamp for path in folder.paths if (stamp := _stamp(folder, path)) is not None}
-    good = {path: stamp for path, stamp in good.items() if stamps.get(path) == stamp}
+    stamps = {path: list(stamp(_file(folder, i))) for i, path in enumerate(folder.paths)}
+    stamps = {path: each for path, each in stamps.items() if tuple(each) != GONE}
+    good = {path: each for path, each in good.items() if stamps.get(path) == each}
     todo = [i for i, path in enumerate(folder.paths) if path not in good]
     done, total = len(folder.paths) - len(todo), len(folder.paths)
     damaged: dict[int, str] = {}
@@ -241,15 +242,7 @@ def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> It
 # --- what is remembered of files ----------------------------------------------------------------------------
 
 
-def _stamp(folder: Folder, path: str) -> Stamp | None:
-    try:
-        status = os.stat(os.path.join(folder.root, path))
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _remembered(cache: Path) -> dict[str, Stamp]:
+def _remembered(cache: Path) -> dict[str, list[int]]:
     """What an earlier check wrote. A file that is cut short counts as empty, a foreign one is never overwritten."""
     try:
         text = cache.read_bytes().decode(errors="replace")
@@ -266,7 +259,7 @@ def _remembered(cache: Path) -> dict[str, Stamp]:
     return files if isinstance(files, dict) else {}
 
 
-def _remember(cache: Path, good: dict[str, Stamp]) -> list[str]:
+def _remember(cache: Path, good: dict[str, list[int]]) -> list[str]:
     """Replaces the file as a whole. Where it cannot be written, a note says so: the check itself is good."""
     tmp = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
     try:

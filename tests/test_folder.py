@@ -460,6 +460,15 @@ def test_latin_1_is_refused_with_its_line(tmp_path):
         scan(table(tmp_path, "path,label\na.png,Hund\na.png,K\xe4fer\n".encode("latin-1")))
 
 
+def test_a_name_of_any_bytes_is_found_and_one_that_is_not_there_is_no_text(tmp_path):
+    put(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff\xe4.png"))
+    text = b"path,label\n\xff\xe4.png,x\nb.png,y\nc.png,\nd.png,x\n"
+    assert os.fsdecode(b"\xff\xe4.png") in scan(table(tmp_path, text)).paths
+    with pytest.raises(ValueError, match=r"line 2 has the bytes b'\\xfe\\xe4', which are no text in UTF-8"):
+        scan(table(tmp_path, text.replace(b"\xff", b"\xfe")))
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_paths_match_in_either_unicode_form(tmp_path, form):
     other = {"NFC": "NFD", "NFD": "NFC"}[form]

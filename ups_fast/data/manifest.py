@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ from ups_fast.data.sets import ImageSet
 from ups_fast.data.table import LABELED, TEST, UNLABELED, Row
 
 FORMAT = "ups_fast files 2"
-GONE = (-1, -1, -1, -1)
-Stamp = tuple[
-    int, int, int, int
-]  # size, time of change of content and of entry in ns, inode: equal only if untouched
 Progress = Callable[[int, int], object]  # files done, files in all
 
 
@@ -327,7 +323,7 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
 
     weights  the file of pretrained weights, if there is one: a run that went on with others would be another
     """
-    parts: dict[str, Any] = {"classes": json.dumps(data.classes).encode()}
+    parts: dict[str, bytes] = {"classes": json.dumps(data.classes).encode()}
     files = data.manifest
     if data.names is not None:
         names = [*data.names, *(data.test_names or ())]
@@ -337,20 +333,18 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
         parts["mean and std"] = repr((files.mean, files.std)).encode()
     elif not data.in_files:
         for name, images in (("training images", data.train_images), ("test images", data.test_images)):
-            parts[name] = repr(list(images.shape)).encode() + row_digests(images).tobytes()
+            parts[name] = repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
     parts["training labels"] = data.train_labels.numpy().tobytes()
     parts["test labels"] = data.test_labels.numpy().tobytes()
     parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
     if weights:
         parts["pretrained weights"] = Path(weights).expanduser().read_bytes()
-    hashes = (
-        f"{name} {hashlib.blake2b(content, digest_size=8).hexdigest()}" for name, content in parts.items()
-    )
-    return f"{_sizes(data)}; {', '.join(hashes)}"
+    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
 
 
-def _sizes(data: ImageSet) -> str:
-    return f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+def _hash(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def array_record(data: ImageSet) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
         text = _text(file)
         table, skipped = _reader(text)
         names = _header(next(table, []))
+        _must_be_text("".join(names), 1 + skipped)
         if not {"path", "label"} <= set(names) or any(name and names.count(name) > 1 for name in names):
             raise ValueError(
                 f"{where} must begin with a line of column names, each once, path and label among them, "
@@ -48,10 +49,12 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
         for row in table:
             if not any(map(str.strip, row)):
                 continue  # a line of delimiters alone is what is left of a spreadsheet
-            place = f"line {table.line_num + skipped} of {where}"
+            line = table.line_num + skipped
+            place = f"line {line} of {where}"
             if any(row[len(names) :]):
                 raise ValueError(f"{place} has {len(row)} fields, but there are {len(names)} columns")
             path, known = _row(dict(zip(names, row, strict=False)), tree, place)
+            _must_be_text(known[1] if os.path.lexists(file.parent / path) else known[1] + path, line)
             repeated += path in rows
             if rows.setdefault(path, known) != known:
                 raise ValueError(f"{place} contradicts an earlier one on {path!r}")
@@ -86,18 +89,19 @@ def _text(file: Path) -> str:
     if raw.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
         raise UnicodeError('it looks like a workbook; save it as "CSV UTF-8" in the spreadsheet')
     encoding = next((encoding for mark, encoding in _MARKS.items() if raw.startswith(mark)), "utf-8")
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        got = raw[error.start : error.end]
-        raise UnicodeError(
-            f"line {line} has the bytes {got!r}, which are no text in {encoding}; save it as "
-            '"CSV UTF-8", as spreadsheets call it'
-        ) from error
+    text = raw.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
     if "\0" in text:
         raise UnicodeError('it holds zero bytes, as UTF-16 without its mark does; save it as "CSV UTF-8"')
     return text
+
+
+def _must_be_text(cell: str, line: int) -> None:
+    """A file's name may be any bytes, as `write_pseudo_labels` writes them; all else is text."""
+    if odd := "".join(c for c in cell if "\udc80" <= c <= "\udcff"):
+        raise UnicodeError(
+            f"line {line} has the bytes {os.fsencode(odd)!r}, which are no text in UTF-8; save it as "
+            '"CSV UTF-8", as spreadsheets call it'
+        )
 
 
 def _reader(text: str) -> tuple[Any, int]:

@@ -362,7 +362,9 @@ def differences(data: ImageSet, now: str, then: str, record: Path) -> str:
     parts = [name for name in {**after, **before} if before.get(name) != after.get(name)]
     counted = _counted(data, record)
     said = [counted.pop(part, "") or f"other {part}" for part in parts]
-    return f"{', '.join(said) or 'other data'} (now {now.split('; ')[0]}, then {then.split('; ')[0]})"
+    sizes, sizes_then = (each.split("; ")[0] for each in (now, then))
+    sizes = sizes if sizes == sizes_then else f"now {sizes}, then {sizes_then}"
+    return f"{', '.join(said) or 'other data'} ({sizes})"
 
 
 def _parts(line: str) -> dict[str, str]:

@@ -212,30 +212,10 @@ def compare(
             changes.add(_UNLISTED, repr(path))
         elif said is not None and said != row:
             changes.add(_LABELS, f"{path!r}, then {_said(row)}, now {_said(said)}")
-    touched = [i for i in range(len(there)) if there[i] and stamps[i] != known.stamps[i]]
-    resized = {i for i in touched if stamps[i][0] != known.stamps[i][0]}
-    reread = [i for i in touched if i not in resized]
-    fresh = dict(zip(reread, _digests([where[i] for i in reread], threads, progress), strict=True))
-    for i in touched:
-        if i in fresh and not fresh[i]:
-            there[i] = False  # it cannot be read
-        elif i in resized or fresh[i] != known.digests[i]:
-            changes.add(_CONTENT, repr(known.paths[i]))
+    _compare_content(known, where, stamps, there, changes, lambda names: _digests(names, threads, progress))
     gone = [i for i, here in enumerate(there) if not here]
     new = {path: row for path, row in found.rows.items() if path not in then}
-    moved = _moved(known, gone, new, base)
-    for path, i in moved.items():
-        if (row := new.pop(path)) == known.row(i) == (UNLABELED, ""):
-            new[path] = row  # by another name, and nothing is said of it
-        elif row == known.row(i):
-            changes.add(_MOVED, f"{known.paths[i]!r}, now {path!r}")
-        else:
-            changes.add(
-                _LABELS, f"{known.paths[i]!r}, then {_said(known.row(i))}, now {path!r}, {_said(row)}"
-            )
-    for path, row in new.items():
-        if row[0] != UNLABELED:
-            changes.add(_NEW, f"{path!r}, {_said(row)}")
+    _compare_new(known, gone, new, base, changes)
     if changes.count:
         raise Changed(f"has changed since the run began: {changes.said()}")
     note = ""
@@ -245,6 +225,39 @@ def compare(
             "the run goes on without, and a new run_dir would use all"
         )
     return found, Now(gone, note)
+
+
+def _compare_content(
+    known: Manifest,
+    where: Sequence[str],
+    stamps: Sequence[Stamp],
+    there: list[bool],  # made False for a file that cannot be read
+    changes: _Changes,
+    digests: Callable[[Sequence[str]], list[str]],
+) -> None:
+    touched = [i for i, now in enumerate(stamps) if there[i] and now != known.stamps[i]]
+    reread = [i for i in touched if stamps[i][0] == known.stamps[i][0]]
+    fresh = dict(zip(reread, digests([where[i] for i in reread]), strict=True))
+    for i in touched:
+        if fresh.get(i) == "":
+            there[i] = False
+        elif fresh.get(i) != known.digests[i]:
+            changes.add(_CONTENT, repr(known.paths[i]))
+
+
+def _compare_new(
+    known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path, changes: _Changes
+) -> None:
+    """New labeled and test files are changes, and so is one that is gone and lies elsewhere now, with another label."""
+    moved = _moved(known, gone, new, base)
+    for path, row in new.items():
+        i = moved.get(path, -1)
+        if i >= 0 and row != (before := known.row(i)):
+            changes.add(_LABELS, f"{known.paths[i]!r}, then {_said(before)}, now {path!r}, {_said(row)}")
+        elif i >= 0 and row[0] != UNLABELED:
+            changes.add(_MOVED, f"{known.paths[i]!r}, now {path!r}")
+        elif row[0] != UNLABELED:
+            changes.add(_NEW, f"{path!r}, {_said(row)}")
 
 
 def _moved(known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path) -> dict[str, int]:

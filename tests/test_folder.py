@@ -7,6 +7,7 @@ import os
 import re
 import time
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ups_fast.data import Folder, as_image_set, check, scan
 from ups_fast.data import image as image_module
+from ups_fast.data.classes import class_counts, classes_line, uneven
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (6, 5)) -> None:
@@ -167,12 +169,12 @@ def test_links_are_followed_and_loops_end(tmp_path):
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
         ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
-        ("rm unlabeled/*", r"'{root}' has no unlabelled images: .*"),
+        ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
-        ("rm -r labeled/cat test/cat", r"'{root}' must have labelled images of at least two classes, got only 'dog'"),
-        ("rm -r labeled/*", r"'{root}' must have labelled images of at least two classes, got none"),
-        ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labelled"),
+        ("rm -r labeled/cat test/cat", r"'{root}' must have labeled images of at least two classes, got only 'dog'"),
+        ("rm -r labeled/*", r"'{root}' must have labeled images of at least two classes, got none"),
+        ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labeled"),
         ("rm -r test/*", r"test/ of '{root}' has no images in class folders: .*"),
         ("rm -r labeled; echo > labeled", r"'{root}' must have .*, it lacks labeled .*"),
         ("rm -r test labeled/*/[1-9].png", r"'{root}' has no test images, and no class has .*"),
@@ -234,8 +236,8 @@ def test_without_test_images_a_share_is_held_out(tmp_path, share, expected):
     assert folder.label[folder.labeled].bincount().tolist() == [5 - expected, 5 - expected, 1, 1]
     assert not set(labeled) & set(test)
     note = said(folder, "held out")
-    assert f"{len(test)} of the 13 labelled ones ({share:.0%} of each class, drawn by seed 0)" in note
-    said(folder, "^no test image is of class 'emu': it has a single labelled image$")
+    assert f"{len(test)} of the 13 labeled ones ({share:.0%} of each class, drawn by seed 0)" in note
+    said(folder, "^no test image is of class 'emu': it has a single labeled image$")
 
 
 def test_what_is_held_out_follows_the_seed_and_the_names_alone(tmp_path):
@@ -299,13 +301,13 @@ def test_equal_files_across_parts_are_said(tmp_path):
     copy(tmp_path, "unlabeled/0.png", "unlabeled/same.png")  # harmless
     folder = scan(tmp_path)
     assert folder.notes == [
-        "1 test image equal to labelled ones: the test accuracy will look too good "
+        "1 test image equal to labeled ones: the test accuracy will look too good "
         "(such as 'test/cat/x.png' and 'labeled/cat/3.png')",
         "1 image equal to ones of another class: one of the two labels is wrong "
         "(such as 'labeled/dog/wrong.png' and 'labeled/cat/1.png')",
-        "1 unlabelled image equal to test images: the test is not only of unseen images "
+        "1 unlabeled image equal to test images: the test is not only of unseen images "
         "(such as 'unlabeled/y.png' and 'test/dog/0.png')",
-        "2 unlabelled images equal to labelled ones: they count twice "
+        "2 unlabeled images equal to labeled ones: they count twice "
         "(such as 'unlabeled/z.png' and 'labeled/dog/2.png')",
     ]
 
@@ -318,7 +320,7 @@ def test_files_of_equal_size_or_beginning_are_not_equal(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"")  # empty files are damaged, not equal
     folder = scan(tmp_path)
     assert len(folder.notes) == 1
-    said(folder, "^1 unlabelled image equal to labelled ones.*'unlabeled/b.png' and 'labeled/cat/b.png'")
+    said(folder, "^1 unlabeled image equal to labeled ones.*'unlabeled/b.png' and 'labeled/cat/b.png'")
 
 
 def test_files_of_other_sizes_are_never_opened(tmp_path, monkeypatch):
@@ -350,7 +352,7 @@ def test_a_csv_file(tmp_path):
         'a b/ü.png, cat ,train,"two\r\nlines"\r\n'
         "./c.png,dog,,\r\n"
         "\r\n,,,\r\n"
-        "d.png,,,unlabelled\r\n"
+        "d.png,,,unlabeled\r\n"
         "no_suffix,,train\r\n"
         "e.png,cat,Test,\r\n"
         "a b\\..\\f.png,dog, test ,\r\n"
@@ -382,17 +384,25 @@ def test_a_csv_file_without_split_has_a_share_held_out(tmp_path):
     ("text", "sentence"),
     [
         ("", r"'.*my\.csv' must begin with a line of column names, .* got ''"),
-        ("path;label\n", r"'.*' must begin with a line of column names, .* got 'path;label'"),
+        ("path:label\n", r"'.*' must begin with a line of column names, .* got 'path:label'"),
+        (b"PK\3\4" + bytes(99), r"'.*' must be a CSV file in UTF-8: it looks like a workbook; save it as .*"),
+        ("path,label\n".encode("utf-16-le"), r"'.*' must be a CSV file in UTF-8: it holds zero bytes, .*"),
+        ("path,label,path,,\n", r"'.*' must begin with .*, each once, .*"),
+        ("sep=;\npath;label\na.png;x\n\n;y\n", r"line 5 of '.*' must have a path, got ''"),
         ("path,label,path\n", r"'.*' must begin with .*, each once, .*"),
         ("a.png,cat\n", r"'.*' must begin with .* got 'a\.png,cat'"),
-        ("path,label\n", r"'.*' must have labelled images of at least two classes, got none"),
+        ("path,label\n", r"'.*' must have labeled images of at least two classes, got none"),
         ("path,label\na,x,b,c\n", r"line 2 of '.*' has 4 fields, but there are 2 columns"),
         ("path,label\na.png,x\n\n,y\n", r"line 4 of '.*' must have a path, got ''"),
         ("path,label,split\na.png,x,val\n", r"line 2 of '.*' must have the split train, test or nothing, got 'val'"),
         ("path,label,split\na.png,,test\n", r"line 2 of '.*' is a test image and must have a label, got none"),
         ("path,label\na.png,x\n./a.png,y\n", r"line 3 of '.*' contradicts an earlier one on 'a\.png'"),
-        ("path,label\nq.png,x\nr.png,y\n", r"none of the 2 files that '.*' lists is there"),
-        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabelled images: .*"),
+        (
+            "path,label\nq.png,x\nr.png,y\n",
+            r"none of the 2 files that '.*' lists is there, the first looked for is '.*/q\.png'",
+        ),
+        ("path,label\nA.PNG,x\nr.png,y\n", r"none of .*: 'A\.PNG' differs from 'a\.png' in upper and lower case"),
+        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabeled images: .*"),
         ("path,label,split\na.png,x\nb.png,y\nc.png,z,test\nd.png\n", r"the test images of '.*' have class 'z', .*"),
         ('path,label\n"a.png,x\n', r"'.*' must be a CSV file in UTF-8: .*"),
         (b"path,label\n\xff\xfe.png,x\n", r"'.*' must be a CSV file in UTF-8: .*"),
@@ -404,6 +414,220 @@ def test_a_csv_file_is_refused(tmp_path, text, sentence):
     put(tmp_path, "a.png", "b.png", "c.png", "d.png")
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         scan(table(tmp_path, text))
+
+
+# --- what spreadsheets and people write --------------------------------------------------------------------
+
+
+def small(tmp_path: Path, *labels: str, **how: str) -> list[str]:
+    """The notes on a table with these labels and an unlabeled image."""
+    put(tmp_path, *(f"{i}.png" for i in range(len(labels))), "u.png", "t.png")
+    rows = [f'{i}.png,"{label}",' for i, label in enumerate(labels)]
+    table(tmp_path, "\n".join(["path,label,split", *rows, "u.png,,", f't.png,"{labels[0]}",test']))
+    return [note for note in scan(tmp_path / "my.csv").notes if "no test image" not in note]
+
+
+TABLE = "path,label,,\na.png,x,,\nb.png,y,,\nb2.png,y\nc.png,,,\nd.png,x,1,2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TABLE,
+        TABLE.replace(",", ";"),
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", "|"),
+        "sep=;\r\n" + TABLE.replace(",", ";").replace("\n", "\r\n"),
+        TABLE.encode("utf-16"),
+        b"\xfe\xff" + TABLE.encode("utf-16-be"),
+        TABLE.encode("utf-8-sig"),
+        TABLE.replace("path", '"Path"').replace("a.png", '"a.png"'),
+        TABLE.replace("\nb.png", "\n , ,,\n;\nb.png".replace("\n;", "")),
+        TABLE.replace("a.png", " a.png ").replace("x", " x\xa0"),
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, text):
+    put(tmp_path, *(f"{name}.png" for name in ("a", "b", "b2", "c", "d")))
+    folder = scan(table(tmp_path, text))
+    labeled, unlabeled, test = parts(folder)
+    assert sorted(labeled + test) == ["a.png", "b.png", "b2.png", "d.png"] and unlabeled == ["c.png"]
+    assert folder.classes == ["x", "y"] and folder.label.tolist() == [0, 1, 1, -1, 0]
+
+
+def test_latin_1_is_refused_with_its_line(tmp_path):
+    put(tmp_path, "a.png")
+    with pytest.raises(ValueError, match=r"line 3 has the bytes b'\\xe4', .* save it as \"CSV UTF-8\""):
+        scan(table(tmp_path, "path,label\na.png,Hund\na.png,K\xe4fer\n".encode("latin-1")))
+
+
+def test_a_name_of_any_bytes_is_found_and_one_that_is_not_there_is_no_text(tmp_path):
+    put(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff\xe4.png"))
+    text = b"path,label\n\xff\xe4.png,x\nb.png,y\nc.png,\nd.png,x\n"
+    assert os.fsdecode(b"\xff\xe4.png") in scan(table(tmp_path, text)).paths
+    with pytest.raises(ValueError, match=r"line 2 has the bytes b'\\xfe\\xe4', which are no text in UTF-8"):
+        scan(table(tmp_path, text.replace(b"\xff", b"\xfe")))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_paths_match_in_either_unicode_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    names = ["K\xe4fer/\xe9t\xe9.png", "K\xe4fer/\u1ec7.png", "\ud55c.png", "plain.png"]
+    put(tmp_path, *(unicodedata.normalize(form, name) for name in names))
+    labels = ["a", "b", "b", ""]
+    rows = [
+        f"{unicodedata.normalize(other, name)},{label}" for name, label in zip(names, labels, strict=True)
+    ]
+    folder = scan(table(tmp_path, "\n".join(["path,label", *rows])))
+    assert folder.paths == sorted(unicodedata.normalize(form, name) for name in names)
+    assert check(folder)[1] == []
+    twice = [*rows, f"{unicodedata.normalize(form, names[0])},b"]  # one file by both its names
+    with pytest.raises(ValueError, match=r"line 6 of .* contradicts an earlier one"):
+        scan(table(tmp_path, "\n".join(["path,label", *twice])))
+
+
+def test_both_unicode_forms_may_be_there(tmp_path):
+    put(tmp_path, "\xe9.png", "e\u0301.png", "u.png", "v.png")
+    folder = scan(table(tmp_path, "path,label\n\xe9.png,a\ne\u0301.png,b\nu.png,\nv.png,a\n"))
+    assert {path: folder.label[i].item() for i, path in enumerate(folder.paths)} == {
+        "\xe9.png": 0, "e\u0301.png": 1, "u.png": -1, "v.png": 0
+    }  # fmt: skip
+
+
+def test_paths_that_differ_in_case_are_said_but_not_read(tmp_path):
+    put(tmp_path, "a.JPG", "b.png", "c.png", "u.png", "sub/d.png")
+    notes = scan(
+        table(tmp_path, "path,label\na.jpg,x\nSub/D.png,x\nb.png,x\nc.png,y\nc2.png,y\nu.png,\n")
+    ).notes
+    assert [note for note in notes if "case" in note] == [
+        f"3 files that {str(tmp_path / 'my.csv')!r} lists are not there: 'a.jpg' differs from 'a.JPG' in upper and "
+        "lower case"
+    ]
+
+
+@pytest.mark.parametrize(
+    "word", ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabelled"]
+)
+def test_a_class_that_means_no_label_is_said(tmp_path, word):
+    (note,) = small(tmp_path, "cat", "cat", "dog", word, word)
+    assert note == (
+        f"2 images are of class {word!r}: if that means no label, leave the label empty (in folders: move the images "
+        "to unlabeled/)"
+    )
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("0", "0.0"),
+        ("1", "01"),
+        ("1", "1."),
+        ("0", "-0"),
+        ("cat", "Cat"),
+        ("Stra\xdfe", "STRASSE"),
+        ("black cat", "black  cat"),
+        ("black cat", "black\xa0cat"),
+        ("black cat", "black_cat"),
+        ("black-cat", "Black cat"),
+        ("caf\xe9", "cafe\u0301"),
+        ("cat", "cat\u200b"),
+        ("cat", "\uff43at"),
+        ("\ufb01sh", "fish"),
+    ],
+)
+def test_classes_that_look_alike_are_said(tmp_path, pair):
+    (note,) = small(tmp_path, *pair, "another")
+    assert note.startswith("classes ") and note.endswith(
+        " look alike: if they are one class, give it one name"
+    )
+    assert note.count("'") == 4
+    shown = note.split("'")[1], note.split("'")[3]
+    assert shown[0] != shown[1] and "\xa0" not in note and "\u200b" not in note
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat", "dog", "cow"),
+        ("0", "1", "10", "11"),
+        ("-2", "2", "-"[:0] + "3"),
+        ("+", "*", "\xb1"),
+        ("a.b", "ab"),
+        ("1.5", "15"),
+        ("class 1", "class 2"),
+        ("boy", "bay"),
+        ("\u65e5", "\u6708"),
+    ],
+)
+def test_other_classes_are_not_said_to_look_alike(tmp_path, names):
+    assert small(tmp_path, *names) == []
+
+
+def test_a_typing_error_is_said(tmp_path):
+    horses, zebras, levels = ["horse"] * 20, ["zebra"] * 19, ["level 2"] * 20
+    assert small(tmp_path, *zebras, "zebre", *horses, "hoarse", *levels, "level 1", "zebu", "abc") == [
+        f"class {rare!r} (1 image) differs from {name!r} (20) in one letter: if it is a typing error, mend it"
+        for rare, name in (("hoarse", "horse"), ("zebre", "zebra"))
+    ]
+
+
+def test_look_alikes_in_folders(tmp_path):
+    put_all(tmp_path, test=False)
+    put(tmp_path, "labeled/Cat/0.png", "labeled/unknown/0.png", "labeled/cat /0.png")
+    folder = scan(tmp_path)
+    said(folder, r"^classes 'Cat', 'cat' and 'cat ' look alike")
+    said(folder, r"^1 image is of class 'unknown': if that means no label")
+
+
+@pytest.mark.parametrize("names", ["10 9 0 2 1", "1.5 -2 0.25 10", "007 8 09 10 1000000000000000000000000"])
+def test_classes_that_are_numbers_sort_as_numbers(tmp_path, names):
+    put(tmp_path, *(f"labeled/{name}/{i}.png" for name in names.split() for i in range(2)), "unlabeled/0.png")
+    folder = scan(tmp_path)
+    assert folder.classes == sorted(names.split(), key=float)
+    for i in (*folder.labeled.tolist(), *folder.test.tolist()):
+        assert folder.paths[i].split("/")[1] == folder.classes[folder.label[i]]
+    put(tmp_path, "labeled/ten/0.png")
+    assert scan(tmp_path).classes == sorted([*names.split(), "ten"])
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".CR2", ".svg", ""])
+def test_images_of_kinds_that_are_not_read_are_not_advised_to_be_deleted(tmp_path, suffix):
+    put_all(tmp_path)
+    for i in range(3):
+        put(tmp_path, f"labeled/emu/{i}{suffix}")
+    kind = f"3 {suffix.lower()!r}" if suffix else "3 without one"
+    to = rf"has 3 files of kinds that are not read \({re.escape(kind)}\); convert them to JPEG or PNG"
+    with pytest.raises(
+        ValueError, match=rf"^class folder 'labeled/emu' of .* has no images that can be read: .*{to}$"
+    ):
+        scan(tmp_path)
+    for old, new in (("labeled/emu", "test/emu"), ("test/cat/0.png", "labeled/cat/t.png")):
+        (tmp_path / old).rename(tmp_path / new)
+    said(scan(tmp_path), rf"^class folder 'test/emu' .* {to}$")
+    (tmp_path / "test/dog/0.png").unlink()
+    with pytest.raises(
+        ValueError, match=rf"^test/ of .* has no images in class folders: 'test/' {to}, or delete it"
+    ):
+        scan(tmp_path)
+    os.system(f"cd '{tmp_path}' && rm -r test unlabeled && mkdir unlabeled")
+    put(tmp_path, *(f"unlabeled/{i}{suffix}" for i in range(3)))
+    with pytest.raises(
+        ValueError, match=rf"^.* has no unlabeled images that can be read: 'unlabeled/' {to}$"
+    ):
+        scan(tmp_path)
+
+
+def test_classes_and_their_counts_in_a_line():
+    assert classes_line(["cat", "a\x1bb"], [1200, 6], [40, 0]) == (
+        "classes (labeled + test images): 'cat' 1,200 + 40, 'a\\x1bb' 6 + 0"
+    )
+    line = classes_line([str(c) for c in range(100)], [1] * 100, [1] * 100)
+    assert line.endswith("'19' 1 + 1 and 80 more, which the report lists")
+    assert class_counts(torch.tensor([0, 2, -1, 2]), 4) == [1, 0, 2, 0]
+    assert uneven(["a", "b"], [200, 6]).startswith(
+        "the labels are uneven: 200 of class 'a', 6 of class 'b'. Look at"
+    )
+    assert uneven(["a", "b"], [20, 5]) == uneven(["a", "b"], [0, 0]) == ""
 
 
 # --- damage ------------------------------------------------------------------------------------------------
@@ -442,9 +666,9 @@ def test_damaged_files_are_found_and_left_out(tmp_path):
     [
         (
             ["labeled/dog"],
-            r"no labelled image of class 'dog' in '.*' can be read: '.*0\.png' is empty",
+            r"no labeled image of class 'dog' in '.*' can be read: '.*0\.png' is empty",
         ),
-        (["unlabeled"], r"no unlabelled image in '.*' can be read: .*"),
+        (["unlabeled"], r"no unlabeled image in '.*' can be read: .*"),
         (["test/cat", "test/dog"], r"no test image in '.*' can be read: .*"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +82,25 @@ def test_the_same_command_again_changes_nothing(folder: Path, images: Path, caps
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_labels_of_files_folders_and_patterns(folder: Path, images: Path, tmp_path: Path, capsys) -> None:
+def test_labels_of_files_folders_and_patterns(
+    folder: Path, images: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     out = tmp_path / "labels.csv"
     words = [
         str(images / "test"),
         str(images / "unlabeled" / "*.jpg"),
         str(images / "unlabeled" / "dark 0.png"),
     ]
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "phone.heic").write_bytes(b"")
+    (evil / "=1+1.png").write_bytes((images / "unlabeled" / "dark 0.png").read_bytes())
     assert predict.main([str(folder), *words, str(images / "test"), "--out", str(out)]) == 0
     assert "1 with an error" in capsys.readouterr().err
+    monkeypatch.chdir(evil)
+    assert predict.main([str(folder), "*.png", ".", "--out", str(tmp_path / "evil.csv")]) == 0
+    assert "1 file passed over for the suffix: 1 '.heic'" in capsys.readouterr().err
+    assert [row["path"] for row in table(tmp_path / "evil.csv")] == ["'=1+1.png", "./=1+1.png"]
     rows = table(out)
     assert list(rows[0]) == HEAD and len(rows) == 6 + 5 + 1
     for row in rows:
@@ -139,7 +150,19 @@ def test_find(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find(["linked"]) == [f"linked/dark {i}.{kind}" for i, kind in enumerate(("png", "jpg", "webp"))]
     assert find(["sub"])[0] == "sub/c.webp" and len(find(["sub"])) == len(set(find(["sub"]))) == 7
     (tmp_path / "empty").mkdir()
-    for word, said in (("empty", "'empty' holds no images"), ("gone.png", "'gone.png' is no file or folder")):
+    passed: Counter[str] = Counter()
+    (tmp_path / "more").mkdir()
+    for name in ("a.HEIC", "b.heic", "c", "d.png", "Thumbs.db", ".e.raw"):
+        (tmp_path / "more" / name).write_bytes(b"")
+    assert find(["more", "more", "notes.txt"], passed) == ["more/d.png", "notes.txt"]
+    assert passed == {".heic": 2, "": 1}
+    (tmp_path / "more" / "d.png").unlink()
+    unread = "'more' holds no images of a kind that is read, but 2 '.heic', 1 without one; convert them to JPEG or PNG"
+    for word, said in (
+        ("more", unread),
+        ("empty", "'empty' holds no images$"),
+        ("gone.png", "'gone.png' is no file or folder"),
+    ):
         with pytest.raises(ValueError, match=said):
             find(["b.png", word])
 

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import math
+import posixpath
 import re
 from base64 import b64decode
 from dataclasses import replace
@@ -17,8 +18,10 @@ import torch
 
 from ups_fast import report
 from ups_fast.config import Config
+from ups_fast.data.cells import read_cell, write_cell
+from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
-from ups_fast.selection import Labelling, drop_negatives, on_test
+from ups_fast.selection import Labelling, drop_negatives, on_test, recall
 from ups_fast.selection import report as numbers
 
 NASTY = [
@@ -99,7 +102,7 @@ def test_table_gives_every_value_back(tmp_path, n_classes):
     assert [[int(c) for c in text.split()] for text in negative] == [
         row.nonzero()[:, 0].tolist() for row in masks
     ]
-    assert list(name[2:]) == [classes[c] for c in labelling.label[2:].tolist()]
+    assert [read_cell(cell) for cell in name[2:]] == [classes[c] for c in labelling.label[2:].tolist()]
     assert [p.name for p in tmp_path.iterdir()] == ["pseudo_labels.csv"]
 
 
@@ -107,6 +110,89 @@ def test_table_without_samples_is_its_head(tmp_path):
     labelling = no_samples(case(n=1)[0])
     report.write_pseudo_labels(tmp_path / "t.csv", labelling, ["a"] * 10)
     assert (tmp_path / "t.csv").read_text() == "index,label,confidence,std,positive,negative,name\n"
+
+
+EVIL = [
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\tx",
+    "\rx",
+    "\n=x",
+    "'=x",
+    "''=x",
+    "'x",
+    "'",
+    "''",
+    "'\tx",
+    " =x",
+    '"=x"',
+    "\"'-x",
+    "\uff1d1",
+    "\xa0@x",
+    "a=1",
+    "x",
+    "-rf.png",
+    "' -",
+    "cat's",
+]
+
+
+def test_no_cell_runs_in_a_spreadsheet_and_all_are_read_back(tmp_path):
+    """Names and paths, by the package's own reader of tables too."""
+    runs = re.compile(r"""[\s"]*[=+@\uff1d\uff0b\uff0d\uff20-]|[\t\r\n]""")
+    for text in EVIL:
+        cell = write_cell(text)
+        assert not runs.match(cell) and read_cell(cell) == text and cell in (text, f"'{text}")
+    for text in ("a=1", "x", "'x", "'", "''", "cat's", "", " "):
+        assert write_cell(text) == text, "nothing else is changed"
+    n = len(EVIL)
+    labelling, _, _ = case(n=n, n_classes=n)
+    labelling.index[:] = torch.arange(n)
+    labelling.label[:] = torch.arange(n)
+    labelling.label[-1] = -1
+    names = [f"{text}" for text in EVIL]
+    report.write_pseudo_labels(tmp_path / "t.csv", labelling, EVIL, names=names)
+    with open(tmp_path / "t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["label"] == "-1", "a number stays a number"
+    assert [read_cell(row["path"]) for row in rows] == EVIL
+    assert not any(runs.match(row[key]) for row in rows for key in ("path", "name"))
+    with open(tmp_path / "again.csv", "w", newline="") as file:  # what a user makes of it
+        writer = csv.writer(file)
+        writer.writerows([("path", "label"), *((row["path"], row["name"]) for row in rows)])
+    found = read_table(tmp_path / "again.csv", [], problems := [])
+    assert len(problems) == 1, "no file is there"
+    assert sorted(found) == sorted(posixpath.normpath(name.replace("\\", "/")) for name in EVIL)
+    for path, (part, name) in found.items():
+        row = EVIL.index(path)
+        assert name == ("" if row == n - 1 else EVIL[row].strip()) and (part == "unlabeled") == (name == "")
+
+
+def test_recall_and_counts_by_class(tmp_path, cfg):
+    labelling, truth, rows = case(n=60, n_classes=3)
+    rows = [{**row, "test_recall": [0.985, None, 1 / 3]} for row in rows]
+    classes, unknown = ["cat", "dog", "<emu>"], torch.full_like(truth, -1)
+    how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3]}
+    _, path = report.write_report(tmp_path, rows, labelling, unknown, cfg, classes, notes=["a note"], **how)
+    page = Page(path.read_text())
+    head, *body = page.tables[1]
+    assert head == ["class", "number", "labeled", "test images", "test recall", "positives", "correct"]
+    assert [cells[:5] for cells in body] == [
+        ["cat", "0", "200", "1,000", "98.5 %"],
+        ["dog", "1", "6", "0", "n/a"],
+        ["<emu>", "2", "40", "3", "33.3 %"],
+    ]
+    assert (
+        "the labels are uneven: 200 of class 'cat', 6 of class 'dog'" in page.text and "a note" in page.text
+    )
+    line = "test recall by class, lowest first: '<emu>' 33.3 %, 'cat' 98.5 %"
+    assert report.recall_line(rows[-1], classes) == line
+    assert report.recall_line({}, classes) == report.recall_line({"test_recall": [None] * 3}, classes) == ""
+    many = report.recall_line({"test_recall": [0.5] * 100}, [str(c) for c in range(100)])
+    assert many.endswith("'9' 50.0 % and 90 more")
+    assert recall(torch.tensor([0, 1, -1, 0]), torch.tensor([0, 0, 2, -1]), 4) == [0.5, None, 0.0, None]
 
 
 # report.png ----------------------------------------------------------------------------------------
@@ -362,7 +448,11 @@ def test_page_has_a_line_per_round_and_per_class(page):
     assert [cells[:3] for cells in by_round[1:]] == [
         [str(r), f"{80 + 5 * r:.1f} %", str(rows[0]["positives"])] for r in range(3)
     ]
-    for number, (_, shown, positives, precision) in enumerate(by_class[1:]):
+    assert by_class[0] == ["class", "number", "unlabeled recall", "positives", "correct"]
+    for number, (_, shown, found, positives, precision) in enumerate(by_class[1:]):
+        is_it = truth == number
+        share = float((labelling.label[is_it] == number).double().mean()) if is_it.any() else None
+        assert found == ("n/a" if share is None else f"{100 * share:.1f} %")
         chosen = [i for i in range(300) if labelling.positive[i] and labelling.label[i] == number]
         hits = sum(int(truth[i]) == number for i in chosen)
         assert (shown, positives) == (str(number), str(len(chosen)))

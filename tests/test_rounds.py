@@ -127,6 +127,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
     }
     wanted |= {"ece", "ece_selected", "seconds"}
     extra = {"per_class_positives", "no_label", "train_loss", "test_ece", "test_mistakes", "outside"}
+    extra |= {"test_recall"}
     for row in rows:
         assert set(row) == wanted | extra
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"
@@ -215,7 +216,8 @@ def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
 def test_the_table_reads_well_without_a_terminal(finished: Finished) -> None:
     _, result, text = finished
     lines = text.splitlines()
-    assert len(lines) == 6, f"three sentences, a header, a line per round, and none of them wrapped: {text}"
+    assert len(lines) == 7, f"four sentences, a header, a line per round, and none of them wrapped: {text}"
+    assert lines.pop(1).startswith("classes (labeled + test images): 'top' 2 + 10, 'middle' 2 + 10,")
     assert "6 labelled, 54 unlabelled, 30 test images" in lines[0] and lines[2].endswith(": a new run")
     assert lines[1].startswith("training step: eager, float32 (")
     assert len(lines[3]) == len(lines[4]) == len(lines[5]) <= 80

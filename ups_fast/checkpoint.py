@@ -5,7 +5,6 @@ checkpoint.pt alone says where a run stands; everything else in the folder is a 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ups_fast.config import KEYS, ModelConfig, pick_device
-from ups_fast.data import ImageSet
 from ups_fast.files import (
     RunFolderError,
     check_plain,
@@ -170,26 +168,6 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def fingerprint(data: ImageSet, weights: str = "") -> str:
-    """Tells data sets apart: sizes for people, a hash over every label and pixel (or file name) for the rest.
-
-    weights  the file of pretrained weights, if there is one: a run that went on with others would be another
-    """
-    digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
-    images = () if data.names else (data.train_images, data.test_images)  # files have a list of their own
-    for tensor in (*images, data.train_labels, data.test_labels, data.labeled):
-        if tensor is not None:
-            digest.update(repr(list(tensor.shape)).encode())
-            digest.update(tensor.reshape(-1).numpy().data)
-    for name in (*(data.names or ()), *(data.test_names or ())):
-        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
-    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
-    found = f"{sizes}, hash {digest.hexdigest()}"
-    if weights:
-        found += f", weights {hashlib.blake2b(Path(weights).read_bytes(), digest_size=16).hexdigest()}"
-    return found
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,26 +16,30 @@ from torch import Tensor
 from ups_fast.checkpoint import READABLE
 from ups_fast.config import Config
 from ups_fast.data import (
+    Damaged,
     FileImages,
     Folder,
     ImageSet,
+    Listing,
     ResidentImages,
     as_file_set,
     as_image_set,
     check,
     file_images,
+    listing,
     load_set,
     scan,
     stratified_split,
 )
+from ups_fast.data.manifest import Changed, Manifest, array_record, compare, notes_on_equal_arrays, take
 from ups_fast.display import progress_bar
-from ups_fast.files import read_bytes, write_atomic
+from ups_fast.files import read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
 
 FILES = "files.json"  # in a run's folder: which files it is about
-GONE = (-1, -1)  # the stamp of a file that is not there
+IMAGES = "images.npz"  # or else: a hash and a label of each image
 FEW_TESTS = 100  # images: their accuracy is a rough guess
 
 
@@ -53,10 +55,13 @@ def blame(key: str) -> Iterator[None]:
 def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
     """The data set that the config names; of a folder, whether its images are in memory or stay in files is said.
 
+    A run that goes on takes the files of its first start, and compares them with what the folder or table says now.
+
     Raises ValueError with one sentence.
     """
     if cfg.data.name != "folder":
-        return load_set(cfg.data.name, cfg.data.root)
+        data = load_set(cfg.data.name, cfg.data.root)
+        return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
     home, root = Path(cfg.run_dir).resolve(), Path(cfg.data.root).expanduser().resolve()
     if home == root or root in home.parents:
@@ -64,103 +69,95 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
         )
     known = _known_files(cfg)
-    with blame("data.root"):
-        folder = known.folder if known else scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
-    if known:
-        console.print("the run goes on with the files of its first start: new ones are not looked for")
-    if (tests := len(folder.test)) < FEW_TESTS and known is None:
-        note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
-        folder = replace(folder, notes=[*folder.notes, note])
-    needed = len(folder.paths) * size * size * channels
-    why = _why_not_in_memory(cfg, needed, memory(device) // 2)
     with progress_bar(console) as bar:
-        task = bar.add_task("reading images", total=len(folder.paths), now="")
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done)
+        def progress(what: str) -> Callable[[int, int], None]:
+            task = bar.add_task(what, total=None, now="")
+            return lambda done, total: bar.update(task, completed=done, total=total)
 
+        if known:
+            folder, gone = _as_known(cfg, known, progress("comparing files"))
+            console.print("the run goes on with the files of its first start")
+        else:
+            with blame("data.root"):
+                folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+            if (tests := len(folder.test)) < FEW_TESTS:
+                note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
+                folder = replace(folder, notes=[*folder.notes, note])
+        needed = len(folder.paths) * size * size * channels
+        why = _why_not_in_memory(cfg, needed, memory(device) // 2)
+        damaged: list[Damaged] = []
+        reading = progress("reading images")
         if not why:
             keep = known is not None
-            data, _ = as_image_set(folder, size, channels, keep=keep, threads=threads, progress=progress)
+            data, _ = as_image_set(folder, size, channels, keep=keep, threads=threads, progress=reading)
             console.print(f"all images are in memory: {needed / 2**20:,.1f} MiB")
-            return known.again(data) if known else data
-        if known is None:
-            folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=progress)
-    console.print(f"images stay in their files: {why}")
-    data = as_file_set(folder, size, channels, threads=threads)
-    return known.again(data) if known else replace(data, damaged=tuple(each.reason for each in damaged))
+        else:
+            if known is None:
+                folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=reading)
+            console.print(f"images stay in their files: {why}")
+            data = as_file_set(folder, size, channels, threads=threads)
+            data = replace(data, damaged=tuple(each.reason for each in damaged))
+        if known:
+            return _again(data, known, gone)
+        listed = replace(folder, notes=list(data.notes))
+        return replace(data, manifest=take(listed, data, threads, progress("listing files")))
 
 
-class _Known(NamedTuple):
-    """A folder as a run first found it. What vanishes later moves no other file, and changes no mean or std."""
+def _known_files(cfg: Config) -> Manifest | None:
+    """The files of the run's first start; None at that start."""
+    path = Path(cfg.run_dir) / FILES
+    if not os.path.lexists(path):
+        return None
+    try:
+        if not path.is_file():
+            raise ValueError("is no file")
+        return Manifest.read(read_bytes(path))
+    except (ValueError, OSError) as error:
+        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise ValueError(f"{path}, the list of the run's files, {why}; choose another run_dir") from error
 
-    folder: Folder
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    damaged: tuple[str, ...]  # sentences of then
-    gone: list[int]  # positions in folder.paths
 
-    def again(self, data: ImageSet) -> ImageSet:
-        data = replace(data, mean=self.mean, std=self.std, damaged=self.damaged)
-        if not data.in_files:  # what could not be read is known
-            return data
-        n, why = len(data.names or ()), {i: f"{self.folder.paths[i]!r} is gone" for i in self.gone}
-        lost = {i: each for i, each in why.items() if i < n}
-        return replace(data, lost=lost, test_lost={i - n: each for i, each in why.items() if i >= n})
+def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]) -> tuple[Folder, list[int]]:
+    """The run's files as they are now, and which of them are gone."""
+    place = Path(cfg.data.root).expanduser()
+    base = place if place.is_dir() else place.parent
+    try:
+        found, now = compare(
+            known, base, lambda: _listing(cfg.data.root), threads=cfg.threads or None, progress=progress
+        )
+    except Changed as error:
+        raise ValueError(
+            f"data.root={cfg.data.root} {error}; choose another run_dir for a new run, or put the data back to go on "
+            f"with the one in run_dir={cfg.run_dir}"
+        ) from error
+    return known.folder(found, now.note), now.gone
+
+
+def _listing(root: str) -> Listing:
+    with blame("data.root"):
+        return listing(root)
+
+
+def _again(data: ImageSet, known: Manifest, gone: list[int]) -> ImageSet:
+    """What vanishes after the first start moves no other file, and changes no mean or std."""
+    data = replace(data, mean=known.mean, std=known.std, damaged=tuple(known.damaged), manifest=known)
+    if not data.in_files:  # what could not be read is known
+        return data
+    n, why = known.train, {i: f"{known.paths[i]!r} is gone" for i in gone}
+    lost = {i: each for i, each in why.items() if i < n}
+    return replace(data, lost=lost, test_lost={i - n: each for i, each in why.items() if i >= n})
 
 
 def write_files(run_dir: Path, data: ImageSet) -> None:
-    """Keeps, at a run's first start, which files it has, with size and time of change of each."""
-    if data.names is None or data.root is None or (run_dir / FILES).exists():
+    """Keeps, at a run's first start, what it compares its data with later."""
+    path = run_dir / (FILES if data.manifest else IMAGES)
+    if path.exists() or (data.in_files and not data.manifest):
         return
-    names = [*data.names, *(data.test_names or [])]
-    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
-    files = [[name, c, *_stamp(data.root, name)] for name, c in zip(names, labels, strict=True)]
-    about = {"root": data.root, "classes": data.classes, "mean": data.mean, "std": data.std}
-    about |= {"notes": data.notes, "damaged": data.damaged}
-    counts = {"labeled": 0 if data.labeled is None else len(data.labeled), "train": len(data.names)}
-    write_atomic(run_dir / FILES, json.dumps({**about, **counts, "files": files}).encode())
-
-
-def _known_files(cfg: Config) -> _Known | None:
-    path, place = Path(cfg.run_dir) / FILES, Path(cfg.data.root).expanduser()
-    if not path.exists():
-        return None
-    try:
-        about = {"root": "", **json.loads(read_bytes(path))}
-        names, labels, *_ = zip(*about["files"], strict=True)
-        ends = [0, about["labeled"], about["train"], len(names)]
-        labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
-        mean, std = tuple(about["mean"]), tuple(about["std"])
-        stamps = [tuple(file[2:]) for file in about["files"]]
-        base = place if place.is_dir() else place.parent
-        label, classes = torch.tensor(labels), list(about["classes"])
-        folder = Folder(base, list(names), label, labeled, unlabeled, test, classes, list(about["notes"]))
-        damaged = tuple(about["damaged"])
-    except Exception as error:  # whatever a stranger's bytes may cause
-        raise ValueError(f"{path} is damaged; choose another run_dir") from error
-    numbers = 2 if about["root"] == str(base) else 1  # a copy elsewhere has other times
-    now = [_stamp(str(base), name) for name in names]
-    if 2 * now.count(GONE) > len(names):
-        raise ValueError(
-            f"data.root={cfg.data.root} lacks {now.count(GONE):,} of the {len(names):,} files of the run in "
-            f"run_dir={cfg.run_dir}: choose another run_dir for other files"
-        )
-    for name, before, after in zip(names, stamps, now, strict=True):
-        if after != GONE and after[:numbers] != before[:numbers]:
-            raise ValueError(
-                f"{name!r} of data.root has changed since the run began: choose another run_dir, or take the file away"
-            )
-    return _Known(folder, mean, std, damaged, [i for i, stamp in enumerate(now) if stamp == GONE])
-
-
-def _stamp(root: str, name: str) -> tuple[int, int]:
-    """Size and time of change."""
-    try:
-        status = os.stat(os.path.join(root, name))
-    except OSError:
-        return GONE
-    return status.st_size, status.st_mtime_ns
+    if data.manifest:
+        write_atomic(path, data.manifest.write())
+    else:
+        write_arrays(path, array_record(data))
 
 
 def _why_not_in_memory(cfg: Config, needed: int, room: int) -> str:
@@ -236,10 +233,11 @@ def policy_of(cfg: Config) -> Policy:
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Labelled and unlabelled indices into the training set: the data set's own, or drawn from the seed."""
+    """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed."""
     if data.labeled is None:
         seed = derive(cfg.seed, "split")
-        return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
+        with blame("data.n_labels"):
+            return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
     unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
     unlabeled[data.labeled] = False
     return data.labeled, unlabeled.nonzero()[:, 0]

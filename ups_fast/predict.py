@@ -6,13 +6,13 @@ damaged files are rows with an error; 2 for what the user can mend (one sentence
 
 from __future__ import annotations
 
-import csv
 import errno
 import glob
 import hashlib
 import os
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -28,12 +28,15 @@ from ups_fast.terminal import Shown, complain, hold_the_first_three, swallow
 try:
     from ups_fast.checkpoint import CONFIG, load_model, read_config
     from ups_fast.config import pick_device
+    from ups_fast.data.classes import suffixes
+    from ups_fast.data.folder import seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, read_bytes
     from ups_fast.ops import mc_select
-    from ups_fast.reference import Selection, unpack_mask
+    from ups_fast.reference import Selection
+    from ups_fast.report import label_rows, label_table
     from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
@@ -136,14 +139,9 @@ def predict(
 
 
 def _rows(found: Selection, classes: Sequence[str]) -> Iterator[list[str]]:
-    negative = unpack_mask(found.negative, len(classes)).numpy()
-    columns = found.label.tolist(), found.confidence.numpy(), found.std.numpy(), found.positive.int().tolist()
-    for label, confidence, std, positive, surely_not in zip(*columns, negative, strict=True):
-        known = label >= 0
-        name = classes[label] if known else ""
-        error = "" if known else "the network's answer is not finite"
-        others = " ".join(map(str, np.flatnonzero(surely_not)))
-        yield [str(label), name, str(confidence), str(std), str(positive), others, error]
+    for row in label_rows(found, classes):
+        error = "" if row["label"] != "-1" else "the network's answer is not finite"
+        yield [*(row[name] for name in HEAD[1:-1]), error]
 
 
 def _number(image: np.ndarray) -> int:
@@ -151,28 +149,42 @@ def _number(image: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
-def find(words: Sequence[str]) -> list[str]:
-    """The files that are meant by files, folders and patterns, each once, in order. ValueError where one means none."""
+def find(words: Sequence[str], passed: Counter[str] | None = None) -> list[str]:
+    """The files that are meant by files, folders and patterns, each once, in order. ValueError where one means none.
+
+    Of a folder these are its images by their suffix; `passed` counts the suffixes of its other files.
+    """
+    passed = Counter() if passed is None else passed
+    over: set[str] = set()
     found: dict[str, None] = {}
     for word in words:
         place = os.path.expanduser(word)
+        others: Counter[str] = Counter()
         if os.path.isdir(place):
-            files = [
-                os.path.join(folder, name)
-                for folder, names in sorted(_walk(place))
-                for name in sorted(names)
-                if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-            ]
+            files = []
+            for folder, names in sorted(_walk(place)):
+                for name in sorted(filter(seen_by_people, names)):
+                    file, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+                    if suffix in SUFFIXES:
+                        files.append(file)
+                    elif file not in over:
+                        over.add(file)
+                        others[suffix] += 1
         elif os.path.lexists(place):
             files = [place]
         else:
             files = sorted(file for file in glob.glob(place, recursive=True) if not os.path.isdir(file))
         if not files:
-            what = (
-                "holds no images" if os.path.isdir(place) else "is no file or folder, and no file matches it"
-            )
+            what = "is no file or folder, and no file matches it"
+            if os.path.isdir(place):
+                what = "holds no images" + (
+                    f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
+                    if others
+                    else ""
+                )
             raise ValueError(f"{word!r} {what}")
         found |= dict.fromkeys(files)
+        passed += others
     return list(found)
 
 
@@ -244,16 +256,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _words(argv)
         console, out = open_console(error=True), "standard output" if args.out == "-" else args.out
         command.check_kernels(pick_device(args.device))
-        paths = find(args.images)
+        passed: Counter[str] = Counter()
+        paths = find(args.images, passed)
+        if passed:
+            files = f"{passed.total():,} file{'s' * (passed.total() != 1)}"
+            console.print(f"{files} passed over for the suffix: {suffixes(passed)}")
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
             task = bar.add_task("labelling", total=len(paths), now="")
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEAD)
+            write = label_table(file, HEAD)
             for answer in predict(predictor, paths, progress=lambda files: bar.advance(task, files)):
-                writer.writerow([answer.path, *answer.row])
+                write(dict(zip(HEAD, [answer.path, *answer.row], strict=True)))
                 done, damaged = done + 1, damaged + bool(answer.row[-1])
     except KeyboardInterrupt:
         complain(f"stopped: {done:,} rows are in {out}" if done else "stopped")

@@ -7,13 +7,12 @@ is not known (-1), what would need it is left out, and the report says so.
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -22,9 +21,11 @@ from torch import Tensor
 
 from ups_fast.checkpoint import BEST
 from ups_fast.config import Config
+from ups_fast.data.cells import csv_line, write_cell
+from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
-from ups_fast.reference import unpack_mask
-from ups_fast.selection import Labelling, Reliability, ece, interval, reliability
+from ups_fast.reference import Selection, unpack_mask
+from ups_fast.selection import Labelling, Reliability, ece, interval, recall, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,27 +58,49 @@ def write_pseudo_labels(
     negative    numbers of the classes that it surely is not, separated by spaces
     name        the label's class name
     path        the image's file, where it has one, as in the folder or table that was read
+
+    A name or path that a spreadsheet would run as a formula begins with an apostrophe more; `scan` takes it away again.
     """
     table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    head = ["index", "label", "confidence", "std", "positive", "negative", "name"]
-    writer.writerow([*head, "path"] if names else head)
-    negative = unpack_mask(labelling.negative, len(classes)).numpy()
+    columns = ["index", "label", "confidence", "std", "positive", "negative", "name"]
+    write = label_table(table, [*columns, "path"] if names else columns)
+    for index, row in zip(labelling.index.tolist(), label_rows(labelling, classes), strict=True):
+        write({**row, "index": str(index - first), "path": names[index] if names else ""})
+    # A file's name may be no text.
+    write_atomic(Path(path), table.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, str]], None]:
+    """Begins a table of labels and returns what writes a row by the names of its columns."""
+    file.write(csv_line(columns))
+
+    def write(row: Mapping[str, str]) -> None:
+        # Numbers are the table's own and stay numbers: -1 is no formula.
+        text = ("name", "path", "error")
+        file.write(csv_line(write_cell(row[name]) if name in text else row[name] for name in columns))
+
+    return write
+
+
+def label_rows(found: Labelling | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Of each sample the columns of `write_pseudo_labels` that a network's answer gives."""
     columns = zip(
-        (labelling.index - first).tolist(),
-        labelling.label.tolist(),
-        labelling.confidence.numpy(),  # float32 prints as few digits as give the same number back
-        labelling.std.numpy(),
-        labelling.positive.int().tolist(),
-        (" ".join(map(str, np.flatnonzero(row))) for row in negative),
+        found.label.tolist(),
+        found.confidence.numpy(),  # float32 prints as few digits as give the same number back
+        found.std.numpy(),
+        found.positive.int().tolist(),
+        unpack_mask(found.negative, len(classes)).numpy(),
         strict=True,
     )
-    for row, index in zip(columns, labelling.index.tolist(), strict=True):
-        file = [names[index]] if names else []
-        writer.writerow([*map(str, row), classes[row[1]] if row[1] >= 0 else "", *file])
-    write_atomic(
-        Path(path), table.getvalue().encode("utf-8", "surrogateescape")
-    )  # a file's name may be no text
+    for label, confidence, std, positive, negative in columns:
+        yield {
+            "label": str(label),
+            "confidence": str(confidence),
+            "std": str(std),
+            "positive": str(positive),
+            "negative": " ".join(map(str, np.flatnonzero(negative))),
+            "name": classes[label] if label >= 0 else "",
+        }
 
 
 def write_report(
@@ -89,6 +112,8 @@ def write_report(
     classes: Sequence[str],  # C names
     *,
     labeled: int | None = None,  # how many images; None: as the config says
+    class_labels: Sequence[int] | None = None,  # [C] labeled images of each class; None: not known
+    class_tests: Sequence[int] | None = None,  # [C] test images likewise
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
@@ -98,7 +123,10 @@ def write_report(
     draw(rows, labelling, truth, cfg, labeled).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
-    text = _page(rows, labelling, truth, cfg, classes, notes, image.getvalue())
+    table = _class_table(rows[-1], labelling, truth, classes, class_labels, class_tests)
+    if class_labels and (note := uneven(classes, class_labels)):
+        notes = [note, *notes]
+    text = _page(rows, labelling, truth, cfg, classes, notes, image.getvalue(), table)
     write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
@@ -357,6 +385,7 @@ def _page(
     classes: Sequence[str],
     notes: Sequence[str],
     image: bytes,
+    class_table: tuple[list[str], list[list[str]]],
 ) -> str:
     """The whole of report.html: one file without links to others."""
     title = html.escape(headline(rows, cfg))
@@ -386,8 +415,10 @@ def _page(
 <ul>{_READING}</ul>
 <h2>Rounds</h2>
 {_table(*_round_table(rows))}
-<h2>Positive pseudo-labels by class, last round</h2>
-{_table(*_class_table(labelling, truth, classes))}
+<h2>Classes, last round</h2>
+<p class="muted">Recall is the share of a class's images that get its label; correct is the share of right ones among
+ the positive pseudo-labels of a class.</p>
+{_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
 <pre>{settings}</pre>
 </main>
@@ -500,15 +531,45 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _class_table(
-    labelling: Labelling, truth: Tensor, classes: Sequence[str]
+    row: Mapping[str, Any],  # of the last round
+    labelling: Labelling,
+    truth: Tensor,
+    classes: Sequence[str],
+    labels: Sequence[int] | None,
+    tests: Sequence[int] | None,
 ) -> tuple[list[str], list[list[str]]]:
-    body = []
-    for number, name in enumerate(classes):
-        chosen = labelling.positive & (labelling.label == number)
-        judged = truth[chosen & (truth >= 0)]
-        precision = float((judged == number).double().mean()) if len(judged) else None
-        body.append([name, str(number), f"{int(chosen.sum()):,}", _percent(precision)])
-    return ["class", "number", "positives", "correct"], body
+    """Columns that nothing is known of are left out."""
+    n, names = len(classes), range(len(classes))
+    positive = [labelling.positive & (labelling.label == c) for c in names]
+    judged = [truth[each & (truth >= 0)] for each in positive]
+    columns: dict[str, Sequence[str]] = {"class": classes, "number": list(map(str, names))}
+    if labels is not None:
+        columns["labeled"] = [f"{each:,}" for each in labels]
+    if tests is not None:
+        columns["test images"] = [f"{each:,}" for each in tests]
+    if (found := row.get("test_recall")) is not None:
+        columns["test recall"] = list(map(_percent, found))
+    if bool((truth >= 0).any()):
+        columns["unlabeled recall"] = list(map(_percent, recall(labelling.label, truth, n)))
+    columns["positives"] = [f"{int(each.sum()):,}" for each in positive]
+    columns["correct"] = [
+        _percent(float((each == c).double().mean()) if len(each) else None) for c, each in enumerate(judged)
+    ]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def recall_line(row: Mapping[str, Any], classes: Sequence[str], most: int = 10) -> str:
+    """The test recall of each class, the lowest first, for a console; empty where it is not known."""
+    found = [
+        (each, name)
+        for each, name in zip(row.get("test_recall") or [], classes, strict=False)
+        if each is not None
+    ]
+    if not found:
+        return ""
+    lowest = sorted(found, key=lambda each: each[0])[:most]
+    more = f" and {len(found) - most:,} more" if len(found) > most else ""
+    return f"test recall by class, lowest first: {', '.join(f'{n!r} {_percent(r)}' for r, n in lowest)}{more}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

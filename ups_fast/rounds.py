@@ -25,7 +25,6 @@ from ups_fast.checkpoint import (
     MODEL,
     TENSORBOARD,
     check_state,
-    fingerprint,
     load_checkpoint,
     open_folder,
     rebuild,
@@ -34,6 +33,8 @@ from ups_fast.checkpoint import (
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
+from ups_fast.data.classes import class_counts, classes_line, uneven
+from ups_fast.data.manifest import differences, fingerprint
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
@@ -47,7 +48,7 @@ from ups_fast.engine import (
 )
 from ups_fast.files import RunFolderError, write_arrays, write_atomic
 from ups_fast.fullgraph import fullgraph
-from ups_fast.inputs import blame, open_images, policy_of, split_of, write_files
+from ups_fast.inputs import IMAGES, blame, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import (
@@ -59,6 +60,7 @@ from ups_fast.selection import (
     on_test,
     or_none,
     passes_over,
+    recall,
     reliability,
     report,
     skipped,
@@ -153,8 +155,7 @@ class _Run:
             momentum=cfg.train.momentum,
             weight_decay=cfg.train.weight_decay,
         )
-        with blame("data.n_labels"):
-            self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
+        self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
         self.lost = self.told_lost = 0
         self.progress = progress_bar(console)
@@ -205,6 +206,11 @@ class _Run:
             f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
             f"{len(self.data.test_labels):,} test images; {self.cfg.model.name} on {self.device}"
         )
+        labeled = class_counts(self.data.train_labels[state.labeled], len(self.data.classes))
+        tests = class_counts(self.data.test_labels, len(self.data.classes))
+        self._say(classes_line(self.data.classes, labeled, tests))
+        if note := uneven(self.data.classes, labeled):
+            self._say(note)
         mode, dtype, why = self.step.plan
         self._say(f"training step: {mode}, {str(dtype)[6:]} ({why})")
         at = "all rounds are done" if state.round == rounds else "a new run"
@@ -228,8 +234,10 @@ class _Run:
         """Raises RunFolderError where the folder's checkpoint is of another run or cannot be believed."""
         cfg, path = self.cfg, self.folder / CHECKPOINT
         if found.data != self.state.data:
-            now, then = self.state.data, found.data
-            raise RunFolderError(f"run_dir={self.folder} belongs to other data: {now}; then {then}")
+            what = differences(self.data, self.state.data, found.data, self.folder / IMAGES)
+            raise RunFolderError(
+                f"run_dir={self.folder} belongs to other data: {what}; choose another run_dir, or put the data back"
+            )
         rounds = cfg.train.rounds
         if found.round > rounds:
             raise RunFolderError(
@@ -326,6 +334,7 @@ class _Run:
             "test_mistakes": [
                 list(each) for each in mistakes(test.label, data.test_labels[test.index])
             ],  # as JSON has it
+            "test_recall": recall(test.label, data.test_labels[test.index], len(data.classes)),
             **guess,
         }
         self.board.add_round(row)

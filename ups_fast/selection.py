@@ -287,6 +287,17 @@ def mistakes(
     return [(int(a), int(b), int(n)) for (a, b), n in zip(pairs.T[order], counts[order], strict=True)]
 
 
+def recall(
+    label: Tensor,  # int64 [M], -1 where there is none
+    truth: Tensor,  # int64 [M], -1 where unknown
+    n_classes: int,
+) -> list[float | None]:
+    """Of each class the share of its samples that have its label; None where it has none."""
+    each = torch.bincount(truth[truth >= 0], minlength=n_classes)
+    right = torch.bincount(truth[(truth >= 0) & (label == truth)], minlength=n_classes)
+    return [or_none(share) for share in right.double() / each]
+
+
 def report(
     labelling: Labelling,
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown

@@ -94,7 +94,8 @@ def _train(cfg: config.Config) -> None:
 
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
-    from ups_fast.inputs import load_data
+    from ups_fast.data.classes import class_counts
+    from ups_fast.inputs import load_data, split_of
 
     data = load_data(cfg, device, console)
     for note in data.notes:
@@ -106,6 +107,7 @@ def _train(cfg: config.Config) -> None:
         # Of one's own arrays the labelled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.labelling, data.classes, first=first, names=data.names)
+        labels = data.train_labels[split_of(cfg, data)[0]]
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -114,6 +116,8 @@ def _train(cfg: config.Config) -> None:
             cfg,
             data.classes,
             labeled=result.labeled,
+            class_labels=class_counts(labels, len(data.classes)),
+            class_tests=class_counts(data.test_labels, len(data.classes)),
             notes=[*data.notes, *data.damaged, *lost],
         )
     except (ValueError, OSError) as error:
@@ -122,6 +126,8 @@ def _train(cfg: config.Config) -> None:
     console.print(report.headline(result.rows, cfg))
     if guess := report.test_guess(result.rows[-1]):
         console.print(guess)
+    if recall := report.recall_line(result.rows[-1], data.classes):
+        console.print(recall)
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:

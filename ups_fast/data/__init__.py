@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ups_fast.data.folder import Folder, scan
+from ups_fast.data.folder import Folder, Listing, listing, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
 from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
@@ -16,12 +16,14 @@ __all__ = [
     "FileImages",
     "Folder",
     "ImageSet",
+    "Listing",
     "PlainImages",
     "ResidentImages",
     "as_file_set",
     "as_image_set",
     "check",
     "file_images",
+    "listing",
     "load_set",
     "read_image",
     "resize_crop",

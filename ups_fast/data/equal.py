@@ -1,4 +1,4 @@
-"""Files of equal bytes: an image that is labelled and tested, or in two classes, makes numbers untrue."""
+"""Equal images, of equal bytes or pixels: one that is labeled and tested, or in two classes, makes numbers untrue."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+Stamp = tuple[
+    int, int, int, int
+]  # size, times of change of content and of entry in ns, inode: kept by what stays
+GONE: Stamp = (-1, -1, -1, -1)
 _HEAD = 1 << 16  # bytes of a file that are compared before all of it
 
 
 def same_content(base: Path, paths: list[str], known: np.ndarray) -> np.ndarray:  # bool [N] -> int64 [N]
     """For each file the place of the first with the same bytes, itself if none.
 
-    Only files that have the size of a labelled or test one (`known`) are opened, and read to their ends only if they
-    begin alike; unlabelled files are not compared with each other.
+    Only files that have the size of a labeled or test one (`known`) are opened, and read to their ends only if they
+    begin alike; unlabeled files are not compared with each other.
     """
     names = [os.path.join(base, path) for path in paths]
-    sizes = np.fromiter(map(_size, names), np.int64, len(names))
+    sizes = np.fromiter((stamp(name)[0] for name in names), np.int64, len(names))
 
     def alike(group: Iterable[int], key: Callable[[int], object]) -> list[list[int]]:
         found = defaultdict(list)
@@ -40,12 +45,15 @@ def same_content(base: Path, paths: list[str], known: np.ndarray) -> np.ndarray:
     return content
 
 
-def _size(name: str) -> int:
+def stamp(name: str) -> Stamp:
+    """GONE where there is no regular file."""
     try:
         status = os.stat(name)
     except (OSError, ValueError):
-        return -1
-    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+        return GONE
+    if not stat.S_ISREG(status.st_mode):
+        return GONE
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _digest(name: str, limit: int | None) -> bytes | None:
@@ -61,30 +69,43 @@ def _digest(name: str, limit: int | None) -> bytes | None:
     return digest.digest()
 
 
-def notes_on_equal_files(
-    paths: list[str],
-    label: np.ndarray,
-    content: np.ndarray,
-    labeled: np.ndarray,
+def file_digest(name: str) -> str:
+    """A number of 128 bits, in hex, of all bytes of a file; empty where it cannot be read."""
+    return (_digest(name, None) or b"").hex()
+
+
+def row_digests(images: Tensor) -> np.ndarray:  # uint8 [N, H, W, C], on the CPU -> uint64 [N]
+    """A number for each image that equal pixels have in common."""
+    rows = images.reshape(len(images), -1).contiguous().numpy()
+    each = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+    return np.frombuffer(each, dtype="<u8")
+
+
+def notes_on_equal_images(
+    name: Callable[[int], str],
+    label: np.ndarray,  # [N], -1 where unknown
+    content: np.ndarray,  # [N], the same number for equal images
+    labeled: np.ndarray,  # indices into these, likewise
     unlabeled: np.ndarray,
     test: np.ndarray,
 ) -> list[str]:
-    """What is to be said of equal files."""
+    """What is to be said of equal images; `name` gives an image's name for a sentence."""
     notes: list[str] = []
 
     def note(what: str, some: np.ndarray, others: np.ndarray, so: str, *, apart: bool = False) -> None:
         """Of pairs from `some` and `others`; `apart`: only those of two classes."""
-        first = {content[j]: j for j in others[::-1].tolist()}
-        pairs = [(first[content[i]], i) for i in some.tolist() if content[i] in first]
+        some = some[np.isin(content[some], content[others])]
+        first = {content[j]: j for j in others[np.isin(content[others], content[some])][::-1].tolist()}
+        pairs = [(first[content[i]], i) for i in some.tolist()]
         if pairs := [(j, i) for j, i in pairs if not apart or label[i] != label[j]]:
             j, i = pairs[0]
             notes.append(
-                f"{len(pairs):,} {what}{'s' * (len(pairs) > 1)} {so} (such as {paths[i]!r} and {paths[j]!r})"
+                f"{len(pairs):,} {what}{'s' * (len(pairs) > 1)} {so} (such as {name(i)} and {name(j)})"
             )
 
     known = np.union1d(labeled, test)
-    note("test image", test, labeled, "equal to labelled ones: the test accuracy will look too good")
+    note("test image", test, labeled, "equal to labeled ones: the test accuracy will look too good")
     note("image", known, known, "equal to ones of another class: one of the two labels is wrong", apart=True)
-    note("unlabelled image", unlabeled, test, "equal to test images: the test is not only of unseen images")
-    note("unlabelled image", unlabeled, labeled, "equal to labelled ones: they count twice")
+    note("unlabeled image", unlabeled, test, "equal to test images: the test is not only of unseen images")
+    note("unlabeled image", unlabeled, labeled, "equal to labeled ones: they count twice")
     return notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import posixpath
 from collections import Counter
@@ -14,14 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.equal import notes_on_equal_files, same_content
+from ups_fast.data.classes import in_order, lookalikes, suffixes
+from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
+from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, Row, Rows, read_table
 from ups_fast.seeds import derive
 
-PARTS = LABELED, UNLABELED, TEST = "labeled", "unlabeled", "test"
 _NOBODYS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what systems leave beside people's images
 
-Rows = dict[str, tuple[str, str]]  # by path: its part, and its class or ""
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder or a table says, before anything is drawn or left out."""
+
+    base: Path  # what paths are relative to
+    rows: Rows
+    classes: list[str]  # of the labeled images, in order
+    notes: list[str]  # sentences for the user
+    problems: list[str]  # sentences too; with one of them no run can begin
 
 
 @dataclass(frozen=True)
@@ -30,51 +39,64 @@ class Folder:
 
     root: Path  # what paths are relative to
     paths: list[str]  # [N] with "/", ascending
-    label: Tensor  # int64 [N], -1 where unlabelled
+    label: Tensor  # int64 [N], -1 where unlabeled
     labeled: Tensor  # int64 [L] into paths, ascending; likewise
     unlabeled: Tensor  # [U]
     test: Tensor  # [M]
-    classes: list[str]  # by name; label counts into them
+    classes: list[str]  # by name, or by number where all are numbers; label counts into them
     notes: list[str]  # sentences for the user
+    listing: Listing | None = None  # what it was drawn from
+
+
+def listing(root: str | Path) -> Listing:
+    """Finds the images of `root`, as `scan` does, and leaves it to the caller to judge whether they are enough.
+
+    Raises ValueError with one sentence where `root` is not there, or is no such folder or table.
+    """
+    place = Path(root).expanduser()
+    notes: list[str] = []
+    problems: list[str] = []
+    if os.path.isdir(place):
+        base, rows = place, _folders(place, notes, problems)
+    elif os.path.isfile(place):
+        base, rows = place.parent, read_table(place, notes, problems)
+    else:
+        raise ValueError(f"there is no folder or CSV file {str(place)!r}")
+    classes = _classes(str(place), rows, notes, problems)
+    return Listing(base, rows, classes, notes, problems)
 
 
 def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     """Finds the images of `root`; none is opened, unless to compare two files of one size.
 
     root  a folder with labeled/<class>/, unlabeled/ and perhaps test/<class>/, each with its images at any depth;
-          or a CSV file with the columns path (relative to the file), label (empty: unlabelled) and perhaps split
-          (train, test or empty). Other columns are ignored
+          or a CSV file as `read_table` describes it
 
     Hidden files and files that are no images by their suffix are ignored; links are followed, loops of them are not.
-    Without test images, `test_share` of the labelled ones of each class is held out: at least one, never all, drawn
+    Without test images, `test_share` of the labeled ones of each class is held out: at least one, never all, drawn
     by `seed` and the names alone, so that further images hardly change it; equal files stay together.
 
     Raises ValueError with one sentence where no run could follow: a part or a class without an image, a test class
-    that is not in labeled, a row that contradicts itself. What a run survives (a test image that is labelled too,
+    that is not in labeled, a row that contradicts itself. What a run survives (a test image that is labeled too,
     one image in two classes, what was left out) becomes a note.
     """
-    place = Path(root).expanduser()
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be above 0 and below 1, got {test_share}")
-    notes: list[str] = []
-    if os.path.isdir(place):
-        base, rows = place, _folders(place, notes)
-    elif os.path.isfile(place):
-        base, rows = place.parent, _table(place, notes)
-    else:
-        raise ValueError(f"there is no folder or CSV file {str(place)!r}")
+    where, found = str(Path(root).expanduser()), listing(root)
+    if found.problems:
+        raise ValueError(found.problems[0])
+    rows, classes, notes = found.rows, found.classes, list(found.notes)
     paths = sorted(rows)
-    classes = _classes(str(place), rows, notes)
     number = {name: c for c, name in enumerate(classes)} | {"": -1}
     label = np.fromiter((number[rows[path][1]] for path in paths), np.int64, len(paths))
     part = np.fromiter((PARTS.index(rows[path][0]) for path in paths), np.int8, len(paths))
-    content = same_content(base, paths, label >= 0)
+    content = same_content(found.base, paths, label >= 0)
     if not (part == 2).any():
-        part[_held_out(str(place), paths, label, content, classes, test_share, seed, notes)] = 2
+        part[_held_out(where, paths, label, content, classes, test_share, seed, notes)] = 2
     labeled, unlabeled, test = (np.flatnonzero(part == p) for p in range(3))
-    notes += notes_on_equal_files(paths, label, content, labeled, unlabeled, test)
+    notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test)
     return Folder(
-        base,
+        found.base,
         paths,
         torch.from_numpy(label),
         torch.from_numpy(labeled),
@@ -82,13 +104,14 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
         torch.from_numpy(test),
         classes,
         notes,
+        found,
     )
 
 
 def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     """The folder without these files, given by their place in `paths` with a sentence on each.
 
-    Raises ValueError if a class is left without labelled images, or there are no unlabelled or test images left.
+    Raises ValueError if a class is left without labeled images, or there are no unlabeled or test images left.
     """
     if not damaged:
         return folder
@@ -96,10 +119,10 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     keep = torch.ones(len(folder.paths), dtype=torch.bool)
     keep[list(damaged)] = False
     needed = {
-        f"labelled image of class {name!r}": folder.labeled[folder.label[folder.labeled] == c]
+        f"labeled image of class {name!r}": folder.labeled[folder.label[folder.labeled] == c]
         for c, name in enumerate(folder.classes)
     }
-    needed |= {"unlabelled image": folder.unlabeled, "test image": folder.test}
+    needed |= {"unlabeled image": folder.unlabeled, "test image": folder.test}
     for what, index in needed.items():
         if not keep[index].any():
             raise ValueError(f"no {what} in {where} can be read: {damaged[int(index[0])]}")
@@ -110,7 +133,8 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     paths = [path for path, kept in zip(folder.paths, keep.tolist(), strict=True) if kept]
     note = f"{_many(len(damaged), 'damaged file')} left out, such as {damaged[min(damaged)]}"
     notes = [*folder.notes, note]
-    return Folder(folder.root, paths, folder.label[keep], labeled, unlabeled, test, folder.classes, notes)
+    label, classes = folder.label[keep], folder.classes
+    return Folder(folder.root, paths, label, labeled, unlabeled, test, classes, notes, folder.listing)
 
 
 def _many(n: int, what: str) -> str:
@@ -120,11 +144,11 @@ def _many(n: int, what: str) -> str:
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def _folders(root: Path, notes: list[str]) -> Rows:
+def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
     where = repr(str(root))
     there, stray = _folders_in(root, "")
     if lacking := [part for part in (LABELED, UNLABELED) if part not in there]:
-        raise ValueError(
+        problems.append(
             f"{where} must have the folders labeled/<class>/ and unlabeled/, "
             f"it lacks {' and '.join(lacking)} and has {', '.join(map(repr, there)) or 'no folder'}"
         )
@@ -132,38 +156,62 @@ def _folders(root: Path, notes: list[str]) -> Rows:
         some = ", ".join(map(repr, others[:5]))
         notes.append(f"{where} has other folders, which are not read: {some}{', ...' * (len(others) > 5)}")
     ignored: Counter[str] = Counter()
-    rows: Rows = {path: (UNLABELED, "") for path in _images_below(root, UNLABELED, ignored, notes)}
+    rows: Rows = {}
+    if UNLABELED in there:
+        unread: Counter[str] = Counter()
+        row: Row = (UNLABELED, "")  # one for all
+        rows |= dict.fromkeys(_images_below(root, UNLABELED, unread, notes), row)
+        if not rows and unread:
+            problems.append(
+                f"{where} has no unlabeled images that can be read: {_unread('unlabeled/', unread)}"
+            )
+        ignored += unread
     for part in (LABELED, TEST):
         if part not in there:
             continue
         names, stray_here = _folders_in(root, part)
+        unread_in_part: Counter[str] = Counter()
         for name in names:
-            before = len(notes)
-            found = _images_below(root, f"{part}/{name}", ignored, notes)
+            before, unread = len(notes), Counter()
+            found = _images_below(root, f"{part}/{name}", unread, notes)
+            unread_in_part += unread
             if not found and len(notes) > before:
-                raise ValueError(f"{where}: {notes[-1].removesuffix(' and is left out')}")
-            if not found:
-                empty = f"class folder {f'{part}/{name}'!r} of {where} has no images"
+                problems.append(f"{where}: {notes[-1].removesuffix(' and is left out')}")
+            elif not found:
+                place = repr(f"{part}/{name}")
+                empty = f"class folder {place} of {where} has no images"
+                if unread:
+                    empty += f" that can be read: {_unread(f'{part}/{name}', unread)}"
                 if part == LABELED:
-                    raise ValueError(f"{empty}: put some there or delete it")
-                notes.append(empty)
-            rows |= {path: (part, name) for path in found}
+                    problems.append(empty if unread else f"{empty}: put some there or delete it")
+                else:
+                    notes.append(empty)
+            row = (part, name)
+            rows |= dict.fromkeys(found, row)
+        ignored += unread_in_part
         if part == TEST and not any(row[0] == TEST for row in rows.values()):
-            raise ValueError(
-                f"test/ of {where} has no images in class folders: put some there, or delete it to have labelled "
-                "images held out"
+            problems.append(
+                f"test/ of {where} has no images in class folders: "
+                + (_unread("test/", unread_in_part) if unread_in_part else "put some there")
+                + ", or delete it to have labeled images held out"
             )
         stray += stray_here
     if stray:
         notes.append(f"{_many(len(stray), 'image')} outside of any class left out, the first: {stray[0]!r}")
     if ignored:
-        most = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:5]
-        kinds = ", ".join(f"{n:,} {repr(suffix) if suffix else 'without one'}" for suffix, n in most)
-        notes.append(f"{_many(ignored.total(), 'file')} ignored for the suffix: {kinds}")
+        notes.append(f"{_many(ignored.total(), 'file')} ignored for the suffix: {suffixes(ignored)}")
     return rows
 
 
-def _seen_by_people(name: str) -> bool:
+def _unread(place: str, unread: Counter[str]) -> str:
+    """What to do with files of suffixes that are not read."""
+    return (
+        f"{place!r} has {_many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); convert "
+        "them to JPEG or PNG"
+    )
+
+
+def seen_by_people(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _NOBODYS
 
 
@@ -174,7 +222,7 @@ def _suffix(name: str) -> str:
 def _folders_in(root: Path, part: str) -> tuple[list[str], list[str]]:
     """Names of the folders in root/part, ascending, and paths of the images that lie directly in it."""
     try:
-        names = sorted(filter(_seen_by_people, os.listdir(root / part)))
+        names = sorted(filter(seen_by_people, os.listdir(root / part)))
     except OSError as error:
         raise ValueError(f"{str(root / part)!r} cannot be read ({error.strerror})") from error
     folders = [name for name in names if os.path.isdir(root / part / name)]
@@ -203,7 +251,7 @@ def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]
         except OSError as error:
             notes.append(f"folder {folder!r} cannot be read ({error.strerror}) and is left out")
             continue
-        for entry in filter(lambda entry: _seen_by_people(entry.name), inside):
+        for entry in filter(lambda entry: seen_by_people(entry.name), inside):
             path = f"{folder}/{entry.name}"
             if entry.is_symlink() and os.path.isdir(entry.path):
                 links.append(path)
@@ -221,75 +269,28 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-# --- a CSV file ---------------------------------------------------------------------------------------------
-
-
-def _table(file: Path, notes: list[str]) -> Rows:
-    where = repr(str(file))
-    rows: Rows = {}
-    twice = 0
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as text:
-            table = csv.reader(text, strict=True)
-            header = [name.strip().lower() for name in next(table, [])]
-            if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
-                raise ValueError(
-                    f"{where} must begin with a line of column names, each once, path and label among them, "
-                    f"got {','.join(header)[:200]!r}"
-                )
-            for row in filter(any, table):  # lines of commas alone are what is left of a spreadsheet
-                line = f"line {table.line_num} of {where}"
-                if len(row) > len(header):
-                    raise ValueError(f"{line} has {len(row)} fields, but there are {len(header)} columns")
-                path, known = _row(dict(zip(header, row, strict=False)), file.parent, line)
-                twice += path in rows
-                if rows.setdefault(path, known) != known:
-                    raise ValueError(f"{line} contradicts an earlier one on {path!r}")
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{where} must be a CSV file in UTF-8: {error}") from error
-    if rows and not any(os.path.exists(file.parent / path) for path in rows):
-        raise ValueError(f"none of the {_many(len(rows), 'file')} that {where} lists is there")
-    if twice:
-        notes.append(f"{_many(twice, 'row')} of {where} repeated others and were left out")
-    return rows
-
-
-def _row(row: Mapping[str, str], base: Path, line: str) -> tuple[str, tuple[str, str]]:
-    """The path of a row, relative to base, with its part and class."""
-    path, label = row.get("path", ""), row.get("label", "").strip()
-    split = row.get("split", "").strip().lower()
-    if not path.strip() or "\0" in path:
-        raise ValueError(f"{line} must have a path, got {path!r}")
-    if split not in ("", "train", "test"):
-        raise ValueError(f"{line} must have the split train, test or nothing, got {split!r}")
-    if split == "test" and not label:
-        raise ValueError(f"{line} is a test image and must have a label, got none")
-    if "\\" in path and not os.path.lexists(base / path):
-        path = path.replace("\\", "/")  # written on Windows
-    part = TEST if split == "test" else LABELED if label else UNLABELED
-    return posixpath.normpath(path), (part, label)
-
-
 # --- what both have in common -------------------------------------------------------------------------------
 
 
-def _classes(where: str, rows: Rows, notes: list[str]) -> list[str]:
-    """Names of the classes, ascending. Raises ValueError where a part is missing or its classes do not fit."""
+def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> list[str]:
+    """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
+    counts = Counter(name for part, name in rows.values() if part != UNLABELED)
     classes, tested = (
-        sorted({name for part, name in rows.values() if part == wanted}) for wanted in (LABELED, TEST)
+        in_order(name for part, name in rows.values() if part == wanted) for wanted in (LABELED, TEST)
     )
     if len(classes) < 2:
         got = f"only {classes[0]!r}" if classes else "none"
-        raise ValueError(f"{where!r} must have labelled images of at least two classes, got {got}")
+        problems.append(f"{where!r} must have labeled images of at least two classes, got {got}")
     if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
-        raise ValueError(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
+        problems.append(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
     if strange := [name for name in tested if name not in set(classes)]:
         some = ", ".join(map(repr, strange[:5]))
-        raise ValueError(f"the test images of {where!r} have class {some}, of which no image is labelled")
+        problems.append(f"the test images of {where!r} have class {some}, of which no image is labeled")
     if not any(part == UNLABELED for part, _ in rows.values()):
-        raise ValueError(f"{where!r} has no unlabelled images: without them there is nothing to learn from")
+        problems.append(f"{where!r} has no unlabeled images: without them there is nothing to learn from")
     if tested and (untested := [name for name in classes if name not in set(tested)]):
         notes.append(f"no test image is of class {', '.join(map(repr, untested[:5]))}")
+    notes += lookalikes({name: counts[name] for name in in_order(counts)})
     return classes
 
 
@@ -303,7 +304,7 @@ def _held_out(
     seed: int,
     notes: list[str],
 ) -> np.ndarray:
-    """The labelled images, as places in paths, that become the test part; its draw is one of contents, not files."""
+    """The labeled images, as places in paths, that become the test part; its draw is one of contents, not files."""
     held: list[np.ndarray] = []
     single: list[str] = []
     for c, name in enumerate(classes):
@@ -316,14 +317,14 @@ def _held_out(
     index = np.concatenate(held)
     if not len(index):
         raise ValueError(
-            f"{where!r} has no test images, and no class has the two different labelled images of which one could "
+            f"{where!r} has no test images, and no class has the two different labeled images of which one could "
             "be held out: label more, or give test images"
         )
     notes.append(
-        f"{where!r} has no test images, so {len(index):,} of the {int((label >= 0).sum()):,} labelled ones "
+        f"there are no test images, so {len(index):,} of the {int((label >= 0).sum()):,} labeled ones "
         f"({share:.0%} of each class, drawn by seed {seed}) are held out to test, and not learned from"
     )
     if single:
         some = ", ".join(map(repr, single[:5]))
-        notes.append(f"no test image is of class {some}: it has a single labelled image")
+        notes.append(f"no test image is of class {some}: it has a single labeled image")
     return index

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
 from ups_fast.data.sets import ImageSet, _moments
@@ -22,7 +23,6 @@ from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 
 Progress = Callable[[int, int], object]  # files done, files in all
-Stamp = list[int]  # size and mtime_ns: while they stay, so does the file
 SAVE_SECONDS = 20  # a check that is killed has lost no more
 MOMENTS = 1000  # images of a large folder from which mean and std are taken
 _HEADER = '{"ups_fast": "files that can be read"'
@@ -46,7 +46,7 @@ def check(
 ) -> tuple[Folder, list[Damaged]]:
     """Decodes every file once: the folder without those that cannot be read, and these.
 
-    cache     a file that remembers the good ones by path, size and time of change, also when the check is
+    cache     a file that remembers the good ones by path and stamp, also when the check is
               interrupted: only others are decoded by the next check. None: nothing is remembered
     threads   None: one for each core
     progress  is called in this thread after each file
@@ -55,8 +55,9 @@ def check(
     """
     threads = _threads(threads)
     good = {} if cache is None else _remembered(Path(cache))
-    stamps = {path: stamp for path in folder.paths if (stamp := _stamp(folder, path)) is not None}
-    good = {path: stamp for path, stamp in good.items() if stamps.get(path) == stamp}
+    stamps = {path: list(stamp(_file(folder, i))) for i, path in enumerate(folder.paths)}
+    stamps = {path: each for path, each in stamps.items() if tuple(each) != GONE}
+    good = {path: each for path, each in good.items() if stamps.get(path) == each}
     todo = [i for i, path in enumerate(folder.paths) if path not in good]
     done, total = len(folder.paths) - len(todo), len(folder.paths)
     damaged: dict[int, str] = {}
@@ -104,7 +105,7 @@ def as_image_set(
 
     keep  these become black images that are told as lost, and no other changes its place; else they are left out
 
-    The labelled images come first in the training set, then the unlabelled ones, each in the order of their paths.
+    The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
     """
     if size < 1:
@@ -243,15 +244,7 @@ def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> It
 # --- what is remembered of files ----------------------------------------------------------------------------
 
 
-def _stamp(folder: Folder, path: str) -> Stamp | None:
-    try:
-        status = os.stat(os.path.join(folder.root, path))
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _remembered(cache: Path) -> dict[str, Stamp]:
+def _remembered(cache: Path) -> dict[str, list[int]]:
     """What an earlier check wrote. A file that is cut short counts as empty, a foreign one is never overwritten."""
     try:
         text = read_bytes(cache).decode(errors="replace")
@@ -268,7 +261,7 @@ def _remembered(cache: Path) -> dict[str, Stamp]:
     return files if isinstance(files, dict) else {}
 
 
-def _remember(cache: Path, good: dict[str, Stamp]) -> list[str]:
+def _remember(cache: Path, good: dict[str, list[int]]) -> list[str]:
     """Replaces the file as a whole. Where it cannot be written, a note says so: the check itself is good."""
     try:
         with writing(cache):

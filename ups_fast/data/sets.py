@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from ups_fast.data.split import stratified_split
 from ups_fast.machine import memory_bytes
+
+if TYPE_CHECKING:
+    from ups_fast.data.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class ImageSet:
     # Images that are gone since a run began, black here: their positions, each with a sentence.
     lost: Mapping[int, str] = field(default_factory=dict)  # of the training set
     test_lost: Mapping[int, str] = field(default_factory=dict)
+    manifest: Manifest | None = None  # of files: what a run compares at every start
 
 
 def load_set(name: str, root: str) -> ImageSet:

@@ -1,0 +1,462 @@
+"""A run knows its data: every change of labels, parts, classes and pixels is refused, and nothing else is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from test_rounds import tiny_set
+
+from ups_fast.config import Config
+from ups_fast.data import ImageSet
+from ups_fast.data.manifest import Manifest, array_record, differences, fingerprint, notes_on_equal_arrays
+from ups_fast.inputs import load_data, write_files
+
+CPU = torch.device("cpu")
+
+
+def put(file: Path, seed: int) -> None:
+    """A picture; all have one size in bytes, and one time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format="BMP")
+    os.utime(file, (1e9, 1e9))
+
+
+def folder_of(root: Path, *, test: bool = True, seed: int = 0) -> Path:
+    for i in range(4):
+        put(root / f"labeled/cat/{i}.bmp", seed + i)
+        put(root / f"labeled/dog/{i}.bmp", seed + 10 + i)
+        put(root / f"unlabeled/{i}.bmp", seed + 20 + i)
+    if test:
+        put(root / "test/cat/0.bmp", seed + 30)
+        put(root / "test/dog/0.bmp", seed + 31)
+    return root
+
+
+def table_of(root: Path) -> Path:
+    """A table with test images; 0 to 3 are cats, 4 to 7 dogs, 8 to 11 unlabeled."""
+    for i in range(12):
+        put(root / f"{i}.bmp", i)
+    rows = [f"{i}.bmp,{('cat', 'dog', '')[i // 4]},{'test' if i in (0, 4) else ''}" for i in range(12)]
+    (root / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    return root / "labels.csv"
+
+
+def start(root: Path, run_dir: Path, loader: str = "plain") -> tuple[ImageSet, str]:
+    """One start of a run, up to its training, and what it says."""
+    cfg = Config(run_dir=str(run_dir))
+    cfg.data.name, cfg.data.root, cfg.data.size, cfg.data.loader, cfg.threads = (
+        "folder",
+        str(root),
+        4,
+        loader,
+        1,
+    )
+    text = io.StringIO()
+    data = load_data(cfg, CPU, Console(file=text, width=1000))
+    run_dir.mkdir(exist_ok=True)
+    write_files(run_dir, data)
+    return data, text.getvalue()
+
+
+def refused(root: Path, run_dir: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        start(root, run_dir)
+    said = str(caught.value)
+    assert "\n" not in said and str(root) in said
+    return said
+
+
+def rename(old: str, new: str) -> Callable[[Path], object]:
+    def change(root: Path) -> None:
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / old).rename(root / new)
+
+    return change
+
+
+def swap(root: Path) -> None:
+    for old, new in (("cat/0", "x"), ("dog/0", "cat/0"), ("x", "dog/0")):
+        (root / f"labeled/{old}.bmp").rename(root / f"labeled/{new}.bmp")
+
+
+def another_folder(root: Path) -> None:
+    shutil.rmtree(root)
+    folder_of(root, seed=100)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another class": (
+        rename("labeled/cat/0.bmp", "labeled/dog/9.bmp"),
+        "1 file has another class or part (such as 'labeled/cat/0.bmp', then 'cat', now 'labeled/dog/9.bmp', 'dog')",
+    ),
+    "a label withdrawn": (
+        rename("labeled/cat/0.bmp", "unlabeled/9.bmp"),
+        "1 file has another class or part (such as 'labeled/cat/0.bmp', then 'cat', now 'unlabeled/9.bmp', unlabeled)",
+    ),
+    "a label given": (
+        rename("unlabeled/0.bmp", "labeled/cat/9.bmp"),
+        "1 file has another class or part (such as 'unlabeled/0.bmp', then unlabeled, now 'labeled/cat/9.bmp', 'cat')",
+    ),
+    "tested, not labeled": (
+        rename("labeled/cat/0.bmp", "test/cat/9.bmp"),
+        "then 'cat', now 'test/cat/9.bmp', test image of 'cat')",
+    ),
+    "a class renamed": (rename("labeled/cat", "labeled/lynx"), "4 files have another class or part"),
+    "another path": (
+        rename("labeled/cat/0.bmp", "labeled/cat/deep/0.bmp"),
+        "1 file lies under another path (such as 'labeled/cat/0.bmp', now 'labeled/cat/deep/0.bmp')",
+    ),
+    "a new label": (
+        lambda root: put(root / "labeled/dog/9.bmp", 99),
+        "1 file is new among the labeled and test images (such as 'labeled/dog/9.bmp', 'dog')",
+    ),
+    "new test images": (
+        lambda root: [put(root / f"test/dog/{i}.bmp", 90 + i) for i in (7, 8)],
+        "2 files are new among the labeled and test images (such as 'test/dog/7.bmp', test image of 'dog')",
+    ),
+    "a new class": (lambda root: put(root / "labeled/emu/0.bmp", 99), "(such as 'labeled/emu/0.bmp', 'emu')"),
+    "other pixels": (
+        lambda root: put(root / "unlabeled/2.bmp", 99),
+        "1 file has other content (such as 'unlabeled/2.bmp')",
+    ),
+    "two files swapped": (swap, "2 files have other content (such as 'labeled/cat/0.bmp')"),
+    "another folder of the same names, sizes and times": (another_folder, "14 files have other content"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_folder_is_refused(tmp_path: Path, change: str) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    act, said = CHANGES[change]
+    act(root)
+    before = (run_dir / "files.json").read_bytes()
+    error = refused(root, run_dir)
+    assert f"data.root={root} has changed since the run began: " in error and said in error
+    assert error.endswith(
+        f"; choose another run_dir for a new run, or put the data back to go on with the one in run_dir={run_dir}"
+    )
+    assert (run_dir / "files.json").read_bytes() == before
+
+
+def test_all_changes_are_counted_in_one_sentence(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    for change in ("another class", "a new class", "other pixels"):
+        CHANGES[change][0](root)
+    error = refused(root, run_dir)
+    assert all(CHANGES[change][1] in error for change in ("another class", "a new class", "other pixels"))
+
+
+def edit(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: text.replace(old, new)
+
+
+TABLES: dict[str, tuple[Callable[[str], str], str]] = {
+    "exchanged": (
+        lambda text: text.replace("cat", "x").replace("dog", "cat").replace("x", "dog"),
+        "8 files have another class or part (such as '1.bmp', then 'cat', now 'dog')",
+    ),
+    "corrected": (
+        edit("1.bmp,cat", "1.bmp,dog"),
+        "1 file has another class or part (such as '1.bmp', then 'cat', now 'dog')",
+    ),
+    "a class added": (edit("8.bmp,", "8.bmp,emu"), "(such as '8.bmp', then unlabeled, now 'emu')"),
+    "all labels removed": (
+        edit(",cat,\n", ",,\n"),
+        "3 files have another class or part (such as '1.bmp', then 'cat'",
+    ),
+    "another split": (
+        edit("1.bmp,cat,", "1.bmp,cat,test"),
+        "(such as '1.bmp', then 'cat', now test image of 'cat')",
+    ),
+    "a row deleted": (
+        edit("3.bmp,cat,\n", ""),
+        "1 file is still there, but no longer listed (such as '3.bmp')",
+    ),
+    "other blanks in a class": (edit("cat", "c at"), "now 'c at')"),
+    "nonsense": (lambda text: "nonsense", "must begin with a line of column names"),
+    "empty": (lambda text: "", "must begin with a line of column names"),
+    "its head alone": (lambda text: "path,label", "12 files are still there, but no longer listed"),
+}
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels_v2.csv"])
+@pytest.mark.parametrize("change", TABLES)
+def test_a_changed_table_is_refused(tmp_path: Path, change: str, name: str) -> None:
+    first, run_dir = table_of(tmp_path / "data"), tmp_path / "run"
+    start(first, run_dir)
+    act, said = TABLES[change]
+    first.with_name(name).write_text(act(first.read_text()))
+    assert said in refused(first.with_name(name), run_dir)
+
+
+def test_a_table_that_is_gone_is_refused(tmp_path: Path) -> None:
+    first, run_dir = table_of(tmp_path / "data"), tmp_path / "run"
+    start(first, run_dir)
+    first.unlink()
+    assert "there is no folder or CSV file" in refused(first, run_dir)
+
+
+@pytest.mark.parametrize("loader", ["plain", "resident"])
+def test_the_same_bytes_go_on_wherever_and_whenever_they_lie(tmp_path: Path, loader: str) -> None:
+    root, run_dir = folder_of(tmp_path / "data", test=False), tmp_path / "run"
+    first, _ = start(root, run_dir, loader)
+    line = fingerprint(first)
+    for file in root.rglob("*.bmp"):
+        os.utime(file, ns=(7, 7))
+    assert fingerprint(start(root, run_dir, loader)[0]) == line
+    copy = shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    shutil.rmtree(root)
+    again, said = start(copy, run_dir, loader)
+    assert fingerprint(again) == line and "the run goes on with the files of its first start" in said
+    assert again.names == first.names and again.test_names == first.test_names
+    assert again.mean == first.mean and again.std == first.std and again.notes == first.notes
+    assert any("held out" in note for note in again.notes)
+    put(copy / "labeled/cat/0.bmp", 99)
+    assert "1 file has other content" in refused(copy, run_dir)
+
+
+def test_a_table_may_be_written_anew(tmp_path: Path) -> None:
+    first, run_dir = table_of(tmp_path / "data"), tmp_path / "run"
+    line = fingerprint(start(first, run_dir)[0])
+    head, *rows = first.read_text().splitlines()
+    for text in (
+        "\n".join([head, *rows[::-1]]),
+        "\r\n".join([head, *rows]).replace(",", ";"),
+        "\n".join([f"{head},,", *(f"{row},," for row in rows)]),
+    ):
+        first.write_text(text)
+        assert fingerprint(start(first, run_dir)[0]) == line
+    first.with_name("11.bmp").unlink()  # gone, and its row with it
+    first.write_text("\n".join([head, *rows[:-1]]))
+    assert start(first, run_dir)[0].lost == {7: "'11.bmp' is gone"}
+
+
+def test_new_unlabeled_files_are_said_and_left(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    line = fingerprint(start(root, run_dir)[0])
+    put(root / "unlabeled/new.bmp", 99)
+    data, _ = start(root, run_dir)
+    assert fingerprint(data) == line and data.names is not None and "unlabeled/new.bmp" not in data.names
+    assert [note for note in data.notes if "new" in note] == [
+        "1 unlabeled file is new, such as 'unlabeled/new.bmp': the run goes on without, and a new run_dir would use all"
+    ]
+
+
+def test_what_vanishes_is_lost_and_what_vanishes_for_the_most_part_is_refused(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    line = fingerprint(start(root, run_dir)[0])
+    shutil.rmtree(root / "labeled/dog")  # a whole class
+    shutil.rmtree(root / "test")
+    data, _ = start(root, run_dir)
+    assert (
+        fingerprint(data) == line and sorted(data.lost) == [4, 5, 6, 7] and sorted(data.test_lost) == [0, 1]
+    )
+    (root / "unlabeled/0.bmp").unlink()
+    (root / "unlabeled/1.bmp").unlink()
+    assert f"data.root={root} lacks 8 of the 14 files of the run; choose another" in refused(root, run_dir)
+
+
+def test_damaged_files_stay_left_out(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    (root / "labeled/cat/3.bmp").write_bytes(b"")
+    first, _ = start(root, run_dir)
+    assert len(first.damaged) == 1
+    again, _ = start(root, run_dir)
+    assert fingerprint(again) == fingerprint(first) and again.damaged == first.damaged
+    (root / "labeled/cat/3.bmp").unlink()
+    assert fingerprint(start(root, run_dir)[0]) == fingerprint(first)
+    put(root / "labeled/dog/3.bmp", 99)
+    refused(root, run_dir)
+
+
+def test_a_list_that_is_gone_is_made_again_and_compared_with_the_checkpoint(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    first, _ = start(root, run_dir)
+    (run_dir / "files.json").unlink()
+    assert fingerprint(start(root, run_dir)[0]) == fingerprint(first)
+    (run_dir / "files.json").unlink()
+    put(root / "unlabeled/0.bmp", 99)
+    now = fingerprint(start(root, run_dir)[0])
+    said = differences(first, now, fingerprint(first), run_dir / "images.npz")
+    assert "other content of the files" in said and "12 training and 2 test images" in said
+
+
+# --- a list from a stranger, or from a bad day ---------------------------------------------------------------
+
+
+def mutations(about: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    odd = [None, True, -1, 10**30, 0.5, "x", [], {}, [[]], [None], {"a": 1}, float("nan")]
+    found = [(f"{key} = {value!r}"[:60], {**about, key: value}) for key in about for value in odd]
+    found += [(f"no {key}", {k: v for k, v in about.items() if k != key}) for key in about]
+    found += [("one more", {**about, "more": 1})]
+    for place in (0, 9, -1):
+        for column in range(len(about["files"][0])):
+            for value in [None, True, -7, 10**30, 0.5, "x", [], "\0"]:
+                files = [list(file) for file in about["files"]]
+                if files[place][column] == value:
+                    continue
+                files[place][column] = value
+                found.append((f"files[{place}][{column}] = {value!r}", {**about, "files": files}))
+        found.append((f"files[{place}] twice", {**about, "files": [*about["files"], about["files"][place]]}))
+    found.append(("reversed", {**about, "files": about["files"][::-1]}))
+    found += [(f"labeled {n}", {**about, "labeled": n}) for n in (0, 7, 9, 12, 14, 99)]
+    found += [(f"train {n}", {**about, "train": n}) for n in (0, 8, 11, 13, 14, 99)]
+    found += [
+        ("classes swapped", {**about, "classes": about["classes"][::-1]}),
+        ("a class more", {**about, "classes": [*about["classes"], "emu"]}),
+        ("held out", {**about, "held_out": True}),
+        ("left out", {**about, "left_out": {"unlabeled/0.bmp": ["unlabeled", ""]}}),
+        ("std 0", {**about, "std": [0.0, 0.5, 0.5]}),
+        ("std negative", {**about, "std": [-0.1, 0.5, 0.5]}),
+        ("mean inf", {**about, "mean": [float("inf"), 0.5, 0.5]}),
+    ]
+    return found
+
+
+def test_a_rotten_list_is_one_sentence_or_changes_nothing(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    first, _ = start(root, run_dir)
+    path = run_dir / "files.json"
+    about, line = json.loads(path.read_bytes()), fingerprint(first)
+    believed = []
+    for what, changed in mutations(about):
+        path.write_text(json.dumps(changed))
+        try:
+            data, _ = start(root, run_dir)
+        except ValueError as error:
+            assert "\n" not in str(error) and ("files.json" in str(error) or "has changed" in str(error)), (
+                what
+            )
+            continue
+        believed.append(what)
+        # Sizes, times and hashes are only for comparing; the rest is in the checkpoint's fingerprint.
+        assert fingerprint(data) != line or data.names == first.names, what
+        assert all(type(note) is str for note in data.notes)
+    assert all(re.match(r"files\[|notes|damaged|left_out|mean|std|held", what) for what in believed), believed
+
+
+def test_a_list_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    path = run_dir / "files.json"
+    whole = path.read_bytes()
+    older = json.dumps({"root": str(root), "classes": ["cat", "dog"], "files": [["a", 0, 1, 2]]}).encode()
+    for content, said in (
+        (b"", "is damaged"),
+        (whole[:-9], "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
+        (b"[]", "is damaged"),
+        (older, "is of an older ups_fast, which did not compare what is in the files"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"files\.json, the list of the run's files, {said}.*; choose another"
+        ):
+            start(root, run_dir)
+    path.unlink()
+    os.mkfifo(path)  # which would hang for ever
+    with pytest.raises(ValueError, match=r"files\.json, the list of the run's files, is no file"):
+        start(root, run_dir)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "data")
+    put(root / "unlabeled" / os.fsdecode(b"\xff e\xcc\x81 \n.bmp"), 50)
+    (root / "unlabeled/cut.bmp").write_bytes(b"BM")
+    data, _ = start(root, tmp_path / "run")
+    assert data.manifest is not None and data.manifest.left_out == {"unlabeled/cut.bmp": ("unlabeled", "")}
+    assert Manifest.read(data.manifest.write()) == data.manifest
+    start(root, tmp_path / "run")
+
+
+# --- arrays --------------------------------------------------------------------------------------------------
+
+
+def changed(tensor: torch.Tensor, *places: int) -> torch.Tensor:
+    other = tensor.clone()
+    for i in places:
+        other[i] = (other[i] + 1) % 3
+    return other
+
+
+def test_what_changes_in_arrays_is_counted(tmp_path: Path) -> None:
+    data = tiny_set()
+    then, record = fingerprint(data), tmp_path / "images.npz"
+    write_files(tmp_path, data)
+    assert record.exists() and fingerprint(tiny_set()) == then
+    for other, said in (
+        (
+            replace(data, train_images=changed(data.train_images, 3, 59)),
+            "2 of 60 training images differ (the first is image 3)",
+        ),
+        (
+            replace(data, train_labels=changed(data.train_labels, 59)),
+            "1 of 60 training labels differ (the first is image 59, then 'bottom', now 'top')",
+        ),
+        (
+            replace(data, train_labels=torch.full((60,), -1)),
+            "60 of 60 training labels differ (the first is image 0, then 'top', now without a label)",
+        ),
+        (replace(data, test_images=changed(data.test_images, 0)), "1 of 30 test images differ"),
+        (replace(data, test_labels=changed(data.test_labels, 1, 2)), "2 of 30 test labels differ"),
+        (replace(data, classes=["a", "b", "c"]), "other classes"),
+        (replace(data, labeled=torch.arange(6)), "other labeled part"),
+        (
+            replace(data, test_images=data.test_images[:9], test_labels=data.test_labels[:9]),
+            "other test images, other test labels (now 60 training and 9 test images, then 60 training and 30",
+        ),
+    ):
+        now = fingerprint(other)
+        assert now != then
+        assert differences(other, now, then, record).startswith(said)
+        for content in (b"", b"PK", None):  # the record only explains
+            (tmp_path / "bad.npz").unlink(missing_ok=True)
+            if content is not None:
+                (tmp_path / "bad.npz").write_bytes(content)
+            assert differences(other, now, then, tmp_path / "bad.npz").startswith("other ")
+    assert differences(data, then, "60 training and 30 test images, hash 00ff", record).startswith("other ")
+
+
+def test_weights_are_part_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"1")
+    (tmp_path / "v.pth").write_bytes(b"2")
+    data = tiny_set()
+    one, two = (fingerprint(data, str(tmp_path / name)) for name in ("w.pth", "v.pth"))
+    assert one != two != fingerprint(data)
+    assert differences(data, two, one, tmp_path / "no").startswith("other pretrained weights (")
+
+
+def test_equal_images_are_found_in_arrays_as_in_files() -> None:
+    data = replace(tiny_set(), labeled=torch.arange(6))
+    assert notes_on_equal_arrays(data, torch.arange(6)) == []
+    train, test = data.train_images.clone(), data.test_images.clone()
+    test[4], train[2], train[9], train[7] = train[0], train[1], test[5], train[5]
+    data = replace(data, train_images=train, test_images=test)
+    assert notes_on_equal_arrays(data, torch.arange(6)) == [
+        "1 test image equal to labeled ones: the test accuracy will look too good (such as x_test[4] and x_labeled[0])",
+        "2 images equal to ones of another class: one of the two labels is wrong "
+        "(such as x_labeled[2] and x_labeled[1])",
+        "1 unlabeled image equal to test images: the test is not only of unseen images "
+        "(such as x_unlabeled[3] and x_test[5])",
+        "1 unlabeled image equal to labeled ones: they count twice (such as x_unlabeled[1] and x_labeled[5])",
+    ]
+    assert len(array_record(data)["train"].unique()) == 58
+    data = replace(data, labeled=None)
+    assert "(such as test image 4 and training image 0)" in notes_on_equal_arrays(data, torch.arange(6))[0]

@@ -1,0 +1,167 @@
+"""Names of classes as people write them: their order, those that look alike, and how many images each has."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+CONSOLE = 20  # classes that the console lists; the report lists all
+UNEVEN = 5  # times as many labeled images in one class as in another: worth a sentence
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?|[+-]?\.[0-9]+")
+# What spreadsheets, data frames and people write where they have no label.
+_MISSING = {
+    *(
+        "nan",
+        "na",
+        "n/a",
+        "n.a.",
+        "<na>",
+        "#n/a",
+        "nat",
+        "null",
+        "nil",
+        "none",
+        "undefined",
+        "unknown",
+        "unlabeled",
+    ),
+    *(
+        "unlabelled",
+        "unassigned",
+        "missing",
+        "empty",
+        "blank",
+        "tbd",
+        "todo",
+        "-",
+        "--",
+        "?",
+        "??",
+        "???",
+        "-1",
+        "-1.0",
+    ),
+    *("#ref!", "#value!", "#name?", "#null!"),
+}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Ascending without repeats: as numbers where all of them are numbers, else as text."""
+    each = set(names)
+    if each and all(map(_NUMBER.fullmatch, each)):
+        return sorted(each, key=lambda name: (Decimal(name), name))
+    return sorted(each)
+
+
+def lookalikes(counts: Mapping[str, int]) -> list[str]:
+    """Sentences on classes that may be a mistake; `counts` are the labeled and test images of each."""
+    notes = [
+        f"{_images(n)} {'is' if n == 1 else 'are'} of class {name!r}: if that means no label, leave the label empty "
+        "(in folders: move the images to unlabeled/)"
+        for name, n in counts.items()
+        if _folded(name) in _MISSING
+    ]
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in counts:
+        alike[_key(name)].append(name)
+    groups = [names for names in alike.values() if len(names) > 1]
+    notes += [
+        f"classes {_listed(names)} look alike: if they are one class, give it one name"
+        for names in groups[:5]
+    ]
+    typos = sorted(_typos(counts, {name for names in groups for name in names}))
+    notes += [
+        f"class {rare!r} ({_images(counts[rare])}) differs from {name!r} ({counts[name]:,}) in one letter: "
+        "if it is a typing error, mend it"
+        for rare, name in typos[:5]
+    ]
+    if more := max(0, len(groups) - 5) + max(0, len(typos) - 5):
+        notes.append(f"{more:,} more classes look alike")
+    return notes
+
+
+def _folded(name: str) -> str:
+    """Without what cannot be seen: forms of Unicode, case, outer and repeated blanks, invisible characters."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
+    return " ".join(text.split())
+
+
+def _key(name: str) -> str:
+    """Equal for names that look alike: `0` and `0.0`, `1` and `01`, `cat` and `Cat`, `black cat` and `black_cat`."""
+    text = _folded(name)
+    if _NUMBER.fullmatch(text):
+        return f"= {Decimal(text).normalize() + 0}"  # + 0: -0 is 0
+    return " ".join(re.split(r"[\s_-]+", text)) if re.search(r"\w", text) else text
+
+
+def _typos(counts: Mapping[str, int], known: set[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a rare class and a frequent one that differ in one letter."""
+    near: defaultdict[str, list[str]] = defaultdict(list)
+    for name in counts:
+        if len(name) >= 5 and name not in known:
+            for key in {name, *(name[:i] + name[i + 1 :] for i in range(len(name)))}:
+                near[key].append(name)
+    seen: set[str] = set()
+    for names in near.values():
+        name = max(names, key=lambda each: (counts[each], each))
+        for rare in sorted(names):
+            letters = [*(Counter(rare) - Counter(name)), *(Counter(name) - Counter(rare))]
+            apart = len(rare) != len(name) or sum(a != b for a, b in zip(rare, name, strict=True)) == 1
+            fits = rare != name and apart and not any(map(str.isdigit, letters))
+            if fits and rare not in seen and counts[name] >= 10 * counts[rare] and counts[rare] <= 2:
+                seen.add(rare)
+                yield rare, name
+
+
+def class_counts(labels: Tensor, n_classes: int) -> list[int]:  # int64 [N], -1 where unknown
+    """How many labels each class has."""
+    return torch.bincount(labels[labels >= 0], minlength=n_classes).tolist()
+
+
+def classes_line(classes: Sequence[str], labeled: Sequence[int], test: Sequence[int]) -> str:
+    """The classes with their counts, for a console: of many the first CONSOLE."""
+    each = [f"{name!r} {a:,} + {b:,}" for name, a, b in zip(classes, labeled, test, strict=True)]
+    more = f" and {len(each) - CONSOLE:,} more, which the report lists" if len(each) > CONSOLE else ""
+    return f"classes (labeled + test images): {', '.join(each[:CONSOLE])}{more}"
+
+
+def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:
+    """A sentence where the labels of one class are UNEVEN times those of another; else empty."""
+    most, least = (f(range(len(classes)), key=labeled.__getitem__) for f in (max, min))
+    if not labeled[most] or labeled[most] < UNEVEN * labeled[least]:
+        return ""
+    return (
+        f"the labels are uneven: {labeled[most]:,} of class {classes[most]!r}, {labeled[least]:,} of class "
+        f"{classes[least]!r}. Look at the recall of each class: the accuracy hides what happens to small ones"
+    )
+
+
+def suffixes(counts: Counter[str], most: int = 5) -> str:
+    """Such as "3 '.heic', 1 without one", the most frequent first."""
+    first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = f", {sum(n for _, n in first[most:]):,} others" if len(first) > most else ""
+    return (
+        ", ".join(f"{n:,} {repr(suffix) if suffix else 'without one'}" for suffix, n in first[:most]) + more
+    )
+
+
+def _images(n: int) -> str:
+    return f"{n:,} image{'s' * (n != 1)}"
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    same = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+    some = [
+        ascii(name) if same else repr(name) for name in names[:most]
+    ]  # two forms of one letter look the same
+    if len(names) > most:
+        return f"{', '.join(some)} and {len(names) - most:,} more"
+    return f"{', '.join(some[:-1])} and {some[-1]}"

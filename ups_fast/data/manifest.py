@@ -1,0 +1,424 @@
+"""What a run remembers of its data: by it a run notices every change of labels, parts, classes and pixels.
+
+Of a folder or a table that is the list of its files, each with its label and a hash of its bytes (`Manifest`): on every
+start the folder or table is read again and compared. Of arrays it is a hash and a label for each image (`ArrayRecord`).
+`fingerprint` is both in a line, for the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.classes import in_order
+from ups_fast.data.equal import GONE, Stamp, file_digest, notes_on_equal_images, row_digests, stamp
+from ups_fast.data.folder import Folder, Listing
+from ups_fast.data.reading import _threads
+from ups_fast.data.reading import in_order as run_in_order
+from ups_fast.data.sets import ImageSet
+from ups_fast.data.table import LABELED, TEST, UNLABELED, Row
+from ups_fast.files import read_bytes
+
+FORMAT = "ups_fast files 2"
+Progress = Callable[[int, int], object]  # files done, files in all
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a run as it first found them: the labeled ones, the unlabeled ones, the test images."""
+
+    classes: list[str]
+    paths: list[str]  # [N], in this order; within each part ascending
+    label: list[int]  # [N], -1 where unlabeled
+    stamps: list[Stamp]  # [N]
+    digests: list[str]  # [N], of all bytes
+    labeled: int  # how many
+    train: int  # labeled and unlabeled ones
+    held_out: bool  # the test images are labeled ones of the folder or table
+    left_out: dict[str, Row]  # damaged files, with part and class
+    mean: tuple[float, ...]  # of the training images in [0, 1]
+    std: tuple[float, ...]
+    notes: list[str]  # sentences on what was drawn and found equal then
+    damaged: list[str]  # sentences on the files that were left out
+
+    def folder(self, now: Listing, note: str) -> Folder:
+        """These files, wherever they lie now."""
+        ends = [0, self.labeled, self.train, len(self.paths)]
+        labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
+        notes = [*now.notes, *self.notes, *([note] if note else [])]
+        label = torch.tensor(self.label)
+        return Folder(now.base, self.paths, label, labeled, unlabeled, test, self.classes, notes, now)
+
+    def row(self, i: int) -> Row:
+        """What the folder or table said of a file."""
+        name = self.classes[self.label[i]] if self.label[i] >= 0 else ""
+        if i >= self.train and not self.held_out:
+            return TEST, name
+        return (LABELED, name) if name else (UNLABELED, "")
+
+    def write(self) -> bytes:
+        files = zip(self.paths, self.label, self.digests, self.stamps, strict=True)
+        about = {"ups_fast": FORMAT, **vars(self)}
+        for name in ("paths", "label", "digests", "stamps"):
+            del about[name]
+        return json.dumps({**about, "files": [[*first, *stamp] for *first, stamp in files]}).encode()
+
+    @staticmethod
+    def read(content: bytes) -> Manifest:
+        """What `write` wrote. Raises ValueError with the end of a sentence where it cannot be that."""
+        try:
+            about = json.loads(content)
+        except (ValueError, RecursionError):
+            raise ValueError("is damaged") from None
+        if not isinstance(about, dict) or about.pop("ups_fast", None) != FORMAT:
+            if isinstance(about, dict) and "files" in about:
+                raise ValueError("is of an older ups_fast, which did not compare what is in the files")
+            raise ValueError("is damaged")
+        try:
+            files = about.pop("files")
+            paths, label, digests, *stamps = map(list, zip(*files, strict=True))
+            found = Manifest(
+                paths=paths, label=label, digests=digests, stamps=list(zip(*stamps, strict=True)), **about
+            )
+            wrong = found._misfit()
+        except Exception:  # whatever a stranger's bytes may cause
+            wrong = "a part or its type"
+        if wrong:
+            raise ValueError(f"is damaged: {wrong} cannot be right")
+        return Manifest(
+            **{
+                **vars(found),
+                "mean": tuple(found.mean),
+                "std": tuple(found.std),
+                "left_out": {path: (part, name) for path, (part, name) in found.left_out.items()},
+            }
+        )
+
+    def _misfit(self) -> str:
+        """The first parts that do not fit the others; "" if all do. A wrong type may raise anything."""
+        n, ends = len(self.paths), [0, self.labeled, self.train, len(self.paths)]
+        names = {self.classes[c] for c in self.label[: self.labeled]}
+        names |= {name for part, name in self.left_out.values() if part == LABELED}
+        if self.held_out:
+            names |= {self.classes[c] for c in self.label[self.train :]}
+        fits = {
+            "labeled or train": all(type(end) is int for end in ends) and 0 < ends[1] < ends[2] < n,
+            "paths": all(type(path) is str and path and "\0" not in path for path in self.paths)
+            and len({*self.paths, *self.left_out}) == n + len(self.left_out),
+            "their order": all(
+                self.paths[a:b] == sorted(self.paths[a:b]) for a, b in itertools.pairwise(ends)
+            ),
+            "classes": all(type(name) is str and name for name in self.classes)
+            and len(self.classes) > 1
+            and self.classes == in_order(self.classes) == in_order(names),
+            "labels": all(type(c) is int for c in self.label)
+            and all((c == -1) == (ends[1] <= i < ends[2]) for i, c in enumerate(self.label))
+            and -1 <= min(self.label) <= max(self.label) < len(self.classes),
+            "hashes": all(
+                type(each) is str and len(each) in (0, 32) and set(each) <= set("0123456789abcdef")
+                for each in self.digests
+            ),
+            "sizes or times": all(
+                len(each) == 4 and all(type(x) is int for x in each) for each in self.stamps
+            ),
+            "held_out": type(self.held_out) is bool,
+            "left_out": all(
+                part in (LABELED, UNLABELED, TEST)
+                and type(name) is str
+                and (name == "") == (part == UNLABELED)
+                for part, name in self.left_out.values()
+            ),
+            "mean or std": len(self.mean) == len(self.std) in (1, 3)
+            and all(type(x) is float and 0 <= x <= 1 for x in self.mean)
+            and all(type(x) is float and 0 < x <= 1 for x in self.std),
+            "notes": all(type(note) is str for note in (*self.notes, *self.damaged))
+            and type(self.notes) is type(self.damaged) is list,
+        }
+        return next((parts for parts, fit in fits.items() if not fit), "")
+
+
+def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress) -> Manifest:
+    """The manifest of a folder's files as they are now; all of them are read once more, for their hashes."""
+    assert folder.listing is not None and data.names is not None
+    paths = [*data.names, *(data.test_names or [])]
+    rows, names = folder.listing.rows, set(paths)
+    where = [os.path.join(folder.root, path) for path in paths]
+    stamps = [stamp(each) for each in where]
+    return Manifest(
+        list(data.classes),
+        paths,
+        torch.cat([data.train_labels, data.test_labels]).tolist(),
+        stamps,
+        _digests(where, threads, progress),
+        labeled=0 if data.labeled is None else len(data.labeled),
+        train=len(data.names),
+        held_out=not any(part == TEST for part, _ in rows.values()),
+        left_out={path: row for path, row in rows.items() if path not in names},
+        mean=data.mean,
+        std=data.std,
+        notes=folder.notes[len(folder.listing.notes) :],
+        damaged=list(data.damaged),
+    )
+
+
+def _digests(names: Sequence[str], threads: int | None, progress: Progress) -> list[str]:
+    found = []
+    for digest in run_in_order(file_digest, names, _threads(threads)):
+        found.append(digest)
+        progress(len(found), len(names))
+    return found
+
+
+class Changed(ValueError):
+    """A run's files are not what they were. The message is the end of a sentence."""
+
+
+class Now(NamedTuple):
+    """A manifest's files as they are at a later start."""
+
+    gone: list[int]  # into its paths
+    note: str  # on new unlabeled files, or ""
+
+
+def compare(
+    known: Manifest, base: Path, listing: Callable[[], Listing], threads: int | None, progress: Progress
+) -> tuple[Listing, Now]:
+    """Holds a folder or table against the manifest; a file is read only if size, times or inode are others.
+
+    Files that are gone are tolerated, up to half of them, and new unlabeled ones are left out, with a note. Raises
+    Changed for anything else, which counts the changes and gives an example of each, and what `listing` raises.
+    """
+    where = [os.path.join(base, path) for path in known.paths]
+    stamps = [stamp(each) for each in where]
+    there = [each != GONE for each in stamps]
+    if 2 * there.count(False) > len(there):
+        raise Changed(f"lacks {there.count(False):,} of the {len(there):,} files of the run")
+    found = listing()
+    then = {path: known.row(i) for i, path in enumerate(known.paths)} | known.left_out
+    changes = _Changes()
+    for i, (path, row) in enumerate(then.items()):
+        said = found.rows.get(path)
+        if said is None and i < len(there) and there[i]:
+            changes.add(_UNLISTED, repr(path))
+        elif said is not None and said != row:
+            changes.add(_LABELS, f"{path!r}, then {_said(row)}, now {_said(said)}")
+    _compare_content(known, where, stamps, there, changes, lambda names: _digests(names, threads, progress))
+    gone = [i for i, here in enumerate(there) if not here]
+    new = {path: row for path, row in found.rows.items() if path not in then}
+    _compare_new(known, gone, new, base, changes)
+    if changes.count:
+        raise Changed(f"has changed since the run began: {changes.said()}")
+    note = ""
+    if new:
+        note = (
+            f"{_many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
+            "the run goes on without, and a new run_dir would use all"
+        )
+    return found, Now(gone, note)
+
+
+def _compare_content(
+    known: Manifest,
+    where: Sequence[str],
+    stamps: Sequence[Stamp],
+    there: list[bool],  # made False for a file that cannot be read
+    changes: _Changes,
+    digests: Callable[[Sequence[str]], list[str]],
+) -> None:
+    touched = [i for i, now in enumerate(stamps) if there[i] and now != known.stamps[i]]
+    reread = [i for i in touched if stamps[i][0] == known.stamps[i][0]]
+    fresh = dict(zip(reread, digests([where[i] for i in reread]), strict=True))
+    for i in touched:
+        if fresh.get(i) == "":
+            there[i] = False
+        elif fresh.get(i) != known.digests[i]:
+            changes.add(_CONTENT, repr(known.paths[i]))
+
+
+def _compare_new(
+    known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path, changes: _Changes
+) -> None:
+    """New labeled and test files are changes, and so is one that is gone and lies elsewhere now, with another label."""
+    moved = _moved(known, gone, new, base)
+    for path, row in new.items():
+        i = moved.get(path, -1)
+        if i >= 0 and row != (before := known.row(i)):
+            changes.add(_LABELS, f"{known.paths[i]!r}, then {_said(before)}, now {path!r}, {_said(row)}")
+        elif i >= 0 and row[0] != UNLABELED:
+            changes.add(_MOVED, f"{known.paths[i]!r}, now {path!r}")
+        elif row[0] != UNLABELED:
+            changes.add(_NEW, f"{path!r}, {_said(row)}")
+
+
+def _moved(known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path) -> dict[str, int]:
+    """New files that are the ones that are gone, by another path; only those of a size that is missed are read."""
+    missed: dict[int, dict[str, int]] = {}
+    for i in gone:
+        missed.setdefault(known.stamps[i][0], {})[known.digests[i]] = i
+    moved = {}
+    for path in new:
+        name = os.path.join(base, path)
+        some = missed.get(stamp(name)[0])
+        if some and (i := some.get(file_digest(name), -1)) >= 0:
+            moved[path] = i
+    return moved
+
+
+_LABELS = "{} another class or part", "has", "have"
+_CONTENT = "{} other content", "has", "have"
+_MOVED = "{} under another path", "lies", "lie"
+_NEW = "{} new among the labeled and test images", "is", "are"
+_UNLISTED = "{} still there, but no longer listed", "is", "are"
+
+
+class _Changes:
+    """Counts the changes of each kind, with the first as an example."""
+
+    def __init__(self) -> None:
+        self.count: Counter[tuple[str, str, str]] = Counter()
+        self.first: dict[tuple[str, str, str], str] = {}
+
+    def add(self, kind: tuple[str, str, str], example: str) -> None:
+        self.count[kind] += 1
+        self.first.setdefault(kind, example)
+
+    def said(self) -> str:
+        return "; ".join(
+            f"{_many(n, 'file')} {kind[0].format(kind[1] if n == 1 else kind[2])} (such as {self.first[kind]})"
+            for kind, n in self.count.items()
+        )
+
+
+def _said(row: Row) -> str:
+    return {LABELED: repr(row[1]), TEST: f"test image of {row[1]!r}"}.get(row[0], "unlabeled")
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+# --- arrays -------------------------------------------------------------------------------------------------
+
+
+def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
+    """What is to be said of equal images; `labeled` are the labeled ones of the training set."""
+    n, k = len(data.train_labels), 0 if data.labeled is None else len(data.labeled)
+
+    def name(i: int) -> str:
+        if data.labeled is None:
+            return f"test image {i - n}" if i >= n else f"training image {i}"
+        return f"x_test[{i - n}]" if i >= n else f"x_labeled[{i}]" if i < k else f"x_unlabeled[{i - k}]"
+
+    train = np.ones(n, bool)
+    train[labeled.numpy()] = False
+    return notes_on_equal_images(
+        name,
+        torch.cat([data.train_labels, data.test_labels]).numpy(),
+        np.concatenate([row_digests(data.train_images), row_digests(data.test_images)]),
+        labeled.numpy(),
+        np.flatnonzero(train),
+        np.arange(n, n + len(data.test_labels)),
+    )
+
+
+def fingerprint(data: ImageSet, weights: str = "") -> str:
+    """Tells data sets apart, in a line: sizes for people, and of each part a hash.
+
+    weights  the file of pretrained weights, if there is one: a run that went on with others would be another
+    """
+    parts: dict[str, bytes] = {"classes": json.dumps(data.classes).encode()}
+    files = data.manifest
+    if data.names is not None:
+        names = [*data.names, *(data.test_names or ())]
+        parts["files"] = "\0".join(names).encode("utf-8", "surrogateescape")
+    if files is not None:
+        parts["content of the files"] = "".join(files.digests).encode()
+        parts["mean and std"] = repr((files.mean, files.std)).encode()
+    elif not data.in_files:
+        for name, images in (("training images", data.train_images), ("test images", data.test_images)):
+            parts[name] = repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
+    parts["training labels"] = data.train_labels.numpy().tobytes()
+    parts["test labels"] = data.test_labels.numpy().tobytes()
+    parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
+    if weights:
+        parts["pretrained weights"] = read_bytes(weights)
+    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
+
+
+def _hash(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def array_record(data: ImageSet) -> dict[str, Tensor]:
+    """A hash (int64) and a label for each image, kept by a run so that it can count what changes later."""
+    images = {"train": data.train_images, "test": data.test_images}
+    record = {
+        name: torch.from_numpy(row_digests(each).view(np.int64).copy()) for name, each in images.items()
+    }
+    return {**record, "train_labels": data.train_labels, "test_labels": data.test_labels}
+
+
+def differences(data: ImageSet, now: str, then: str, record: Path) -> str:
+    """In words, what differs between two fingerprints, `now` that of `data`; counted, where the run has a `record`."""
+    before, after = _parts(then), _parts(now)
+    parts = [name for name in {**after, **before} if before.get(name) != after.get(name)]
+    counted = _counted(data, record)
+    said = [counted.pop(part, "") or f"other {part}" for part in parts]
+    sizes, sizes_then = (each.split("; ")[0] for each in (now, then))
+    sizes = sizes if sizes == sizes_then else f"now {sizes}, then {sizes_then}"
+    return f"{', '.join(said) or 'other data'} ({sizes})"
+
+
+def _parts(line: str) -> dict[str, str]:
+    return {
+        name: hash_ for name, _, hash_ in (part.rpartition(" ") for part in line.split("; ")[-1].split(", "))
+    }
+
+
+def _counted(data: ImageSet, record: Path) -> dict[str, str]:
+    """Sentences by part; none where the record is gone, damaged or of as many other images."""
+    try:
+        with np.load(record, allow_pickle=False) as file:
+            before = {name: file[name] for name in ("train", "test", "train_labels", "test_labels")}
+        after = {name: each.numpy() for name, each in array_record(data).items()}
+        differ = {
+            name: np.flatnonzero(before[name] != after[name])
+            for name in after
+            if before[name].shape == after[name].shape
+        }
+    except Exception:  # the record only explains a refusal
+        return {}
+    names = dict(
+        train="training images", test="test images", train_labels="training labels", test_labels="test labels"
+    )
+    said = {}
+    for name, places in differ.items():
+        if len(places):
+            i = int(places[0])
+            example = f"the first is image {i}"
+            if name.endswith("labels"):
+                example += f", then {_class(data, before[name][i])}, now {_class(data, after[name][i])}"
+            said[names[name]] = f"{len(places):,} of {len(after[name]):,} {names[name]} differ ({example})"
+    return said
+
+
+def _class(data: ImageSet, label: int) -> str:
+    return (
+        repr(data.classes[label])
+        if 0 <= label < len(data.classes)
+        else "without a label"
+        if label < 0
+        else f"{label}"
+    )

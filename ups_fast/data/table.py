@@ -1,0 +1,193 @@
+"""A CSV file that lists images and their labels, as people and spreadsheets write it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import posixpath
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ups_fast.data.cells import read_cell
+
+PARTS = LABELED, UNLABELED, TEST = "labeled", "unlabeled", "test"
+
+Row = tuple[str, str]  # a part, and a class or ""
+Rows = dict[str, Row]  # by path
+
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_DELIMITERS = ",;\t|"
+
+
+def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
+    """The images that a table lists, by their paths relative to its folder.
+
+    It has a line of column names with path, label (empty: unlabeled) and perhaps split (train, test or empty); other
+    columns are ignored. Fields are separated by commas, or as spreadsheets in Europe do by semicolons or tabs; the text
+    is UTF-8, or UTF-16 with its byte order mark. Cells may be written by `cells.write_cell`. Paths may have any Unicode
+    form, backslashes, or blanks around them: what is there decides.
+
+    Raises ValueError with one sentence that names the line. `problems` gets one where no file is there.
+    """
+    where = repr(str(file))
+    rows: Rows = {}
+    repeated = 0
+    tree = _Tree(file.parent)
+    try:
+        text = _text(file)
+        table, skipped = _reader(text)
+        names = _header(next(table, []))
+        _must_be_text("".join(names), 1 + skipped)
+        if not {"path", "label"} <= set(names) or any(name and names.count(name) > 1 for name in names):
+            raise ValueError(
+                f"{where} must begin with a line of column names, each once, path and label among them, "
+                f"got {text.partition(chr(10))[0].strip()[:200]!r}"
+            )
+        for row in table:
+            if not any(map(str.strip, row)):
+                continue  # a line of delimiters alone is what is left of a spreadsheet
+            line = table.line_num + skipped
+            place = f"line {line} of {where}"
+            if any(row[len(names) :]):
+                raise ValueError(f"{place} has {len(row)} fields, but there are {len(names)} columns")
+            path, known = _row(dict(zip(names, row, strict=False)), tree, place)
+            _must_be_text(known[1] if os.path.lexists(file.parent / path) else known[1] + path, line)
+            repeated += path in rows
+            if rows.setdefault(path, known) != known:
+                raise ValueError(f"{place} contradicts an earlier one on {path!r}")
+    except (csv.Error, UnicodeError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{where} must be a CSV file in UTF-8: {why}") from error
+    if rows and not tree.found:
+        first = os.path.join(file.parent, next(iter(rows)))
+        problems.append(
+            f"none of the {_many(len(rows), 'file')} that {where} lists is there, the first looked for is {first!r}"
+            + tree.other_case
+        )
+    elif tree.other_case:
+        notes.append(
+            f"{_many(tree.missing, 'file')} that {where} lists {_is(tree.missing)} not there{tree.other_case}"
+        )
+    if repeated:
+        notes.append(f"{_many(repeated, 'row')} of {where} repeated others and were left out")
+    return rows
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _is(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
+def _text(file: Path) -> str:
+    raw = file.read_bytes()
+    if raw.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+        raise UnicodeError('it looks like a workbook; save it as "CSV UTF-8" in the spreadsheet')
+    encoding = next((encoding for mark, encoding in _MARKS.items() if raw.startswith(mark)), "utf-8")
+    text = raw.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
+    if "\0" in text:
+        raise UnicodeError('it holds zero bytes, as UTF-16 without its mark does; save it as "CSV UTF-8"')
+    return text
+
+
+def _must_be_text(cell: str, line: int) -> None:
+    """A file's name may be any bytes, as `write_pseudo_labels` writes them; all else is text."""
+    if odd := "".join(c for c in cell if "\udc80" <= c <= "\udcff"):
+        raise UnicodeError(
+            f"line {line} has the bytes {os.fsencode(odd)!r}, which are no text in UTF-8; save it as "
+            '"CSV UTF-8", as spreadsheets call it'
+        )
+
+
+def _reader(text: str) -> tuple[Any, int]:
+    """The table's fields, separated by what makes its first line name the columns; and how many lines come before."""
+    first, _, rest = text.partition("\n")
+    skip = first.strip().lower() in [f"sep={delimiter}" for delimiter in _DELIMITERS]  # Excel's own note
+
+    def split(delimiter: str, *, strict: bool = True) -> Any:
+        return csv.reader(io.StringIO(rest if skip else text, newline=""), delimiter=delimiter, strict=strict)
+
+    for delimiter in _DELIMITERS:
+        if {"path", "label"} <= set(_header(next(split(delimiter, strict=False), []))):
+            return split(delimiter), int(skip)
+    return split(","), int(skip)
+
+
+def _header(fields: list[str]) -> list[str]:
+    return [name.strip().lower() for name in fields]
+
+
+def _row(row: Mapping[str, str], tree: _Tree, line: str) -> tuple[str, Row]:
+    """The path of a row, relative to the table, with its part and class."""
+    path, label = row.get("path", ""), read_cell(row.get("label", "").strip()).strip()
+    split = row.get("split", "").strip().lower()
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{line} must have a path, got {path!r}")
+    if split not in ("", "train", "test"):
+        raise ValueError(f"{line} must have the split train, test or nothing, got {split!r}")
+    if split == "test" and not label:
+        raise ValueError(f"{line} is a test image and must have a label, got none")
+    part = TEST if split == "test" else LABELED if label else UNLABELED
+    return tree.find(path), (part, label)
+
+
+class _Tree:
+    """The files below a folder, by paths that may be written in another way than their names."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.found = self.missing = 0
+        self.other_case = ""  # "the path, but there is a name" of the first that is missed by case alone
+        self.names: dict[str, dict[str, str]] = {}  # by folder: names by their NFC form
+
+    def find(self, cell: str) -> str:
+        """The path of the file that a cell means; of one that is not there, the path as written."""
+        text = read_cell(cell)
+        tries = [text, cell, text.replace("\\", "/"), text.strip(), text.strip().replace("\\", "/")]
+        for path in dict.fromkeys(tries):
+            if path and os.path.lexists(self.base / path):
+                self.found += 1
+                return posixpath.normpath(path)
+        for path in dict.fromkeys(tries):
+            if path and (real := self._in_any_form(path)):
+                self.found += 1
+                return posixpath.normpath(real)
+        self.missing += 1
+        path = text.replace("\\", "/")
+        if not self.other_case and (real := self._in_any_form(path, fold=True)):
+            self.other_case = f": {path!r} differs from {real!r} in upper and lower case"
+        return posixpath.normpath(path)
+
+    def _in_any_form(self, path: str, *, fold: bool = False) -> str:
+        """The path with each part replaced by the name that is there in another Unicode form (or case); or ""."""
+        real = "/" if path.startswith("/") else ""
+        for part in filter(None, path.split("/")):
+            folder = os.path.join(self.base, real)
+            if not os.path.lexists(os.path.join(folder, part)):
+                name = self._listed(folder, fold).get(_form(part, fold))
+                if name is None:
+                    return ""
+                part = name
+            real = os.path.join(real, part)
+        return real
+
+    def _listed(self, folder: str, fold: bool) -> dict[str, str]:
+        key = f"{fold}{folder}"
+        if key not in self.names:
+            try:
+                self.names[key] = {
+                    _form(name, fold): name for name in sorted(os.listdir(folder), reverse=True)
+                }
+            except (OSError, ValueError):
+                self.names[key] = {}
+        return self.names[key]
+
+
+def _form(name: str, fold: bool) -> str:
+    text = unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", text.casefold()) if fold else text

@@ -33,7 +33,7 @@ ORDER = [
     "train",
     "predict",
 ]
-BASE = {"seeds", "config", "fullgraph", "models", "data"}
+BASE = {"seeds", "machine", "config", "fullgraph", "models", "data"}
 EITHER = {"checkpoint", "display", "report"}  # below inputs, rounds and train; above the base
 
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from ups_fast.checkpoint import CONFIG, RunFolderError, load_model
-from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
+from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
 from ups_fast.data.reading import in_order
 from ups_fast.display import progress_bar
 from ups_fast.ops import mc_select
@@ -78,7 +78,8 @@ class Predictor:
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
         if self.height == self.width:
-            return resize_crop(read_image(path, self.channels, ENOUGH * self.height), self.height)
+            with picture(path, self.channels, ENOUGH * self.height) as found:
+                return resize_crop(found.pixels, self.height)
         image = read_image(path, self.channels)
         if image.shape[:2] != (self.height, self.width):
             got = "x".join(map(str, image.shape[:2]))

@@ -254,7 +254,10 @@ def broken(tmp_path: Path, how: str) -> Path:
         ("zeros", "is not an image, or of a kind that cannot be read"),
         ("truncated png", r"cannot be decoded \(.*\)"),
         ("postscript", "is not an image, or of a kind that cannot be read"),
-        ("bomb", r"cannot be decoded \(it takes 1\d\.\d GiB of memory, and decoding may take .*: make it smaller\)"),
+        (
+            "bomb",
+            r"cannot be decoded \(it takes 1\d\.\d GiB of memory, and decoding may take .*: make it smaller\)",
+        ),
         ("no pixels", r"(cannot be decoded|is a PNG file that is damaged).*"),
         ("folder", "is not a file"),
         ("pipe", "is not a file"),

@@ -25,7 +25,7 @@ _STORED = {
     "I;16L": 2,
     "I;16N": 2,
 }  # bytes a pixel; others take 4
-_DECODERS = {"WEBP": 16, "AVIF": 16, "JPEG2000": 32, "GIF": 1}  # bytes a pixel of a decoder's own buffers
+_KEPT = {"WEBP": 8, "AVIF": 16, "JPEG2000": 32}  # bytes a pixel that a decoder holds until its file is closed
 _ROWS = 1 << 20  # pixels that are made narrow at once
 
 
@@ -149,9 +149,10 @@ def _check_parts(tags: Any, tiles: list[Any], planar: int, samples: int, bits: t
 def cost(image: Image.Image, kind: Kind, channels: int, scale: int = 1) -> int:
     """Bytes that decoding takes at its peak, the result included; of a JPEG decoded at 1 / scale of its size."""
     picture: Any = image
+    kept = _KEPT.get(image.format or "", 0)
     width, height = image.size
     stored = _STORED.get(image.mode, 4)
-    own, coefficients = float(_DECODERS.get(image.format or "", 0)), 0.0
+    own, coefficients = 0.0, 0.0
     codec = picture.tile[0].codec_name if getattr(picture, "tile", None) else ""
     if codec == "libtiff":
         own = sum(picture.tag_v2.get(258, (8,)) or (8,)) / 8 * 2 + 4
@@ -162,13 +163,13 @@ def cost(image: Image.Image, kind: Kind, channels: int, scale: int = 1) -> int:
         coefficients = 2 * sum(h * v for _, h, v, _ in picture.layer) / most
     if kind.key is not None and image.mode == "RGB":
         own += 8
-    after: float = 3 * channels + (0 if image.mode == ("L" if channels == 1 else "RGB") else 4)
+    after: float = 3 * channels + (0 if image.mode == ("L" if channels == 1 else "RGB") else 5)
     if image.has_transparency_data:
         after = 3 * channels + 16
     elif image.mode in ("I", "F") or image.mode.startswith("I;"):
         after = 2 * stored + 1 + channels
     pixels = math.ceil(width / scale) * math.ceil(height / scale)
-    return math.ceil(pixels * (stored + max(own, after, stored)) + width * height * coefficients)
+    return math.ceil(pixels * (stored + kept + max(own, after, stored)) + width * height * coefficients)
 
 
 def _has_many_scans(image: Any) -> bool:

@@ -157,13 +157,17 @@ def _last_jpeg(image: Any, file: BinaryIO) -> bytes:
 
 
 def jpeg_ends_early(data: bytes) -> bool:
-    """Without the mark of its end a JPEG whose data suffice is decoded all the same, and another one is not."""
+    """Whether the scan of a JPEG that is not progressive lacks data, but for the last blocks.
+
+    Instead of the mark of its end it gets 64 bits that are no code and that libjpeg wants to see beyond the last one.
+    Where it then asks for more, something is missing.
+    """
     from io import BytesIO
 
     from PIL import Image
 
     end = next((at - 2 for marker, at in _segments(data) if marker == _END_OF_IMAGE), len(data))
-    with Image.open(BytesIO(data[:end]), formats=("JPEG",)) as image:
+    with Image.open(BytesIO(data[:end] + b"\xff\0" * 8), formats=("JPEG",)) as image:
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         try:
             image.load()

@@ -686,13 +686,13 @@ def test_what_is_left_must_be_enough(tmp_path, names, sentence):
 def reads(monkeypatch) -> list[str]:
     """Files that were decoded, by name."""
     names: list[str] = []
-    real = image_module.read_image
+    real = image_module.picture
 
     def read(path, *args, **kwargs):
         names.append(Path(path).name)
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr("ups_fast.data.reading.read_image", read)
+    monkeypatch.setattr("ups_fast.data.reading.picture", read)
     return names
 
 

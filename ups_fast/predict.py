@@ -30,7 +30,7 @@ try:
     from ups_fast.config import pick_device
     from ups_fast.data.classes import suffixes
     from ups_fast.data.folder import seen_by_people
-    from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, read_image, resize_crop
+    from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, read_bytes
@@ -91,7 +91,8 @@ class Predictor:
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
         if self.height == self.width:
-            return resize_crop(read_image(path, self.channels, ENOUGH * self.height), self.height)
+            with picture(path, self.channels, ENOUGH * self.height) as found:
+                return resize_crop(found.pixels, self.height)
         image = read_image(path, self.channels)
         if image.shape[:2] != (self.height, self.width):
             got = "x".join(map(str, image.shape[:2]))

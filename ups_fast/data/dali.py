@@ -18,11 +18,15 @@ from torch import Tensor
 
 from ups_fast.data.boxes import Box
 from ups_fast.data.image import DamagedImage, decoding, read_bytes
+from ups_fast.data.memory import budget
+from ups_fast.data.pieces import GRAY, jpeg_ends_early, lacks_scans
 from ups_fast.data.stream import NO_DALI, BoxOf, FileImages
 
 _LUMA = torch.tensor([19595, 38470, 7471], dtype=torch.int32)  # of 2^16: ITU-R 601 as Pillow has it
 _FLIPPED, _MIRRORED = (3, 4, 7, 8), (2, 3, 6, 7)  # orientations: rows in reverse, columns in reverse
 _MOST_BYTES = 64 << 20  # of decoded boxes that a pipeline holds at once on a CPU
+_LARGEST = 256 << 20  # bytes of an image: a pipeline keeps its memory, so that larger ones go through Pillow
+_PEAK = 3  # times the image's bytes that decoding takes: the coefficients of a progressive JPEG have 16 bits
 
 
 class Header(NamedTuple):
@@ -36,22 +40,26 @@ class Header(NamedTuple):
 def header_for_dali(encoded: bytes, name: str) -> Header | None:
     """The header of a file for DALI. These files it decodes, all else goes through Pillow:
 
-    JPEG, MPO   grey or RGB. CMYK may be inverted, and a GPU has no decoder for it
+    JPEG, MPO   gray or RGB, with all scans. CMYK may be inverted, and a GPU has no decoder for it
     PNG         of at most 8 bits, without transparency (DALI drops alpha, here it lies on white; of 16 bits Pillow
                 keeps the upper 8 in colour) and without EXIF or XMP data, which may follow the pixels
     WebP        without transparency
+
+    None of them is larger than 256 MiB when it is decoded.
 
     Raises DamagedImage where even the header cannot be read.
     """
     with decoding(BytesIO(encoded), name) as image:
         width, height = image.size
-        if not width or not height or "transparency" in image.info:
+        if not width or not height or "transparency" in image.info or 3 * width * height > _LARGEST:
             return None
         if image.format == "PNG":
             turned = any(word in encoded for word in (b"eXIf", b"exif", b"XML:com.adobe.xmp"))
             plain = image.mode in ("1", "L", "P", "RGB") and encoded[24] <= 8 and not turned
             return Header(height, width, 1) if plain else None
         if image.format not in ("JPEG", "MPO", "WEBP") or image.mode not in ("L", "RGB"):
+            return None
+        if image.info.get("progressive") and lacks_scans(encoded):
             return None
         orientation = 1
         with suppress(Exception):  # Pillow reads a file with broken EXIF data as if it had none
@@ -105,7 +113,9 @@ class DaliImages(FileImages):
                     encoded, header = found
                     files.append(_File(row, encoded, header, box_of(row, header.height, header.width)))
             for part in _parts(files, 16 * _MOST_BYTES if self._gpu else _MOST_BYTES):
-                for file in self._refused(out, part):
+                with budget.hold(min(_bytes_of(part, self.threads if self._gpu else 1), budget.total)):
+                    refused = self._refused(out, part)
+                for file in refused:
                     i = ids[file.row]
                     self._known[i, :3] = 0
                     out[file.row] = torch.from_numpy(self._by_pillow(i, file.row, box_of, file.encoded))
@@ -125,23 +135,26 @@ class DaliImages(FileImages):
         return (encoded, Header(*header)) if header[0] else None
 
     def _refused(self, out: Tensor, files: list[_File]) -> list[_File]:
-        """Decodes the files into their rows; those that DALI cannot decode are left for Pillow, which may.
+        """Decodes the files into their rows. Those that DALI cannot decode are left for Pillow, which may; and those
+        whose data end early, for it to say so.
 
-        One of them fails its whole batch: then each is tried alone, for what becomes of an image must not depend on
-        its company.
+        One that fails, fails its whole batch: then each is tried alone, for what becomes of an image must not depend
+        on its company.
         """
         if not files:
             return []
         try:
-            self._decode(out, files)
-            return []
+            return [file for file in self._decode(out, files) if jpeg_ends_early(file.encoded)]
         except RuntimeError:
             if len(files) == 1:
                 return files
         return [each for file in files for each in self._refused(out, [file])]
 
-    def _decode(self, out: Tensor, files: list[_File]) -> None:
-        """Raises RuntimeError where DALI fails; its pipeline is then not used again."""
+    def _decode(self, out: Tensor, files: list[_File]) -> list[_File]:
+        """Returns the JPEGs whose box ends in the gray that they have where their data end early.
+
+        Raises RuntimeError where DALI fails; its pipeline is then not used again.
+        """
         try:
             pipeline = self._idle.pop()
         except IndexError:
@@ -155,23 +168,31 @@ class DaliImages(FileImages):
         places = [out[file.row] for file in files]
         if self._stream is not None:
             colours = torch.from_dlpack(images.as_tensor())
+            last = colours[:, -1, -1].tolist()
             for place, image in zip(places, colours if self.channels == 3 else _grey(colours), strict=True):
                 place.copy_(image)
-        elif self.channels == 3:
-            for k, place in enumerate(places):
-                _put(np.asarray(images[k]), place)
         else:
-            colours = out.new_empty(len(files), self.size, self.size, 3)
-            for k, place in enumerate(colours):
-                _put(np.asarray(images[k]), place)
-            for place, image in zip(places, _grey(colours), strict=True):
-                np.copyto(place.numpy(), image.numpy())
+            decoded = [np.asarray(images[k]) for k in range(len(files))]
+            last = [box[-1, -1].tolist() for box in decoded]
+            colored = (
+                places if self.channels == 3 else list(out.new_empty(len(files), self.size, self.size, 3))
+            )
+            for box, place in zip(decoded, colored, strict=True):
+                _put(box, place)
+            if self.channels == 1:
+                for place, image in zip(places, _grey(torch.stack(colored)), strict=True):
+                    np.copyto(place.numpy(), image.numpy())
         for file, place in zip(files, places, strict=True):
             if file.header.orientation > 1:
                 place.copy_(_upright(place, file.header.orientation))
         if self._stream is not None:
             self._stream.synchronize()  # before the pipeline writes there again
         self._idle.append(pipeline)
+        return [
+            file
+            for file, pixel in zip(files, last, strict=True)
+            if file.encoded[:1] == b"\xff" and all(abs(value - 128) <= GRAY for value in pixel)
+        ]
 
     def _pipeline(self, batch_size: int, scaled: bool) -> Any:
         """From files to boxes [h, w, 3], or to [S, S, 3]: on a GPU one call for all, whatever their size."""
@@ -221,6 +242,12 @@ def _parts(files: list[_File], most: int) -> Iterator[list[_File]]:
         part.append(file)
         size += bytes_of
     yield part
+
+
+def _bytes_of(files: list[_File], at_once: int) -> int:
+    """What decoding the boxes takes, of which so many are decoded at the same time."""
+    whole = max((3 * file.header.height * file.header.width for file in files), default=0)
+    return sum(3 * file.box[2] * file.box[3] for file in files) + _PEAK * whole * at_once
 
 
 def _box_in_file(file: _File) -> Box:

@@ -7,13 +7,17 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
+
+from ups_fast.data.kinds import Kind, as_bytes, cost, described
+from ups_fast.data.memory import budget
+from ups_fast.data.pieces import ends_early, has_too_much_text, without_long_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,29 +32,53 @@ class DamagedImage(ValueError):
     """A file that cannot be read as an image. The message is a sentence that names it."""
 
 
-ENOUGH = (
-    3  # times the side that a JPEG is scaled to is what it is decoded to: docs/data.md has the difference
-)
+# A JPEG that is to be scaled down is decoded at this many times the side it is scaled to: docs/data.md has the
+# difference.
+ENOUGH = 3
+
+
+class Picture(NamedTuple):
+    pixels: np.ndarray  # [H, W, C] uint8
+    coarse: bool  # the file has more than 8 bits a channel and uses so few values that hardly a gray level is left
 
 
 def read_image(path: str | Path, channels: int, at_least: int = 0) -> np.ndarray:  # [H, W, C] uint8
-    """The file's first frame as people see it in a viewer, with 1 channel (grey) or 3 (RGB).
+    """The file's first frame as people see it in a viewer, with 1 channel (gray) or 3 (RGB).
 
-    Turned as its EXIF orientation says; what is transparent lies on white, as in most viewers. Colours become grey
-    by the luma of ITU-R 601, and CMYK becomes RGB without its colour profile. 16 bits are scaled to 8 over the
+    Turned as its EXIF orientation says; what is transparent lies on white, as in most viewers. Colors become gray
+    by the luma of ITU-R 601, and CMYK becomes RGB without its color profile. 16 bits are scaled to 8 over the
     whole range, never clipped. Wider numbers have no agreed range: integers must be in 0..65535 and are read as
     16 bits, floats must be in 0..1.
 
     at_least  a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by scaled inverse DCTs, up to 9 times as fast) where
               its shorter side then still has so many pixels; 0: never
 
-    Raises DamagedImage for whatever is wrong with the file, be it that it is gone, and nothing else.
+    Raises DamagedImage for whatever is wrong with the file, be it that it is gone, that viewers and we would show
+    different images, or that it takes more memory than `ups_fast.data.memory` gives, and nothing else.
     """
+    with picture(path, channels, at_least) as found:
+        return found.pixels
+
+
+@contextmanager
+def picture(path: str | Path, channels: int, at_least: int = 0) -> Iterator[Picture]:
+    """What `read_image` reads, and more about it. Its memory counts as decoding's for as long as it is open: make it
+    small there. Do not open two in one thread."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     name = repr(str(path))
-    with _opened(path, name) as file:
-        return _decoded(file, name, channels, at_least)
+    with _opened(path, name) as file, _decoded(file, name, channels, at_least) as found:
+        yield found
+
+
+@contextmanager
+def picture_of(encoded: bytes, channels: int, name: str) -> Iterator[Picture]:
+    """What `picture` makes of a file with these bytes; `name` stands for it in sentences.
+
+    A JPEG that at its full size takes more memory than decoding may take is decoded at a fraction of it.
+    """
+    with _decoded(BytesIO(encoded), name, channels, fit=True) as found:
+        yield found
 
 
 def read_bytes(path: str | Path) -> tuple[bytes, int]:
@@ -64,11 +92,6 @@ def read_bytes(path: str | Path) -> tuple[bytes, int]:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise DamagedImage(f"{name} cannot be read ({_reason(error)})") from error
-
-
-def decode_image(encoded: bytes, channels: int, name: str) -> np.ndarray:  # [H, W, C] uint8
-    """What `read_image` makes of a file with these bytes; `name` stands for it in sentences."""
-    return _decoded(BytesIO(encoded), name, channels)
 
 
 def resize_crop(
@@ -128,23 +151,105 @@ def decoding(file: BinaryIO, name: str) -> Iterator[Image.Image]:
         with _pillow_unheard(), Image.open(file, formats=_formats()) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise DamagedImage(f"{name} is not an image, or of a kind that cannot be read") from error
+        raise DamagedImage(f"{name} {_unknown(file)}") from error
     except DamagedImage:
         raise
     except Exception as error:  # a broken file makes Pillow raise anything, from KeyError to struct.error
         raise DamagedImage(f"{name} cannot be decoded ({_reason(error)})") from error
 
 
-def _decoded(file: BinaryIO, name: str, channels: int, at_least: int = 0) -> np.ndarray:  # [H, W, C] uint8
+@contextmanager
+def _decoded(
+    file: BinaryIO, name: str, channels: int, at_least: int = 0, fit: bool = False
+) -> Iterator[Picture]:
+    """The memory that the picture took stays held until it is of no use any more."""
+    with ExitStack() as held:
+        try:
+            found = _decode(file, name, channels, at_least, fit, held)
+        except DamagedImage as error:
+            if not has_too_much_text(error.__cause__):
+                raise
+            held.close()
+            found = _decode(BytesIO(without_long_text(file)), name, channels, at_least, fit, held)
+        yield found
+
+
+def _decode(file: BinaryIO, name: str, channels: int, at_least: int, fit: bool, held: ExitStack) -> Picture:
+    with decoding(file, name) as image:
+        kind = described(image)
+        scale = _scale(image, kind, channels, at_least, fit)
+        held.enter_context(budget.hold(cost(image, kind, channels, scale)))
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
+        image.load()
+        if ends_early(image, file):
+            raise ValueError("its data end before its last row")
+        _turn(image)
+        found = Picture(*as_bytes(image, kind, channels))
+        if isinstance(kind.key, tuple):
+            clear = _is_of(kind.key, image, file, name)
+            if clear.all():
+                raise ValueError("it is transparent everywhere")
+            found.pixels[clear] = 255
+        return found
+
+
+def _scale(image: Image.Image, kind: Kind, channels: int, at_least: int, fit: bool) -> int:
+    """1, 2, 4 or 8: the part of a JPEG's size at which it is decoded."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    shorter = min(image.size)
+    if at_least:
+        return next((scale for scale in (8, 4, 2) if shorter // at_least >= scale), 1)
+    scales = [scale for scale in (1, 2, 4, 8) if shorter >= scale] if fit else [1]
+    return next((each for each in scales if cost(image, kind, channels, each) <= budget.total), scales[-1])
+
+
+def _turn(image: Image.Image) -> None:
+    """As its EXIF data say."""
     from PIL import ImageOps
 
-    with decoding(file, name) as image:
-        if at_least:
-            image.draft(None, (at_least, at_least))
-        image.load()
-        with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
-            ImageOps.exif_transpose(image, in_place=True)
-        return _as_bytes(image, channels)
+    with suppress(Exception):  # where the EXIF data alone are broken, the pixels are still good
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _is_of(
+    color: tuple[int, ...], image: Image.Image, file: BinaryIO, name: str
+) -> np.ndarray:  # bool [H, W]
+    """Where a PNG file has this RGB color of 16 bits: Pillow gives the upper bytes, and in the other order the lower.
+
+    image  the upper bytes, turned
+    """
+    from PIL import Image
+
+    wanted = np.array(color)
+    with Image.open(file, formats=("PNG",)) as lower:
+        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
+        lower.load()
+        _turn(lower)
+        same = np.asarray(lower) == wanted % 256
+        return (same & (np.asarray(image) == wanted // 256)).all(-1)
+
+
+def _unknown(file: BinaryIO) -> str:
+    """What is said of a file that Pillow does not know, or knows by its first bytes and cannot read."""
+    from PIL import Image
+
+    file.seek(0)
+    start = file.read(16)
+    for kind in _formats():
+        factory, accept = Image.OPEN[kind]
+        if (
+            kind in ("DIB", "PPM") or accept is None or accept(start) is not True
+        ):  # texts may begin like these
+            continue
+        try:
+            file.seek(0)
+            with _pillow_unheard():
+                factory(file, "")
+        except Exception as error:
+            return f"is a {kind} file that is damaged or of a kind that cannot be read ({_reason(error)})"
+    return "is not an image, or of a kind that cannot be read"
 
 
 @cache
@@ -160,47 +265,26 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
-def _as_bytes(image: Image.Image, channels: int) -> np.ndarray:  # [H, W, C] uint8
-    """A decoded image of any mode as bytes, of 1 or 3 channels."""
-    from PIL import Image
-
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    if image.mode == "F":
-        numbers = np.asarray(image)
-        if not (numbers.min() >= 0 and numbers.max() <= 1):  # so that NaN is refused too
-            raise ValueError("its floating-point numbers are not in 0..1")
-        image = Image.fromarray(np.rint(numbers * 255).astype(np.uint8))
-    elif image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("its integers are not in 0..65535")
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    elif image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")
-    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-# Python's warning filters belong to the process, not to a thread: the first reader silences Pillow's warnings, and
-# the last one puts the filters back.
+# Python's warning filters and Pillow's limit of pixels belong to the process, not to a thread: the first reader
+# silences Pillow's warnings and lifts the limit, in whose place `budget` counts bytes; the last one puts both back.
 _lock = threading.Lock()
 _readers = 0
 _filters = warnings.catch_warnings()
+_limit: int | None = None
 
 
 @contextmanager
 def _pillow_unheard() -> Iterator[None]:
     """Pillow warns of odd files that it reads all the same; what it cannot read raises."""
-    global _readers, _filters
+    from PIL import Image
+
+    global _readers, _filters, _limit
     with _lock:
         if not _readers:
             _filters = warnings.catch_warnings()
             _filters.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         _readers += 1
     try:
         yield
@@ -209,3 +293,4 @@ def _pillow_unheard() -> Iterator[None]:
             _readers -= 1
             if not _readers:
                 _filters.__exit__(None, None, None)
+                Image.MAX_IMAGE_PIXELS = _limit

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
-from ups_fast.data.image import ENOUGH, DamagedImage, read_image, resize_crop
+from ups_fast.data.image import ENOUGH, DamagedImage, picture, resize_crop
+from ups_fast.data.looks import COARSE, PLAIN, is_plain, notes_on_looks, plain_rows
 from ups_fast.data.sets import ImageSet, _moments
 from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
@@ -61,6 +62,7 @@ def check(
     todo = [i for i, path in enumerate(folder.paths) if path not in good]
     done, total = len(folder.paths) - len(todo), len(folder.paths)
     damaged: dict[int, str] = {}
+    odd: dict[int, list[str]] = {}
     notes: list[str] = []
     saved = time.monotonic()
     if progress and done:
@@ -68,7 +70,8 @@ def check(
 
     def reason(i: int) -> str | None:
         try:
-            read_image(_file(folder, i), 3, at_least=1)
+            if looks := _looks(_file(folder, i)):
+                odd[i] = looks
         except DamagedImage as error:
             return str(error)
         return None
@@ -78,7 +81,7 @@ def check(
             path = folder.paths[i]
             if why is not None:
                 damaged[i] = why
-            elif path in stamps:
+            elif path in stamps and i not in odd:  # what is odd is to be said again
                 good[path] = stamps[path]
             done += 1
             if progress:
@@ -89,7 +92,26 @@ def check(
         if cache is not None and todo:
             notes = _remember(Path(cache), good)
     left = leave_out(folder, damaged)
+    notes += _notes_on_looks(folder, odd)
     return replace(left, notes=left.notes + notes), _listed(folder, damaged)
+
+
+def _looks(file: str) -> list[str]:
+    """What is odd about an image that can be read. Raises DamagedImage."""
+    with picture(file, 3, at_least=1) as found:
+        looks = [COARSE] if found.coarse else []
+        plain = is_plain(found.pixels)
+    if plain:  # of a small JPEG an eighth of its size is a pixel or two
+        with picture(file, 3, at_least=64) as found:
+            looks += [PLAIN] if is_plain(found.pixels) else []
+    return looks
+
+
+def _notes_on_looks(folder: Folder, odd: Mapping[int, Collection[str]]) -> list[str]:
+    parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled, "test": folder.test}
+    return notes_on_looks(
+        odd, {part: ids.tolist() for part, ids in parts.items()}, lambda i: repr(folder.paths[i])
+    )
 
 
 def as_image_set(
@@ -103,7 +125,8 @@ def as_image_set(
 ) -> tuple[ImageSet, list[Damaged]]:
     """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
 
-    keep  these become black images that are told as lost, and no other changes its place; else they are left out
+    keep  these become black images that are told as lost, and no other changes its place; else they are left out.
+          Then `folder` has the notes on what images look like already
 
     The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
@@ -118,13 +141,17 @@ def as_image_set(
 
     def read(row: int, i: int) -> str | None:
         try:
-            pixels[row] = resize_crop(read_image(_file(folder, i), channels, ENOUGH * size), size)
+            with picture(_file(folder, i), channels, ENOUGH * size) as found:
+                pixels[row] = resize_crop(found.pixels, size)
+                if found.coarse:
+                    odd[i] = [COARSE]
         except DamagedImage as error:
             pixels[row] = 0
             return str(error)
         return None
 
     damaged: dict[int, str] = {}
+    odd: dict[int, list[str]] = {}
     places = order.tolist()
     reasons = in_order(lambda item: read(*item), enumerate(places), _threads(threads))
     for done, (i, why) in enumerate(zip(places, reasons, strict=True), 1):
@@ -132,7 +159,11 @@ def as_image_set(
             damaged[i] = why
         if progress:
             progress(done, len(places))
+    for row in plain_rows(pixels):
+        if places[row] not in damaged:
+            odd.setdefault(places[row], []).append(PLAIN)
     left = folder if keep else leave_out(folder, damaged)
+    notes = left.notes + ([] if keep else _notes_on_looks(folder, odd))
     if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
             pixels[row] = pixels[old]
@@ -154,7 +185,7 @@ def as_image_set(
         names=[left.paths[i] for i in train.tolist()],
         test_names=[left.paths[i] for i in left.test.tolist()],
         root=str(left.root),
-        notes=tuple(left.notes),
+        notes=tuple(notes),
         damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
         lost={row: why for row, why in rows.items() if row < n},
         test_lost={row - n: why for row, why in rows.items() if row >= n},
@@ -178,7 +209,8 @@ def as_file_set(
 
     def read(i: int) -> Tensor | None:
         try:
-            return torch.from_numpy(resize_crop(read_image(_file(folder, i), channels, ENOUGH * size), size))
+            with picture(_file(folder, i), channels, ENOUGH * size) as found:
+                return torch.from_numpy(resize_crop(found.pixels, size))
         except DamagedImage:  # since it was checked: it does not stop the run
             return None
 

@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.split import stratified_split
 from ups_fast.machine import memory_bytes
 
@@ -79,7 +80,23 @@ def load_set(name: str, root: str) -> ImageSet:
     }
     if name not in readers:
         raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")
-    return readers[name](Path(root).expanduser())
+    return _looked_at(readers[name](Path(root).expanduser()))
+
+
+def _looked_at(data: ImageSet) -> ImageSet:
+    """With a note on images of a single color."""
+    n, n_labeled = len(data.train_images), 0 if data.labeled is None else len(data.labeled)
+    rows = plain_rows(data.train_images.numpy()) + [n + i for i in plain_rows(data.test_images.numpy())]
+    starts = {"labeled": 0, "unlabeled": n_labeled} if data.labeled is not None else {"training": 0}
+    starts["test"] = n
+    ends = [*list(starts.values())[1:], n + len(data.test_images)]
+    parts = {part: range(start, end) for (part, start), end in zip(starts.items(), ends, strict=True)}
+
+    def name(i: int) -> str:
+        part, ids = next(each for each in parts.items() if i in each[1])
+        return f"{part} image {i - ids.start:,}"
+
+    return replace(data, notes=(*data.notes, *notes_on_looks({i: [PLAIN] for i in rows}, parts, name)))
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8

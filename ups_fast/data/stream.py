@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.boxes import Box, box_draws, middle_box, random_box
-from ups_fast.data.image import DamagedImage, decode_image, read_bytes, resize_box
+from ups_fast.data.image import DamagedImage, picture_of, read_bytes, resize_box
 from ups_fast.machine import cores
 from ups_fast.ops import augment, augment_plan, has_kernels
 from ups_fast.policy import POLICIES, Policy
@@ -243,14 +243,15 @@ class FileImages:
         try:
             if self.images is not None:
                 image = self.images[i]
-            else:
-                name = self._file(i)
-                encoded = read_bytes(name)[0] if encoded is None else encoded
-                image = decode_image(encoded, self.channels, repr(name))
+                return resize_box(image, box_of(row, *image.shape[:2]), self.size)
+            name = self._file(i)
+            encoded = read_bytes(name)[0] if encoded is None else encoded
+            with picture_of(encoded, self.channels, repr(name)) as found:
+                box = box_of(row, *found.pixels.shape[:2])
+                return resize_box(found.pixels, box, self.size)
         except DamagedImage as error:
             self.lost[i] = str(error)
             return np.zeros((self.size, self.size, self.channels), np.uint8)
-        return resize_box(image, box_of(row, *image.shape[:2]), self.size)
 
     def _file(self, i: int) -> str:
         return os.path.join(self.root or "", self.paths[i])

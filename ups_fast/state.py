@@ -100,6 +100,7 @@ _ROW: dict[str, Callable[[Any], bool]] = {
     "train_loss": _loss,
     "test_ece": _share,
     "test_mistakes": lambda value: _table(value, (_count, _count, _count), 10),
+    "test_recall": lambda value: type(value) is list and all(map(_share, value)),
 }
 _GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled images is unknown
     "test_positives": _count,
@@ -118,6 +119,7 @@ def _row_fits(row: Any, n_classes: int) -> bool:
         and all((_ROW | _GUESS)[name](value) for name, value in row.items())
         and sum(classes) == row["positives"]
         and all(max(line[:2]) < n_classes for line in row["test_mistakes"])
+        and len(row["test_recall"]) == n_classes
     )
 
 

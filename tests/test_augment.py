@@ -46,6 +46,7 @@ VALUES = {  # of each operation, with the awkward ones
     "TranslateX": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
     "TranslateY": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
     "Gamma": (0.01, 0.6, 1, 1.6, 100),
+    "CutoutPublished": (5.33, 0, 0.5, 1, 40),
 }
 
 
@@ -312,7 +313,7 @@ def test_a_plan_replaces_the_draws():
     [
         ("variant", 21),
         ("variant", -2),
-        ("corner", 32),
+        ("corner", 33),
         ("corner", -1),
         ("crop", 32),
         ("crop", -32),

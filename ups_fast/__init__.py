@@ -11,6 +11,7 @@ from typing import Any
 
 try:
     from . import reference
+    from .modules import CounterDropout, Mish
     from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
     from .reference import Selection, dropout_keys
@@ -22,6 +23,8 @@ except KeyboardInterrupt:
 __version__ = "0.1.0"
 __all__ = [
     "AugmentPlan",
+    "CounterDropout",
+    "Mish",
     "Policy",
     "Selection",
     "augment",

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
-from .policy import AugmentPlan, Policy, normalization, tables
+from .policy import AugmentPlan, Policy, Tables, normalization, tables
 from .reference import Selection
 
 try:
@@ -141,15 +142,15 @@ def augment_plan(
     seed: int | Tensor,
     epoch: int | Tensor,
 ) -> AugmentPlan:
-    if not _has_kernels(index):
+    if not _has_kernels(index) and not _is_traced(index):
         return reference.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
     found, (height, width) = reference.check_augment_plan(index, policy, size, seed, epoch)
-    table = tables(found, height, width, 3, index.device)
+    table = _tables(found, height, width, 3, index.device)
     draws = torch.ops.ups_fast.augment_plan(
-        index,
+        index.contiguous(),
         table.variants,
         table.operations,
-        *_counters(seed, epoch, index.device),
+        *_counters(seed, epoch, index),
         height,
         width,
         table.settings,
@@ -164,13 +165,13 @@ def augment(
     policy: str | Policy,
     seed: int | Tensor,
     epoch: int | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    if not _has_kernels(images):
+    if not _has_kernels(images) and not _is_traced(images):
         return reference.augment(
             images,
             index,
@@ -184,22 +185,20 @@ def augment(
             out=out,
         )
     found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
-    device = images.device
+    policy, (height, width), mean, std = found
     if out is None:
         out = images.new_empty(index.shape + images.shape[1:], dtype=dtype).permute(0, 3, 1, 2)
-    table = tables(found, *images.shape[1:], device)
-    norm = normalization(tuple(mean), tuple(std), dtype, device)
-    draws = None if plan is None else plan.draws
+    table = _tables(policy, height, width, len(mean), images.device)
     torch.ops.ups_fast.augment(
         out.permute(0, 2, 3, 1),
         images,
-        index,
+        index.contiguous(),
         table.variants,
         table.operations,
         table.blends,
-        norm,
-        *_counters(seed, epoch, device),
-        draws,
+        _normalization(mean, std, dtype, images.device),
+        *_counters(seed, epoch, index),
+        None if plan is None else plan.draws.contiguous(),
         table.settings,
     )
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -207,13 +206,77 @@ def augment(
     return out
 
 
-def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _counters(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Both as tensors, written on the device, so that nothing waits for a copy."""
 
     def tensor(x: int | Tensor) -> Tensor:
-        return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device)
+        return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=index.device)
 
     return tensor(seed), tensor(epoch)
+
+
+# The tables are constants. A mode that sees ops gets them as it gets a new torch.tensor(...): FakeTensorMode as fakes,
+# a tracer as constants of its graph. Dynamo takes a tensor that is an attribute for an input of its graph, and what
+# makes it must run while Dynamo traces.
+
+
+class _Constants:
+    """What graphs of Dynamo read: an attribute for each set of tables, which lives as long as the process."""
+
+    def __init__(self) -> None:
+        self._names: dict[Any, str] = {}
+
+    def keep(self, make: Any, *args: Any) -> str:
+        """The name of the attribute that holds make(*args)."""
+        if (make, args) not in self._names:
+            name = f"{make.__name__}_{len(self._names)}"
+            setattr(self, name, make(*args))
+            self._names[make, args] = name
+        return self._names[make, args]
+
+
+_constants = _Constants()
+
+
+def _kept_tables(*args: Any) -> str:
+    return _constants.keep(tables, *args)
+
+
+def _kept_normalization(*args: Any) -> str:
+    return _constants.keep(normalization, *args)
+
+
+for _kept in (_kept_tables, _kept_normalization):
+    # torch.compiler.assume_constant_result, which would import Dynamo, and that takes seconds
+    _kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _tables(policy: Policy, height: int, width: int, channels: int, device: torch.device) -> Tables:
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(_constants, _kept_tables(policy, height, width, channels, device))
+    if not torch._C._len_torch_dispatch_stack():
+        return tables(policy, height, width, channels, device)
+    table = tables(policy, height, width, channels, torch.device("cpu"))  # a fake device may not be there
+    return Tables(
+        _lifted(table.variants, device),
+        _lifted(table.operations, device),
+        _lifted(table.blends, device),
+        table.settings,
+    )
+
+
+def _normalization(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(_constants, _kept_normalization(mean, std, dtype, device))
+    if not torch._C._len_torch_dispatch_stack():
+        return normalization(mean, std, dtype, device)
+    return _lifted(normalization(mean, std, dtype, torch.device("cpu")), device)
+
+
+def _lifted(real: Tensor, device: torch.device) -> Tensor:
+    return torch.ops.aten.lift_fresh(real).to(device)
 
 
 for _function in (mc_select, nce_loss, ups_loss, counter_dropout, mish, augment_plan, augment):
@@ -228,6 +291,12 @@ def backend() -> dict[str, str]:
 
     A device without compiled kernels runs the reference ops with a warning, or, with ``UPS_FAST_STRICT=1`` in the
     environment, raises a RuntimeError.
+
+    Returns:
+        A sentence for each device type, which starts with "fused kernels" or "reference ops".
+
+    >>> sorted(backend())
+    ['cpu', 'cuda']
     """
     return {
         device: ("fused kernels, " if fused else "reference ops: ") + why
@@ -251,11 +320,18 @@ def has_kernels(device: torch.device) -> bool:
     return _BACKEND.get(device.type, (False, ""))[0]
 
 
+def _is_traced(x: Any) -> bool:
+    """Whether nothing is computed now: the reference, which reads its tensors, could not be traced."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def _has_kernels(x: Any) -> bool:
     """Whether the fused op serves x; if not, that is said, or raised when strict."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
+    if kind == "meta":
+        return True  # nothing is computed there, and the fake kernels tell the shapes
     fused, why = _BACKEND.get(kind, (False, f"there are no kernels for {kind} devices"))
-    if not fused and not torch.compiler.is_compiling():
+    if not fused and not _is_traced(x):
         message = f"ups_fast runs its reference ops on {kind}: {why}"
         if os.environ.get("UPS_FAST_STRICT") == "1":
             raise RuntimeError(message)
@@ -296,19 +372,28 @@ def _(logits, target, positive, negative):
     return logits.new_empty((), dtype=dtype), logits.new_empty(2, dtype=dtype)
 
 
+def _elementwise(x: Tensor) -> Tensor:
+    """Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them."""
+    if x.is_contiguous():
+        return x.new_empty(x.shape)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("ups_fast::counter_dropout", lib=_lib)
 def _(x, keys, p, layer):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::mish", lib=_lib)
 def _(x):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::mish_backward", lib=_lib)
 def _(d_y, x):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::augment", lib=_lib)

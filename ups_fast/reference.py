@@ -13,14 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference_augment import augment, augment_plan, check_augment, check_augment_plan, replay  # noqa: F401
+from .reference_augment import (  # noqa: F401
+    augment,
+    augment_plan,
+    check_augment,
+    check_augment_plan,
+    check_counter,
+    is_integer,
+    replay,
+)
 
 NCE_EPS = 1e-7
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Selection(NamedTuple):
-    """What `mc_select` says of N samples. Floats are float32 (float64 for float64 logits)."""
+    """What `mc_select` says of N samples. Floats are float32 (float64 for float64 logits).
+
+    >>> logits = torch.tensor([[[5.0, 0.0, 0.0]], [[5.0, 0.1, 0.0]]])
+    >>> found = mc_select(logits)
+    >>> found.label, found.positive
+    (tensor([0]), tensor([True]))
+    """
 
     label: Tensor  # int64 [N], argmax of the mean probability, lowest index on a tie; -1 for a non-finite row
     confidence: Tensor  # float [N], mean probability of the label over the passes; NaN for a non-finite row
@@ -166,16 +180,26 @@ def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Ten
 
     Raises:
         TypeError, ValueError: naming the argument and what it got.
+
+    >>> keys = dropout_keys(torch.arange(3), seed=0, draw=0)
+    >>> y = counter_dropout(torch.ones(3, 8, 4, 4), keys, p=0.5)
+    >>> sorted(y.unique().tolist())
+    [0.0, 2.0]
+    >>> torch.equal(counter_dropout(torch.ones(1, 8, 4, 4), keys[2:], p=0.5), y[2:])
+    True
     """
     check_counter_dropout(x, keys, p, layer)
     channels, spatial = x.shape[1], x.shape[2:]
     device = x.device
     places = torch.arange(math.prod(spatial), dtype=torch.int32, device=device).view(1, 1, *spatial)
     element = places * channels + torch.arange(channels, dtype=torch.int32, device=device).view(
-        1, -1, *[1] * len(spatial)
+        1, channels, *[1] * len(spatial)
     )
-    layer_keys = _mix(keys + _signed(layer * 0x9E3779B9)).view(-1, *[1] * (x.ndim - 1))
-    kept = _mix(layer_keys ^ element) ^ -(1 << 31)  # the order of unsigned numbers as that of signed ones
+    layer_keys = _mix(keys + _signed(layer * 0x9E3779B9)).view(x.shape[0], *[1] * (x.ndim - 1))
+    layout = torch.zeros_like(x, dtype=torch.int32)  # where() takes that of its first tensor
+    kept = _mix(layout ^ layer_keys ^ element) ^ -(
+        1 << 31
+    )  # the order of unsigned numbers as that of signed ones
     dropped = kept < min(int(p * 2**32), 2**32 - 1) - 2**31
     return torch.where(dropped, 0.0, x * (1 / (1 - p))).to(x.dtype)
 
@@ -187,7 +211,19 @@ def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Te
         index: [B] int64, sample ids.
         seed: integer of 0 .. 2^63 - 1, or an int64 tensor [].
         draw: integer of 0 .. 2^63 - 1, or an int64 tensor [] or [B]: which pass, epoch or step.
+
+    Returns:
+        int32 [B], on the device of `index`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    >>> dropout_keys(torch.tensor([4, 7]), seed=0, draw=1)
+    tensor([1608235242,  232030960], dtype=torch.int32)
     """
+    _check_tensor("index", index, "[B]", (torch.int64,))
+    check_counter("seed", seed, 63, index)
+    check_counter("draw", draw, 63, index, each=True)
 
     def mix(x: Tensor) -> Tensor:
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -215,6 +251,9 @@ def mish(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: naming the argument and what it got.
+
+    >>> mish(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.3034,  0.0000,  1.9440])
     """
     check_mish(x)
     z = x.to(_compute_dtype(x))
@@ -334,14 +373,19 @@ def check_counter_dropout(x: Tensor, keys: Tensor, p: float, layer: int) -> None
     if x.dtype not in _FLOATS or x.dim() < 2:
         raise TypeError(f"x must be floating-point [B, C, ...], got {str(x.dtype)[6:]} {list(x.shape)}")
     _check_tensor("keys", keys, "[B]", (torch.int32,))
-    if keys.device != x.device or len(keys) != len(x):
+    if keys.device != x.device or keys.shape[0] != x.shape[0]:
         raise ValueError(
-            f"keys must be [{len(x)}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
+            f"keys must be [{x.shape[0]}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
         )
+    check_dropout(p, layer)
+
+
+def check_dropout(p: float, layer: int) -> None:
+    """Raise the error of the first number that `counter_dropout` cannot take."""
     _check_number("p", p, 0.0, 1.0)
     if p == 1:
         raise ValueError("p must be below 1, got 1")
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 1 << 20:
+    if not is_integer(layer) or not 0 <= layer < 1 << 20:
         raise ValueError(f"layer must be an integer of 0 .. 2^20 - 1, got {layer!r}")
 
 

@@ -25,6 +25,7 @@ ORDER = [
     "reference_augment",
     "reference",
     "ops",
+    "modules",
     "selection",
     "engine",
     "step",

@@ -124,7 +124,13 @@ class Kernels:
     def call(self, name: str, *args: object) -> None:
         function = getattr(self.lib, name)
         function.restype = ctypes.c_char_p
-        convert = {int: ctypes.c_int64, bool: ctypes.c_bool, Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
+        convert = {
+            int: ctypes.c_int64,
+            bool: ctypes.c_bool,
+            float: ctypes.c_double,
+            Tensor: lambda t: ctypes.c_void_p(t.data_ptr()),
+            type(None): ctypes.c_void_p,
+        }
         error = function(*(convert[type(a)](a) for a in args)).decode()
         assert not error, error
 
@@ -163,7 +169,14 @@ class Kernels:
         return selection
 
     def nce_loss(
-        self, z: Tensor, mask: Tensor, reduction: int, *, seed=0, max_blocks=MANY
+        self,
+        z: Tensor,
+        mask: Tensor,
+        reduction: int,
+        weight: Tensor | None = None,
+        *,
+        seed=0,
+        max_blocks=MANY,
     ) -> tuple[Tensor, Tensor]:
         results = Results()
         loss = results.new(tuple(z.shape[:1]) if reduction == 0 else (), scalar_type(z))
@@ -171,13 +184,21 @@ class Kernels:
         packed = mask.dtype == torch.int32
         self.call(
             "nce_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape, mask, mask.stride(0), packed,
-            reduction, loss, scale,
+            weight, reduction, loss, scale,
         )  # fmt: skip
         results.check()
         return loss, scale
 
     def nce_loss_backward(
-        self, d_loss: Tensor, z: Tensor, mask: Tensor, scale: Tensor, *, seed=0, max_blocks=MANY
+        self,
+        d_loss: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        weight: Tensor | None = None,
+        *,
+        seed=0,
+        max_blocks=MANY,
     ) -> Tensor:
         results = Results()
         d_logits = results.new(tuple(z.shape), z.dtype)
@@ -185,20 +206,45 @@ class Kernels:
         packed = mask.dtype == torch.int32
         self.call(
             "nce_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, stride, z, z.stride(0), *z.shape,
-            mask, mask.stride(0), packed, scale, d_logits,
+            mask, mask.stride(0), packed, weight, scale, d_logits,
         )  # fmt: skip
         results.check()
         return d_logits
 
+    @staticmethod
+    def ups_rows(
+        target: Tensor,
+        positive: Tensor,
+        negative: Tensor | None,
+        weight: Tensor | None,
+        label_smoothing: float,
+    ) -> list:
+        soft = target if target.is_floating_point() else None
+        mask = negative is not None
+        return [
+            None if soft is not None else target, soft, 0 if soft is None else soft.stride(0), float(label_smoothing),
+            positive, negative, negative.stride(0) if mask else 0, mask and negative.dtype == torch.int32, weight,
+        ]  # fmt: skip
+
     def ups_loss(
-        self, z: Tensor, target: Tensor, positive: Tensor, negative: Tensor, *, seed=0, max_blocks=MANY
+        self,
+        z: Tensor,
+        target: Tensor,
+        positive: Tensor,
+        negative: Tensor | None,
+        *,
+        weight=None,
+        reduction=1,
+        label_smoothing=0.0,
+        seed=0,
+        max_blocks=MANY,
     ):
         results = Results()
-        loss, scale = results.new((), scalar_type(z)), results.new((2,), scalar_type(z))
-        packed = negative.dtype == torch.int32
+        loss = results.new(tuple(z.shape[:1]) if reduction == 0 else (), scalar_type(z))
+        scale = results.new((2,), scalar_type(z))
         self.call(
-            "ups_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape, target, positive, negative,
-            negative.stride(0), packed, loss, scale,
+            "ups_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape,
+            *self.ups_rows(target, positive, negative, weight, label_smoothing), reduction, loss, scale,
         )  # fmt: skip
         results.check()
         return loss, scale
@@ -209,18 +255,20 @@ class Kernels:
         z: Tensor,
         target: Tensor,
         positive: Tensor,
-        negative: Tensor,
+        negative: Tensor | None,
         scale: Tensor,
         *,
+        weight=None,
+        label_smoothing=0.0,
         seed=0,
         max_blocks=MANY,
     ) -> Tensor:
         results = Results()
         d_logits = results.new(tuple(z.shape), z.dtype)
-        packed = negative.dtype == torch.int32
+        stride = d_loss.stride(0) if d_loss.dim() else 0
         self.call(
-            "ups_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, z, z.stride(0), *z.shape, target,
-            positive, negative, negative.stride(0), packed, scale, d_logits,
+            "ups_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, stride, z, z.stride(0), *z.shape,
+            *self.ups_rows(target, positive, negative, weight, label_smoothing), scale, d_logits,
         )  # fmt: skip
         results.check()
         return d_logits

@@ -11,10 +11,10 @@ from typing import Any
 
 try:
     from . import reference
-    from .modules import CounterDropout, Mish
+    from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
     from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
-    from .reference import Selection, dropout_keys
+    from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 except KeyboardInterrupt:
     if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
         sys.exit(130)
@@ -25,18 +25,23 @@ __all__ = [
     "AugmentPlan",
     "CounterDropout",
     "Mish",
+    "NCELoss",
     "Policy",
     "Selection",
+    "UPSLoss",
     "augment",
     "augment_plan",
     "backend",
     "counter_dropout",
     "dropout_keys",
     "load_model",
+    "mc_dropout",
     "mc_select",
     "mish",
     "nce_loss",
+    "pack_mask",
     "reference",
+    "unpack_mask",
     "ups_loss",
 ]
 

@@ -299,12 +299,21 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     [B, n_classes]. Attributes say what belongs to it: classes (names), channels, size ([H, W]), and mean and std,
     float32 [channels, 1, 1] on the device.
 
-    device  as in a config: auto, cpu, cuda or cuda:N
-    best    that of the round whose test accuracy was highest (of equal ones the last): as it was chosen by them, the
-            test images then promise a little too much
+    Args:
+        run_dir: the folder of the run.
+        device: as in a config: auto, cpu, cuda or cuda:N.
+        best: the network of the round with the highest test accuracy (the last one of equals). The test images have
+            chosen it, so its test accuracy is a little too good.
 
-    Raises FileNotFoundError where there is no trained network, RunFolderError where it is damaged, ValueError where
-    there is no such device.
+    Returns:
+        The network, an `nn.Module`.
+
+    Raises:
+        FileNotFoundError: there is no trained network.
+        RunFolderError: the folder is damaged.
+        ValueError: there is no such device.
+
+    >>> model = load_model("runs/digits")
     """
     device = pick_device(str(device))
     path = Path(run_dir) / (BEST if best else MODEL)

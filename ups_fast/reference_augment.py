@@ -6,6 +6,7 @@ to 0 bits, which Pillow refuses since 13, and the colour of CutoutAbs on grey im
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -339,7 +340,9 @@ def _check_channels(name: str, values: Sequence[float] | Tensor, channels: int) 
         raise TypeError(f"{wanted}, got {values!r}")
     if len(values) != channels or not all(-3e38 < x < 3e38 for x in values):
         raise ValueError(f"{wanted}, got {values!r}")
-    return tuple([float(x) for x in values])
+    return tuple(
+        [math.copysign(x, x) for x in values]
+    )  # float(x), but for Dynamo, to which it is a number and no symbol
 
 
 def check_augment(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,6 +149,17 @@ def test_bad_arguments_of_keys_are_named(changed, sentence):
     kwargs = {"index": torch.arange(4), "seed": 0, "draw": 0, **changed}
     with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
         dropout_keys(kwargs["index"], seed=kwargs["seed"], draw=kwargs["draw"])
+
+
+def test_numbers_of_numpy():
+    index, x = torch.arange(4), values((4, 6))
+    want = dropout_keys(index, seed=2**40, draw=7)
+    for draw in (np.uint8(7), np.int64(7), np.uint64(7)):
+        assert torch.equal(dropout_keys(index, seed=np.int64(2**40), draw=draw), want)
+    for function in (ops.counter_dropout, reference.counter_dropout):
+        assert torch.equal(
+            function(x, want, p=np.float32(0.5), layer=np.uint8(200)), function(x, want, p=0.5, layer=200)
+        )
 
 
 def test_the_module_is_the_op_or_nn_dropout():

@@ -157,7 +157,7 @@ def counter_dropout(
     if torch.compiler.is_compiling() or not _has_kernels(x):
         return reference.counter_dropout(x, keys, p=p, layer=layer)  # fuses with its neighbours
     reference.check_counter_dropout(x, keys, p, layer)
-    return torch.ops.ups_fast.counter_dropout(x, keys, float(p), layer)
+    return torch.ops.ups_fast.counter_dropout(x, keys, float(p), reference.plain(layer))
 
 
 def mish(x: Tensor) -> Tensor:
@@ -243,7 +243,11 @@ def _counters(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> tuple[T
     """Both as tensors, written on the device, so that nothing waits for a copy."""
 
     def tensor(x: int | Tensor) -> Tensor:
-        return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=index.device)
+        return (
+            x
+            if isinstance(x, Tensor)
+            else torch.full((), reference.plain(x), dtype=torch.int64, device=index.device)
+        )
 
     return tensor(seed), tensor(epoch)
 

@@ -21,6 +21,7 @@ from .reference_augment import (  # noqa: F401
     check_augment_plan,
     check_counter,
     is_integer,
+    plain,
     replay,
 )
 
@@ -270,7 +271,7 @@ def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Ten
     element = places * channels + torch.arange(channels, dtype=torch.int32, device=device).view(
         1, channels, *[1] * len(spatial)
     )
-    layer_keys = _mix(keys + _signed(layer * 0x9E3779B9)).view(x.shape[0], *[1] * (x.ndim - 1))
+    layer_keys = _mix(keys + _signed(plain(layer) * 0x9E3779B9)).view(x.shape[0], *[1] * (x.ndim - 1))
     layout = torch.zeros_like(x, dtype=torch.int32)  # where() takes that of its first tensor
     kept = _mix(layout ^ layer_keys ^ element) ^ -(
         1 << 31
@@ -308,7 +309,7 @@ def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Te
     golden = 0x9E3779B97F4A7C15 - 2**64
     hashed = torch.zeros_like(index)
     for word in (seed, draw, index):
-        hashed = mix((hashed ^ word) + golden)
+        hashed = mix((hashed ^ (word if isinstance(word, Tensor) else plain(word))) + golden)
     return hashed.to(torch.int32)
 
 
@@ -539,7 +540,7 @@ def check_dropout(p: float, layer: int) -> None:
     _check_number("p", p, 0.0, 1.0)
     if p == 1:
         raise ValueError("p must be below 1, got 1")
-    if not is_integer(layer) or not 0 <= layer < 1 << 20:
+    if not is_integer(layer) or not 0 <= plain(layer) < 1 << 20:
         raise ValueError(f"layer must be an integer of 0 .. 2^20 - 1, got {layer!r}")
 
 

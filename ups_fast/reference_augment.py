@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ups_fast.policy import (
     FILL,
@@ -79,7 +80,7 @@ def augment_plan(
     3
     """
     policy, (height, width) = check_augment_plan(index, policy, size, seed, epoch)
-    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [epoch] * len(index)
+    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [int(epoch)] * len(index)
     rows = [
         _drawn(sample, policy, height, width, int(seed), each)
         for sample, each in zip(index.tolist(), epochs, strict=True)
@@ -287,7 +288,7 @@ def check_augment_plan(
     if (
         not isinstance(both, Sequence)
         or len(both) != 2
-        or not all(is_integer(side) and 1 <= side <= 2048 for side in both)
+        or not all(is_integer(side) and 1 <= plain(side) <= 2048 for side in both)
     ):
         raise ValueError(f"size must be height and width in 1..2048, got {size}")
     height, width = _number(both[0]), _number(both[1])
@@ -301,6 +302,11 @@ def check_augment_plan(
 def _number(side: int) -> int:
     """A side of the images shapes the tables: a tracer makes a graph for this number alone."""
     return int(side) if isinstance(side, torch.SymInt) else operator.index(side)
+
+
+def plain(number: int) -> int:
+    """One of NumPy, whose narrow types overflow in comparisons and sums, as Python's."""
+    return number if isinstance(number, (int, torch.SymInt)) else operator.index(number)
 
 
 def is_integer(x: object) -> TypeGuard[int]:
@@ -318,7 +324,7 @@ def check_counter(name: str, value: int | Tensor, bits: int, index: Tensor, *, e
                 f"{name} must be an int or an int64 tensor {wanted} on {index.device}, got {value.dtype} "
                 f"{list(value.shape)} on {value.device}"
             )
-    elif not is_integer(value) or not 0 <= value < 1 << bits:
+    elif not is_integer(value) or not 0 <= plain(value) < 1 << bits:
         raise ValueError(f"{name} must be an integer of 0 .. 2^{bits} - 1, got {value!r}")
 
 
@@ -329,7 +335,7 @@ def _check_channels(name: str, values: Sequence[float] | Tensor, channels: int) 
     )
     wanted = f"{name} must be {numbers_meant}, one for each channel"
     if isinstance(values, Tensor):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             raise TypeError(f"{wanted}; while a graph is traced it cannot be a tensor: use {name}.tolist()")
         values = values.tolist()
     elif hasattr(values, "tolist"):  # of NumPy
@@ -390,7 +396,7 @@ def check_augment(
         if out.requires_grad:
             raise ValueError("out must not require a gradient")
         apart = torch.compiler.is_compiling() or not out.numel()
-        if not apart and torch._C._is_alias_of(out, images):  # type: ignore[attr-defined]
+        if not apart and out.untyped_storage()._cdata == images.untyped_storage()._cdata:
             raise ValueError("out must not share memory with images")
         if not out.permute(0, 2, 3, 1).is_contiguous():
             raise ValueError(f"out must be channels last in memory, got strides {out.stride()}")

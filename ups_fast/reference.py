@@ -580,8 +580,11 @@ def check_ups_loss(
                 f"target must have {logits.shape[1]} classes like logits, got {list(target.shape)}"
             )
         _check_constant("target", target)
-    else:
+    elif target.dtype == torch.int64 or target.dim() == 1:
         _check_tensor("target", target, "[B]", (torch.int64,))
+    else:
+        got = f"{str(target.dtype)[6:]} {list(target.shape)}"
+        raise TypeError(f"target must be int64 [B] or floating-point [B, C], got {got}")
     _check_rows("target", target, logits)
     _check_tensor("positive", positive, "[B]", (torch.bool,))
     _check_rows("positive", positive, logits)

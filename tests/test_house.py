@@ -104,7 +104,7 @@ def test_one_name_everywhere(op):
 
 def test_only_ops_imports_the_kernels():
     for path in PACKAGE.rglob("*.py"):
-        assert path.name == "ops.py" or "_C" not in re.findall(r"\b_C\b", path.read_text()), path
+        assert path.name == "ops.py" or "_C" not in re.findall(r"(?<!torch\.)\b_C\b", path.read_text()), path
 
 
 def test_backend_says_what_runs():

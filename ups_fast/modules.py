@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from .ops import counter_dropout, mish, nce_loss, ups_loss
-from .reference import Reduction, check_dropout, check_label_smoothing, check_reduction
+from .reference import Reduction, check_dropout, check_label_smoothing, check_reduction, is_readable
 
 
 class Mish(nn.Module):
@@ -255,7 +255,7 @@ class _EqualPasses:
         if self.done or torch.compiler.is_compiling():
             return
         result, arguments = _first_tensor(output), tree_leaves((args, kwargs))
-        if result is None or not result.numel() or not _is_plain(result):
+        if result is None or not result.numel() or not is_readable(result):
             return
         if self.result is None:
             self.arguments, self.versions = arguments, _versions(arguments)
@@ -315,17 +315,6 @@ def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, (tuple, list)):
         return next((x for x in map(_first_tensor, output) if x is not None), None)
     return None
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether values may be compared here: not in a trace, a transform or the capture of a CUDA graph."""
-    return (
-        type(x) is Tensor
-        and x.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def _versions(arguments: list) -> list[int]:

@@ -495,12 +495,15 @@ class _Loss(_Op):
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)  # so that jvp sees which arguments have a tangent
         ctx.shape, ctx.smoothing, ctx.others = loss.shape, inputs[at + 2 :], len(inputs) - 1
 
     @staticmethod
     def backward(ctx, d_loss, _):
         if any(ctx.needs_input_grad[1:]):
             raise RuntimeError(_CONSTANTS)
+        if d_loss is None:
+            return (None,) * (1 + ctx.others)
         return ctx.backward_op(d_loss, *ctx.saved_tensors, *ctx.smoothing), *(None,) * ctx.others
 
     @staticmethod

@@ -90,8 +90,6 @@ def mc_select(
         >>> found.label.tolist(), found.positive.tolist()
         ([0, 0], [True, False])
         >>> found.negative.tolist()
-        [[False, False, False], [False, False, False]]
-        >>> ups_fast.mc_select(logits, tau_n=0.06).negative.tolist()
         [[False, True, True], [False, False, False]]
     """
     tau_p, tau_n, kappa_p, kappa_n, temp_nl = check_mc_select(
@@ -575,7 +573,9 @@ def check_mc_select(
 
 def _warn_of_probabilities(logits: Tensor) -> None:  # [P, N, C]
     """Looks at 8 samples at most, and only where that costs nothing: never on a GPU, never in a trace."""
-    if not _is_readable(logits) or logits.shape[-1] == 1 or not 0 <= logits[0, :1, 0].sum() <= 1:
+    if logits.device.type != "cpu" or not is_readable(logits) or logits.shape[-1] == 1:
+        return
+    if not 0 <= logits[0, :1, 0].sum() <= 1:
         return
     rows = logits.detach()[0, :: -(-logits.shape[1] // 8) or 1].double()
     close = 1e-4 if torch.finfo(logits.dtype).bits >= 32 else 0.02  # bfloat16 keeps 8 bits of each
@@ -587,14 +587,15 @@ def _warn_of_probabilities(logits: Tensor) -> None:  # [P, N, C]
         )
 
 
-def _is_readable(x: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device or breaking a trace or transform."""
+def is_readable(x: Tensor) -> bool:
+    """Whether x has values that may be looked at: not in a trace, a transform or the capture of a CUDA graph."""
     return (
-        x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)  # not a fake one
+        type(x) in (Tensor, torch.nn.Parameter)  # not a fake one
+        and x.device.type != "meta"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and torch._C._len_torch_dispatch_stack() == 0
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -625,8 +626,11 @@ def check_ups_loss(
                 f"target must have {logits.shape[1]} classes like logits, got {list(target.shape)}"
             )
         _check_constant("target", target)
-    else:
+    elif target.dtype == torch.int64 or target.dim() == 1:
         _check_tensor("target", target, "[B]", (torch.int64,))
+    else:
+        got = f"{str(target.dtype)[6:]} {list(target.shape)}"
+        raise TypeError(f"target must be int64 [B] or floating-point [B, C], got {got}")
     _check_rows("target", target, logits)
     _check_tensor("positive", positive, "[B]", (torch.bool,))
     _check_rows("positive", positive, logits)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from ups_fast.models.network import Mish
+from ups_fast.modules import Mish
 
 
 def _either(value: float) -> float:

@@ -13,8 +13,9 @@ enum class Operation : int32_t { lookup, auto_contrast, equalize, affine, color,
 // One operation with one of its values: 72 words of the `variants` table.
 struct Variant {
   Operation operation;
-  int32_t value[7];     // affine: the six numbers of its matrix, 16.16 fixed point; color, contrast, sharpness: which
-                        // blend table; fill: half the side, 16.16, its whole pixels, and the colour of each channel
+  int32_t
+      value[7];  // affine: the six numbers of its matrix, 16.16 fixed point; color, contrast, sharpness: which
+                 // blend table; fill: half the side, 16.16, its whole pixels, three colors, the center's least place
   uint8_t lookup[256];  // lookup: the new value of a pixel
 };
 static_assert(sizeof(Variant) == 72 * sizeof(int32_t));
@@ -36,7 +37,7 @@ constexpr int kSettings = sizeof(AugmentSettings) / sizeof(int32_t);
 // A plan row: what is drawn for one image.
 struct PlannedOp {
   int32_t variant;    // row of the variants table; -1: nothing
-  int32_t top, left;  // first pixel of the square, if it is a fill
+  int32_t top, left;  // first pixel of the square, if it is a fill; H or W where it lies outside
 };
 struct PlannedFrame {
   int32_t flip;                      // 0 or 1

@@ -9,7 +9,7 @@ namespace ups {
 
 struct DropoutCall {
   DropoutCall(const Tensor& x_in, const Tensor& keys_in, double p, int64_t layer)
-      : x(dense(x_in)), keys(torch::stable::contiguous(keys_in)), y(torch::stable::empty_like(x)) {
+      : x(plain(x_in)), keys(torch::stable::contiguous(keys_in)), y(new_elementwise(x)), given(x_in) {
     UPS_CHECK(x.dim() >= 2, "x must have at least 2 dimensions, got ", x.dim());
     check_dim("keys", keys, 1);
     check_size("keys", keys, 0, x.size(0));
@@ -26,7 +26,14 @@ struct DropoutCall {
     layer_number = static_cast<uint32_t>(layer);
   }
 
-  const Tensor x, keys, y;
+  // y in the layout of the x that was given.
+  Tensor result() const {
+    if (is_contiguous(given) || is_channels_last(given)) return y;
+    Tensor moved = new_elementwise(given);
+    return torch::stable::copy_(moved, y);
+  }
+
+  const Tensor x, keys, y, given;  // x and y are contiguous or channels last
   int64_t rows, C, S;
   bool channels_last;
   uint32_t threshold, layer_number;

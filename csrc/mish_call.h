@@ -6,9 +6,9 @@
 namespace ups {
 
 struct MishCall {
-  explicit MishCall(const Tensor& x_in) : x(dense(x_in)), y(torch::stable::empty_like(x)), elements(x.numel()) {}
+  explicit MishCall(const Tensor& x_in) : x(dense(x_in)), y(new_elementwise(x_in)), elements(x.numel()) {}
 
-  const Tensor x, y;  // of one memory layout, without gaps
+  const Tensor x, y;  // of one memory layout, without gaps; strides may differ in dimensions of one element
   const int64_t elements;
 };
 

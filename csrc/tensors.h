@@ -52,20 +52,66 @@ inline Tensor dense_rows(const Tensor& x) {
   return dense ? x : torch::stable::contiguous(x);
 }
 
-// Itself, if its elements lie without gaps in the order of one of torch's two layouts; else a contiguous copy.
+// Whether the elements lie without gaps when the dimensions are walked in this order, from the innermost; dimensions of
+// one element lie anywhere.
+template <class Order>
+bool packed(const Tensor& x, const Order& order) {
+  int64_t expected = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t d = order(i);
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+inline bool is_contiguous(const Tensor& x) {
+  return x.numel() == 0 || packed(x, [&](int64_t i) { return x.dim() - 1 - i; });
+}
+
+// Channels, then the last dimension to the third, then rows.
+inline bool is_channels_last(const Tensor& x) {
+  return x.dim() >= 2 && packed(x, [&](int64_t i) { return i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i; });
+}
+
+// Whether there is any order of the dimensions in which the elements lie without gaps.
+inline bool is_dense(const Tensor& x) {
+  if (is_contiguous(x)) return true;
+  for (int64_t walked = 1; walked < x.numel();) {
+    int64_t next = -1;
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      if (x.size(d) != 1 && x.stride(d) == walked) next = d;
+    }
+    if (next < 0) return false;
+    walked *= x.size(next);
+  }
+  return true;
+}
+
+// Itself if it is dense, else a dense copy whose dimensions lie in the same order.
 inline Tensor dense(const Tensor& x) {
-  int64_t channels_last = 1, contiguous = 1;
-  bool is_last = x.dim() >= 2, is_contiguous = true;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    is_contiguous = is_contiguous && (x.size(d) == 1 || x.stride(d) == contiguous);
-    contiguous *= x.size(d);
+  if (is_dense(x)) return x;
+  Tensor copy = torch::stable::empty_like(x);
+  return torch::stable::copy_(copy, x);
+}
+
+// Itself if it is contiguous or channels last, else a contiguous copy.
+inline Tensor plain(const Tensor& x) {
+  return is_contiguous(x) || is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+// Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them. They differ from those
+// of empty_like in dimensions of one element.
+inline Tensor new_elementwise(const Tensor& x) {
+  const int64_t d = x.dim();
+  if (is_contiguous(x)) {
+    int64_t shape[64];
+    for (int64_t i = 0; i < d; ++i) shape[i] = x.size(i);
+    return torch::stable::new_empty(x, {shape, static_cast<size_t>(d)});
   }
-  for (int64_t i = 0; is_last && i < x.dim(); ++i) {  // channels, then the last dimension to the third, then rows
-    const int64_t d = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
-    is_last = x.size(d) == 1 || x.stride(d) == channels_last;
-    channels_last *= x.size(d);
-  }
-  return is_contiguous || is_last ? x : torch::stable::contiguous(x);
+  if (d != 4 || !is_channels_last(x)) return torch::stable::empty_like(x);
+  const Tensor last = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), x.size(1)});
+  return torch::stable::transpose(torch::stable::transpose(last, 1, 3), 2, 3);
 }
 
 // float32 statistics for all but float64 logits.

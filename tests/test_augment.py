@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -23,6 +25,7 @@ from ups_fast.policy import (
     PUBLISHED,
     Policy,
     blend_table,
+    normalization,
     parse_ops,
     randaugment,
 )
@@ -46,6 +49,7 @@ VALUES = {  # of each operation, with the awkward ones
     "TranslateX": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
     "TranslateY": (13.33, -13.33, 0, 0.5, 2.5, -0.5, -2.5, 500, -500),
     "Gamma": (0.01, 0.6, 1, 1.6, 100),
+    "CutoutPublished": (5.33, 0, 0.5, 1, 40),
 }
 
 
@@ -243,7 +247,7 @@ def test_draws_are_spread_as_they_should_be():
         assert (counts - values.numel() * share).abs().max() <= bound
 
     names = [name for name, _ in plan.names]
-    position = torch.tensor([PUBLISHED.index(name) for name in names])
+    position = torch.tensor([PUBLISHED.index(name.replace("Published", "Abs")) for name in names])
     uniform(position[plan.variant], 0, 15)
     signed = plan.variant[(plan.variant == 3) | (plan.variant == 4)]
     assert names[3] == names[4] == "Rotate"
@@ -265,11 +269,11 @@ def test_draws_are_spread_as_they_should_be():
     for side in (height, width):
         assert abs(side.float().mean() - sides.mean()) < 5 * sides.std() / n**0.5
 
-    fills = plan.corner[plan.variant == names.index("CutoutAbs")]
-    corners = np.maximum(0, g.uniform(0, 32, 1_000_000) - 5.3333 / 2).astype(int)
+    fills = plan.corner[plan.variant == names.index("CutoutPublished")]
+    corners = np.maximum(0, np.random.RandomState(0).uniform(32, 1, 1_000_000) - 5.3333 / 2).astype(int)
     for column in fills.unbind(1):
         assert abs(column.float().mean() - corners.mean()) < 5 * corners.std() / len(fills) ** 0.5
-    rest = plan.corner[plan.variant != names.index("CutoutAbs")]
+    rest = plan.corner[plan.variant != names.index("CutoutPublished")]
     assert (rest == 0).all()
 
 
@@ -312,7 +316,7 @@ def test_a_plan_replaces_the_draws():
     [
         ("variant", 21),
         ("variant", -2),
-        ("corner", 32),
+        ("corner", 33),
         ("corner", -1),
         ("crop", 32),
         ("crop", -32),
@@ -375,7 +379,28 @@ FOREIGN = ops.augment_plan(torch.arange(4), policy="weak", size=32, seed=0, epoc
             {"epoch": torch.tensor(1.0)},
             "epoch must be an int or an int64 tensor [] or [4] on cpu, got torch.fl",
         ),
-        ({"mean": (0.5,)}, "mean and std must have 3 values"),
+        ({"policy": "Publised"}, "got 'Publised' (did you mean published?)"),
+        ({"seed": True}, "seed must be an integer of 0 .. 2^63 - 1, got True"),
+        ({"seed": 2**63}, "seed must be an integer of 0 .. 2^63 - 1, got 9223372036854775808"),
+        ({"seed": torch.zeros(4, dtype=torch.int64)}, "seed must be an int or an int64 tensor [] on cpu"),
+        (
+            {"mean": (0.5,)},
+            "mean must be 3 finite numbers, such as (0.5, 0.5, 0.5), one for each channel, got (0.5,)",
+        ),
+        (
+            {"mean": 0.5},
+            "mean must be 3 finite numbers, such as (0.5, 0.5, 0.5), one for each channel, got 0.5",
+        ),
+        ({"mean": "abc"}, "one for each channel, got 'abc'"),
+        ({"mean": None}, "one for each channel, got None"),
+        ({"mean": torch.tensor(0.5)}, "one for each channel, got 0.5"),
+        ({"mean": torch.full((3, 1, 1), 0.5)}, "one for each channel, got [[[0.5]]"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "one for each channel, got (0.5, nan, 0.5)"),
+        ({"std": (0.5, float("inf"), 0.5)}, "std must be 3 finite numbers"),
+        ({"std": (0.5, True, 0.5)}, "std must be 3 finite numbers"),
+        ({"std": (0.5, -1.0, 0.5)}, "std must be above 0"),
+        ({"std": (0.5, 1e-50, 0.5)}, "std must be above 0"),
+        ({"dtype": "float32"}, "dtype must be float32, float16 or bfloat16, got float32"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be above 0"),
         ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got torch.float64"),
         ({"plan": 3}, "plan must be an AugmentPlan, got int"),
@@ -414,7 +439,7 @@ def test_impossible_policies_are_named(fields, sentence):
 def test_ops_from_words():
     assert parse_ops("") == parse_ops("  ") == ()
     assert parse_ops("ups") == randaugment(4)
-    assert parse_ops("published") == randaugment(4, least_bits=0)
+    assert parse_ops("published") == randaugment(4, least_bits=0, square="CutoutPublished")
     text = "TranslateX -1 0 1,Invert,  Gamma .6 1.6"
     assert parse_ops(text) == (("TranslateX", (-1, 0, 1)), ("Invert", (0,)), ("Gamma", (0.6, 1.6)))
 
@@ -475,6 +500,83 @@ def test_the_ops_are_torchs():
                 list(table.settings),
             )
             torch.library.opcheck(torch.ops.ups_fast.augment, args)
+
+
+def test_index_and_counters_of_any_strides():
+    images, perm = hostile_images(24, 8, 8, 3), torch.randperm(24)
+    epochs = torch.arange(48)
+    for index in (perm[1::2], perm[:1].expand(12), torch.stack([perm, perm], 1)[:12, 0], perm.flip(0)[:12]):
+        for epoch in (epochs[::4], epochs[:1].expand(12), epochs[3], torch.tensor(2**40 + 5)):
+            seed = torch.stack([epochs, epochs])[1, 7]
+            rule = {"policy": "ups", "seed": seed, "epoch": epoch}
+            got, want = both(images, index, **rule)
+            assert_equal(got, want)
+            assert_equal(fused(images, index.clone(), **{**rule, "epoch": epoch.clone()}), want)
+            plans = [f(index, size=8, **rule) for f in (ops.augment_plan, reference.augment_plan)]
+            assert torch.equal(plans[0].draws, plans[1].draws)
+            twice = replace(plans[0], draws=plans[0].draws.repeat_interleave(2, 0)[::2])
+            assert_equal(fused(images, index, plan=twice, **rule), want)
+
+
+def test_numbers_in_any_form():
+    images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
+    want = fused(images, index, "ups", mean=(0.25, 0.5, 0.75), std=(0.5, 0.25, 0.125), seed=7, epoch=3)
+    for form in (
+        list,
+        torch.tensor,
+        np.array,
+        lambda x: np.array(x, np.float32),
+        lambda x: list(np.array(x)),
+    ):
+        for function in (ops.augment, reference.augment):
+            mean, std = form((0.25, 0.5, 0.75)), form((0.5, 0.25, 0.125))
+            rule = {"mean": mean, "std": std, "seed": np.int64(7), "epoch": np.uint8(3)}
+            assert torch.equal(pixels_of(function, images, index, "ups", **rule), want)
+    made = normalization.cache_info().misses
+    for _ in range(3):
+        fused(images, index, "ups", mean=torch.tensor([0.25, 0.5, 0.75]), std=np.array((0.5, 0.25, 0.125)))
+    assert normalization.cache_info().misses == made
+    sizes = [8, (8, 8), [8, 8], np.int64(8), torch.Size((8, 8)), images.shape[1:3]]
+    for size in sizes:
+        assert ops.augment_plan(index, policy="ups", size=size, seed=0, epoch=0).size == (8, 8)
+    for size in (True, 8.0, "88", (8,), (8, 8, 3), 0, 2049, None, torch.tensor([8, 8])):
+        with pytest.raises(ValueError, match=r"^size must be height and width in 1\.\.2048, got "):
+            ops.augment_plan(index, policy="none", size=size, seed=0, epoch=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 32])
+def test_the_published_square_is_drawn_as_numpy_draws_it(size):
+    """np.random.uniform(w) is uniform(low=w, high=1): from (1, w]. The square of `ups` has its center in [0, w)."""
+    side, n = 5.3333, 20_000
+    for name, low in (("CutoutAbs", 0), ("CutoutPublished", 1)):
+        rule = {"policy": Policy(ops=((name, (side,)),), n_ops=1), "size": size, "seed": 0, "epoch": 0}
+        drawn = ops.augment_plan(torch.arange(n), **rule).corner[:, 0]
+        assert torch.equal(drawn[:300], reference.augment_plan(torch.arange(300), **rule).corner[:, 0])
+        g = np.random.RandomState(0)  # as the published code: a Generator refuses low > high
+        center = g.uniform(size, 1, (200_000, 2)) if low else g.uniform(0, size, (200_000, 2))
+        want = np.maximum(0, center - side / 2).astype(int)
+        for value in range(size):
+            share, got = (want == value).mean(), (drawn == value).float().mean()
+            assert abs(got - share) < 5 * (share * (1 - share) / n) ** 0.5 + 2e-3, (name, value)
+    assert dict(POLICIES["published"].ops).keys() - dict(POLICIES["ups"].ops).keys() == {"CutoutPublished"}
+
+
+def test_neither_kernels_nor_pillow():
+    """The sentence says what to install; augment_plan needs neither."""
+    code = """
+import sys
+sys.modules["ups_fast._C"] = sys.modules["PIL"] = None
+import torch, ups_fast
+index, images = torch.arange(2), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+ups_fast.augment_plan(index, policy="ups", size=8, seed=0, epoch=0)
+ups_fast.augment(images, index, policy="ups", seed=0, epoch=0, mean=[0] * 3, std=[1] * 3)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: augment needs Pillow where it runs without its compiled kernels: run `pip install pillow`, or "
+        "build the kernels (ups_fast.backend() says how)"
+    )
 
 
 @pytest.mark.parametrize("augment", [ops.augment, reference.augment], ids=["fused", "reference"])

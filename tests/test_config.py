@@ -190,7 +190,6 @@ def test_a_resolved_config_reads_back_the_same(base, tmp_path):
         ("select.kappa_n=-1", "select.kappa_n must be at least 0, got -1.0"),
         ("select.temp_nl=0", "select.temp_nl must be in [0.001, 1000], got 0.0"),
         ("select.passes=0", "select.passes must be in [1, 10000], got 0"),
-        ("select.passes=1", "add select.kappa_p=inf select.kappa_n=inf"),
         ("data.n_labels=0", "data.n_labels must say how many images of digits are labelled, got 0"),
         ("data.name=npz", "data.n_labels must be 0 for npz"),
         ("device=gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
@@ -208,10 +207,9 @@ def test_nan_is_refused_everywhere(base, name):
     assert refusal(base, f"{name}=nan").startswith(f"{name} must be ")
 
 
-def test_one_pass_is_fine_without_limits_on_the_uncertainty(base):
-    words = ["select.passes=1", "select.kappa_p=inf", "select.kappa_n=inf"]
-    assert load(base, [*words, "model.dropout=0"]).select.passes == 1
-    assert "measures no uncertainty" in refusal(base, *words[:2])
+def test_one_pass_needs_no_dropout_and_no_infinite_kappas(base):
+    for words in ([], ["select.kappa_p=inf"], ["select.kappa_p=inf", "select.kappa_n=inf"]):
+        assert load(base, ["select.passes=1", "model.dropout=0", *words]).select.passes == 1
 
 
 def test_warm_up_is_held_against_the_shorter_kind_of_round(base):

@@ -124,7 +124,13 @@ class Kernels:
     def call(self, name: str, *args: object) -> None:
         function = getattr(self.lib, name)
         function.restype = ctypes.c_char_p
-        convert = {int: ctypes.c_int64, bool: ctypes.c_bool, Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
+        convert = {
+            int: ctypes.c_int64,
+            bool: ctypes.c_bool,
+            float: ctypes.c_double,
+            Tensor: lambda t: ctypes.c_void_p(t.data_ptr()),
+            type(None): ctypes.c_void_p,
+        }
         error = function(*(convert[type(a)](a) for a in args)).decode()
         assert not error, error
 
@@ -163,7 +169,14 @@ class Kernels:
         return selection
 
     def nce_loss(
-        self, z: Tensor, mask: Tensor, reduction: int, *, seed=0, max_blocks=MANY
+        self,
+        z: Tensor,
+        mask: Tensor,
+        reduction: int,
+        weight: Tensor | None = None,
+        *,
+        seed=0,
+        max_blocks=MANY,
     ) -> tuple[Tensor, Tensor]:
         results = Results()
         loss = results.new(tuple(z.shape[:1]) if reduction == 0 else (), scalar_type(z))
@@ -171,13 +184,21 @@ class Kernels:
         packed = mask.dtype == torch.int32
         self.call(
             "nce_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape, mask, mask.stride(0), packed,
-            reduction, loss, scale,
+            weight, reduction, loss, scale,
         )  # fmt: skip
         results.check()
         return loss, scale
 
     def nce_loss_backward(
-        self, d_loss: Tensor, z: Tensor, mask: Tensor, scale: Tensor, *, seed=0, max_blocks=MANY
+        self,
+        d_loss: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        weight: Tensor | None = None,
+        *,
+        seed=0,
+        max_blocks=MANY,
     ) -> Tensor:
         results = Results()
         d_logits = results.new(tuple(z.shape), z.dtype)
@@ -185,20 +206,45 @@ class Kernels:
         packed = mask.dtype == torch.int32
         self.call(
             "nce_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, stride, z, z.stride(0), *z.shape,
-            mask, mask.stride(0), packed, scale, d_logits,
+            mask, mask.stride(0), packed, weight, scale, d_logits,
         )  # fmt: skip
         results.check()
         return d_logits
 
+    @staticmethod
+    def ups_rows(
+        target: Tensor,
+        positive: Tensor,
+        negative: Tensor | None,
+        weight: Tensor | None,
+        label_smoothing: float,
+    ) -> list:
+        soft = target if target.is_floating_point() else None
+        mask = negative is not None
+        return [
+            None if soft is not None else target, soft, 0 if soft is None else soft.stride(0), float(label_smoothing),
+            positive, negative, negative.stride(0) if mask else 0, mask and negative.dtype == torch.int32, weight,
+        ]  # fmt: skip
+
     def ups_loss(
-        self, z: Tensor, target: Tensor, positive: Tensor, negative: Tensor, *, seed=0, max_blocks=MANY
+        self,
+        z: Tensor,
+        target: Tensor,
+        positive: Tensor,
+        negative: Tensor | None,
+        *,
+        weight=None,
+        reduction=1,
+        label_smoothing=0.0,
+        seed=0,
+        max_blocks=MANY,
     ):
         results = Results()
-        loss, scale = results.new((), scalar_type(z)), results.new((2,), scalar_type(z))
-        packed = negative.dtype == torch.int32
+        loss = results.new(tuple(z.shape[:1]) if reduction == 0 else (), scalar_type(z))
+        scale = results.new((2,), scalar_type(z))
         self.call(
-            "ups_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape, target, positive, negative,
-            negative.stride(0), packed, loss, scale,
+            "ups_loss", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), *z.shape,
+            *self.ups_rows(target, positive, negative, weight, label_smoothing), reduction, loss, scale,
         )  # fmt: skip
         results.check()
         return loss, scale
@@ -209,18 +255,20 @@ class Kernels:
         z: Tensor,
         target: Tensor,
         positive: Tensor,
-        negative: Tensor,
+        negative: Tensor | None,
         scale: Tensor,
         *,
+        weight=None,
+        label_smoothing=0.0,
         seed=0,
         max_blocks=MANY,
     ) -> Tensor:
         results = Results()
         d_logits = results.new(tuple(z.shape), z.dtype)
-        packed = negative.dtype == torch.int32
+        stride = d_loss.stride(0) if d_loss.dim() else 0
         self.call(
-            "ups_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, z, z.stride(0), *z.shape, target,
-            positive, negative, negative.stride(0), packed, scale, d_logits,
+            "ups_loss_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, stride, z, z.stride(0), *z.shape,
+            *self.ups_rows(target, positive, negative, weight, label_smoothing), scale, d_logits,
         )  # fmt: skip
         results.check()
         return d_logits
@@ -585,12 +633,12 @@ def both_gradients(f, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach(), exact.grad, own.grad
 
 
-def assert_close(got: Tensor, truth: Tensor, reference_value: Tensor) -> None:
-    """An error of at most twice the reference's own in its type, or two roundings of the largest value."""
+def assert_close(got: Tensor, truth: Tensor, reference_value: Tensor, roundings: int = 2) -> None:
+    """An error of at most twice the reference's own in its type, or so many roundings of the largest value."""
     error, allowed = ((x.double() - truth).abs().amax() for x in (got, reference_value))
     # In float64 the truth has an error of its own, from 1 - p near p = 1.
     rounding = truth.abs().amax() * (1e-11 if got.dtype == torch.float64 else torch.finfo(got.dtype).eps)
-    assert error <= 2 * torch.maximum(allowed, rounding), (error, allowed, rounding)
+    assert error <= max(2 * allowed, roundings * rounding), (error, allowed, rounding)
 
 
 REDUCTIONS = ("none", "mean", "sum")  # their position is the kernel's argument
@@ -632,6 +680,64 @@ def check_ups_loss(kernels: Kernels, z: Tensor, *rows: Tensor) -> None:
     torch.testing.assert_close(kernels.ups_loss(z, *rows, seed=1), (loss, scale), rtol=0, atol=0)
     again = kernels.ups_loss_backward(d_loss, z, *rows, scale, seed=1)
     torch.testing.assert_close(again, d_logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "c"), [(7, 3), (40, 10), (12, 33), (5, 200), (3, 1025)])
+def test_losses_with_weights_soft_targets_and_smoothing(kernels, n, c, dtype):
+    """A product with the weight and one with the target more: four roundings."""
+    z, target, positive, negative = batch(n, c, dtype=dtype, seed=n)
+    g = torch.Generator().manual_seed(c)
+    weight = torch.rand(n, dtype=scalar_type(z), generator=g)
+    weight[::3] = 0
+    soft = torch.randn(n, c + 2, dtype=scalar_type(z), generator=g).softmax(dim=-1)[:, 1 : c + 1]
+    one = torch.ones((), dtype=scalar_type(z))
+    for i, (y, mask, w, smoothing) in enumerate(
+        itertools.product((target.clamp(min=0), soft), (None, negative), (None, weight), (0.0, 0.1))
+    ):
+        code = (0, 2, 3, 1)[i % 4]
+        options = {"weight": w, "label_smoothing": smoothing}
+
+        def f(x, ops=reference, rows=(y, positive, mask), options=options, code=code):
+            reduction = ("none", "mean", "sum", "batchmean")[code]
+            return ops.ups_loss(x, *rows, reduction=reduction, **options)
+
+        truth, d_truth, d_reference = both_gradients(f, z)
+        loss, scale = kernels.ups_loss(z, y, positive, mask, reduction=code, **options)
+        assert_close(loss, truth, f(z), roundings=4)
+        d_logits = kernels.ups_loss_backward(one.expand_as(loss), z, y, positive, mask, scale, **options)
+        assert_close(d_logits, d_truth, d_reference, roundings=4)
+    for code, reduction in enumerate(("none", "mean", "sum", "batchmean")):
+
+        def f(x, reduction=reduction):
+            return reference.nce_loss(x, negative, reduction=reduction, weight=weight)
+
+        truth, d_truth, d_reference = both_gradients(f, z)
+        loss, scale = kernels.nce_loss(z, negative, code, weight)
+        assert_close(loss, truth, f(z), roundings=4)
+        d_logits = kernels.nce_loss_backward(one.expand_as(loss), z, negative, scale, weight)
+        assert_close(d_logits, d_truth, d_reference, roundings=4)
+
+
+def test_losses_of_weight_0_are_those_of_no_row(kernels):
+    """Whatever stands in it: a target out of range, NaN logits."""
+    z, target, positive, negative = batch(12, 10, seed=3)
+    weight = torch.ones(12)
+    weight[[1, 4]] = 0
+    z[[1, 4]], positive[1], target[1], positive[4], negative[4] = nan, True, 99, False, True
+    kept = weight != 0
+    for smoothing in (0.0, 0.2):
+        loss, scale = kernels.ups_loss(
+            z, target, positive, negative, weight=weight, label_smoothing=smoothing
+        )
+        alone, _ = kernels.ups_loss(
+            z[kept], target[kept], positive[kept], negative[kept], label_smoothing=smoothing
+        )
+        torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+        d_logits = kernels.ups_loss_backward(
+            torch.ones(()), z, target, positive, negative, scale, weight=weight, label_smoothing=smoothing
+        )
+        assert (d_logits[~kept] == 0).all() and d_logits.isfinite().all()
 
 
 C_LOSS = [1, 2, 3, 10, 31, 32, 33, 100, 129, 257, 1000, 1025, 4097]

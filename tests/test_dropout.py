@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ups_fast import counter_dropout, dropout_keys, ops, reference
+from ups_fast import CounterDropout, counter_dropout, dropout_keys, ops, reference
 
 SHAPES = [
     (5, 3),
@@ -110,6 +111,68 @@ def test_keys_differ_and_depend_on_everything():
     assert dropout_keys(torch.tensor([2**40]), seed=3, draw=4) != keys[0]
     bits = keys[:, None] >> torch.arange(32) & 1
     assert (bits.double().mean(dim=0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(100_000)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"index": [0]}, "index must be a tensor [B], got list"),
+        ({"index": torch.arange(4, dtype=torch.int32)}, "index must be int64, got int32"),
+        ({"index": torch.zeros(4)}, "index must be int64, got float32"),
+        ({"index": torch.zeros(2, 2, dtype=torch.int64)}, "index must have shape [B], got [2, 2]"),
+        ({"index": torch.tensor(3)}, "index must have shape [B], got []"),
+        ({"seed": -1}, "seed must be an integer of 0 .. 2^63 - 1, got -1"),
+        ({"seed": 2**63}, "seed must be an integer of 0 .. 2^63 - 1, got 9223372036854775808"),
+        ({"seed": True}, "seed must be an integer of 0 .. 2^63 - 1, got True"),
+        ({"seed": 1.0}, "seed must be an integer of 0 .. 2^63 - 1, got 1.0"),
+        ({"seed": "1"}, "seed must be an integer of 0 .. 2^63 - 1, got '1'"),
+        (
+            {"seed": torch.arange(4)},
+            "seed must be an int or an int64 tensor [] on cpu, got torch.int64 [4] on cpu",
+        ),
+        (
+            {"seed": torch.tensor(1.0)},
+            "seed must be an int or an int64 tensor [] on cpu, got torch.float32 []",
+        ),
+        ({"draw": None}, "draw must be an integer of 0 .. 2^63 - 1, got None"),
+        (
+            {"draw": torch.arange(3)},
+            "draw must be an int or an int64 tensor [] or [4] on cpu, got torch.int64 [3]",
+        ),
+        (
+            {"draw": torch.zeros((), dtype=torch.int64, device="meta")},
+            "[] or [4] on cpu, got torch.int64 [] on meta",
+        ),
+    ],
+)
+def test_bad_arguments_of_keys_are_named(changed, sentence):
+    kwargs = {"index": torch.arange(4), "seed": 0, "draw": 0, **changed}
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+        dropout_keys(kwargs["index"], seed=kwargs["seed"], draw=kwargs["draw"])
+
+
+def test_numbers_of_numpy():
+    index, x = torch.arange(4), values((4, 6))
+    want = dropout_keys(index, seed=2**40, draw=7)
+    for draw in (np.uint8(7), np.int64(7), np.uint64(7)):
+        assert torch.equal(dropout_keys(index, seed=np.int64(2**40), draw=draw), want)
+    for function in (ops.counter_dropout, reference.counter_dropout):
+        assert torch.equal(
+            function(x, want, p=np.float32(0.5), layer=np.uint8(200)), function(x, want, p=0.5, layer=200)
+        )
+
+
+def test_the_module_is_the_op_or_nn_dropout():
+    x, keys = values((4, 6, 5, 5)), keys_of(4)
+    module = CounterDropout(0.3, layer=2)
+    assert repr(module) == "CounterDropout(p=0.3, layer=2)" and not module.state_dict()
+    want = counter_dropout(x, keys, p=0.3, layer=2)
+    assert torch.equal(module(x, keys), want) and torch.equal(module.eval()(x, keys), want)
+    assert torch.equal(module(x), x) and not torch.equal(module.train()(x), x)
+    assert torch.equal(CounterDropout(0.0)(x, keys), x)
+    for wrong in ({"p": 1.0}, {"p": -0.1}, {"p": "half"}, {"p": 0.3, "layer": -1}, {"p": 0.3, "layer": True}):
+        with pytest.raises((TypeError, ValueError), match=r"^(p|layer) must "):
+            CounterDropout(**wrong)
 
 
 def test_known_numbers():

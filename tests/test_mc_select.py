@@ -174,13 +174,76 @@ def test_thresholds_are_strict_as_documented(isa, c):
     assert ups_fast.mc_select(q, tau_n=0.5000001).negative[0].tolist() == [False, True]  # and never the label
 
 
-def test_one_pass_needs_infinite_kappas(isa):
-    z = logits_of(1, 9, 5)
-    got = ups_fast.mc_select(z, kappa_p=inf, kappa_n=inf)
-    assert (got.std == 0).all() and torch.equal(got.positive, got.confidence >= 0.70)
-    for kappas in ({}, {"kappa_p": inf}, {"kappa_n": inf}):
-        with pytest.raises(ValueError, match="single pass, because one pass has no std"):
-            ups_fast.mc_select(z, **kappas)
+@pytest.mark.parametrize("c", [2, 5, 40])
+def test_one_pass_uses_no_kappas(isa, c):
+    z = logits_of(1, 90, c)
+    want = reference.mc_select(z, kappa_p=inf, kappa_n=inf)
+    assert (want.std == 0).all() and torch.equal(want.positive, want.confidence >= 0.70)
+    for kappas in ({}, {"kappa_p": inf}, {"kappa_p": 0.0, "kappa_n": 0.0}):
+        for function in (ups_fast.mc_select, reference.mc_select):
+            got = function(z, **kappas)
+            assert torch.equal(got.positive, want.positive) and torch.equal(got.negative, want.negative)
+            assert (got.std == 0).all() and want.positive.any() and want.negative.any()
+    raw = torch.ops.ups_fast.mc_select(z, 0.7, 0.05, 0.0, 0.0, 2.0, False)
+    assert torch.equal(raw[3], want.positive) and torch.equal(raw[4], want.negative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_are_warned_of(dtype):
+    z = logits_of(3, 50, 7)
+    p = z.softmax(dim=-1).to(dtype)
+    for function in (ups_fast.mc_select, reference.mc_select):
+        for mistaken in (
+            p,
+            p[:, :1],
+            p[:1],
+            p.clone().requires_grad_(),
+            p.mT.contiguous().mT,
+        ):
+            with pytest.warns(
+                UserWarning, match="logits look like probabilities.*pass the network's output before"
+            ):
+                function(mistaken)
+
+
+@pytest.mark.filterwarnings("error")
+def test_logits_are_not_taken_for_probabilities():
+    p = logits_of(3, 50, 7).softmax(dim=-1)
+    one_is_off = p.clone()
+    one_is_off[0, 0, 0] += 0.1
+    for z in (logits_of(3, 50, 7), p.log(), p * 2, p - 0.1, one_is_off, torch.zeros(2, 3, 4), torch.ones(2, 3, 1),
+              torch.full((2, 3, 4), nan), torch.zeros(2, 0, 4)):  # fmt: skip
+        ups_fast.mc_select(z)
+        reference.mc_select(z)
+    # Where looking would wait for a device, or break a trace or transform, nobody looks.
+    torch.compile(ups_fast.mc_select, fullgraph=True, backend="eager")(p)
+    torch.func.vmap(lambda z: ups_fast.mc_select(z).label)(p.expand(2, -1, -1, -1))
+    with torch._subclasses.FakeTensorMode() as mode:
+        ups_fast.mc_select(mode.from_tensor(p))
+    torch.fx.experimental.proxy_tensor.make_fx(lambda z: ups_fast.mc_select(z).label)(p)
+    reference.mc_select(p.to("meta"))
+
+
+def test_the_raw_op_gives_constants():
+    z = logits_of(3, 8, 4)
+
+    def raw(z):
+        return torch.ops.ups_fast.mc_select(z, 0.7, 0.05, 0.05, 0.005, 2.0, False)
+
+    want = raw(z)
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            got = raw(z.clone().requires_grad_())
+            assert not any(x.requires_grad for x in got) and all(map(torch.equal, got, want))
+    _, tangents = torch.func.jvp(lambda z: raw(z)[1:3], (z,), (z,))
+    assert not any(t.any() for t in tangents)
+    gradient = torch.func.grad(lambda z: (raw(z)[1] * z.sum()).sum())(z)
+    torch.testing.assert_close(gradient, torch.full_like(z, want[1].sum().item()))
+    both = torch.func.vmap(raw)(torch.stack([z, -z]))
+    assert all(map(torch.equal, both, map(torch.stack, zip(want, raw(-z), strict=True))))
+    torch.library.opcheck(
+        torch.ops.ups_fast.mc_select.default, (z.requires_grad_(), 0.7, 0.05, 0.05, 0.005, 2.0, True)
+    )
 
 
 @pytest.mark.parametrize("c", [10, 50])

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from . import reference
+    from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
     from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
-    from .reference import Selection, dropout_keys
+    from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 except KeyboardInterrupt:
     if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
         print("stopped", file=sys.stderr)
@@ -26,18 +27,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AugmentPlan",
+    "CounterDropout",
+    "Mish",
+    "NCELoss",
     "Policy",
     "Selection",
+    "UPSLoss",
     "augment",
     "augment_plan",
     "backend",
     "counter_dropout",
     "dropout_keys",
     "load_model",
+    "mc_dropout",
     "mc_select",
     "mish",
     "nce_loss",
+    "pack_mask",
     "reference",
+    "unpack_mask",
     "ups_loss",
 ]
 

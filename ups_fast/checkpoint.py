@@ -245,19 +245,25 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, and returns logits float32
     [B, n_classes]. Its attributes say what belongs to it, see `Network`.
 
-    run_dir  the run's folder; ~ stands for the home folder
-    device   as in a config: auto, cpu, cuda or cuda:N
-    best     the network of the round with the highest test accuracy, the later one where two are equal. It was chosen
-             by the test images, so its accuracy on them is a little too high
+    Args:
+        run_dir: the folder of the run; ~ stands for the home folder.
+        device: as in a config: auto, cpu, cuda or cuda:N.
+        best: the network of the round with the highest test accuracy, the later one where two are equal. It was chosen
+            by the test images, so its accuracy on them is a little too high.
 
-    Raises FileNotFoundError where there is no trained network. Raises RunFolderError where its file is damaged, is no
-    regular file, or has weights that are not finite. Raises ValueError where there is no such device.
+    Returns:
+        The network, an `nn.Module`.
 
-    Example:
-        model = ups_fast.load_model("runs/digits")
-        pixels = torch.zeros(1, model.channels, *model.size, dtype=torch.uint8)
-        logits = model((pixels / 255 - model.mean) / model.std)
-        model.classes[logits.argmax(1)[0]]
+    Raises:
+        FileNotFoundError: there is no trained network.
+        RunFolderError: its file is damaged, is no regular file, or has weights that are not finite.
+        ValueError: there is no such device.
+
+    >>> model = load_model("runs/digits")
+    >>> pixels = torch.zeros(1, model.channels, *model.size, dtype=torch.uint8)
+    >>> logits = model((pixels / 255 - model.mean) / model.std)
+    >>> logits.shape
+    torch.Size([1, 10])
     """
     device = pick_device(str(device))
     folder = home(run_dir)

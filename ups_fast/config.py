@@ -8,7 +8,6 @@ values, each with one sentence. The same fields print the help.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import textwrap
@@ -177,7 +176,7 @@ class SelectConfig:
     temp_nl: float = _key(2.0, "Softmax temperature for negative labels.", within="[0.001, 1000]")
     passes: int = _key(
         10,
-        "Passes with dropout over each image; 1 switches uncertainty off (both kappas inf).",
+        "Passes with dropout over each image; 1 switches uncertainty off, and the kappas are not used.",
         within="[1, 10000]",
     )
     dropouts: int = _key(
@@ -315,15 +314,10 @@ def validate(cfg: Config) -> None:
             f"select.tau_n must not exceed select.tau_p, got tau_n={select.tau_n} and tau_p={select.tau_p}: "
             "a class would be both likely enough to be the label and unlikely enough not to be"
         )
-    if select.passes == 1 and (math.isfinite(select.kappa_p) or math.isfinite(select.kappa_n)):
-        raise ValueError(
-            "select.passes=1 measures no uncertainty, so no limit on it can hold: "
-            "add select.kappa_p=inf select.kappa_n=inf"
-        )
     if select.passes > 1 and cfg.model.dropout == 0:
         raise ValueError(
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
-            "equal (for no uncertainty set select.passes=1 select.kappa_p=inf select.kappa_n=inf)"
+            "equal (for no uncertainty set select.passes=1)"
         )
     shortest = min(train.epochs, train.first_epochs or train.epochs)
     if train.warmup_epochs > shortest:

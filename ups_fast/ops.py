@@ -11,14 +11,15 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
-from .policy import AugmentPlan, Policy, normalization, tables
-from .reference import Selection
+from .policy import AugmentPlan, Policy, Tables, normalization, tables
+from .reference import Reduction, Selection
 
 try:
     from . import _C  # registers the kernels
@@ -30,7 +31,7 @@ except ImportError as error:
         "build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
     )
 
-_REDUCTIONS = ("none", "mean", "sum")  # their position is the op's argument, as in torch's own losses
+_REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
 
 _lib = torch.library.Library("ups_fast", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -39,18 +40,24 @@ _lib.define(
     " -> (Tensor label, Tensor confidence, Tensor std, Tensor positive, Tensor negative)",
     tags=_tags,
 )
-_lib.define("nce_loss(Tensor logits, Tensor mask, int reduction) -> (Tensor loss, Tensor scale)", tags=_tags)
+# Floating-point targets and weights have the dtype of the loss.
 _lib.define(
-    "nce_loss_backward(Tensor d_loss, Tensor logits, Tensor mask, Tensor scale) -> Tensor d_logits",
+    "nce_loss(Tensor logits, Tensor mask, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor scale)",
     tags=_tags,
 )
 _lib.define(
-    "ups_loss(Tensor logits, Tensor target, Tensor positive, Tensor negative) -> (Tensor loss, Tensor scale)",
-    tags=_tags,
-)
-_lib.define(
-    "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor negative, Tensor scale)"
+    "nce_loss_backward(Tensor d_loss, Tensor logits, Tensor mask, Tensor scale, Tensor? weight=None)"
     " -> Tensor d_logits",
+    tags=_tags,
+)
+_lib.define(
+    "ups_loss(Tensor logits, Tensor target, Tensor positive, Tensor? negative, int reduction=1, Tensor? weight=None,"
+    " float label_smoothing=0.0) -> (Tensor loss, Tensor scale)",
+    tags=_tags,
+)
+_lib.define(
+    "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor? negative, Tensor scale,"
+    " Tensor? weight=None, float label_smoothing=0.0) -> Tensor d_logits",
     tags=_tags,
 )
 _lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor", tags=_tags)
@@ -93,24 +100,51 @@ def nce_loss(
     logits: Tensor,  # [N, C]
     mask: Tensor,  # bool [N, C] or int32 [N, ceil(C / 32)]
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,  # float [N]
 ) -> Tensor:
     if not _has_kernels(logits):
-        return reference.nce_loss(logits, mask, reduction=reduction)
-    reference.check_nce_loss(logits, mask, reduction)
-    return torch.ops.ups_fast.nce_loss(logits, mask, _REDUCTIONS.index(reduction))[0]
+        return reference.nce_loss(logits, mask, reduction=reduction, weight=weight)
+    reference.check_nce_loss(logits, mask, reduction, weight)
+    code = _REDUCTIONS.index(reduction)
+    return torch.ops.ups_fast.nce_loss(logits, mask, code, _of_loss(weight, logits))[0]
 
 
 def ups_loss(
     logits: Tensor,  # [B, C]
-    target: Tensor,  # int64 [B]
+    target: Tensor,  # int64 [B], or float [B, C]
     positive: Tensor,  # bool [B]
-    negative: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    negative: Tensor | None = None,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    *,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,  # float [B]
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     if not _has_kernels(logits):
-        return reference.ups_loss(logits, target, positive, negative)
-    reference.check_ups_loss(logits, target, positive, negative)
-    return torch.ops.ups_fast.ups_loss(logits, target, positive, negative)[0]
+        return reference.ups_loss(
+            logits,
+            target,
+            positive,
+            negative,
+            reduction=reduction,
+            weight=weight,
+            label_smoothing=label_smoothing,
+        )
+    reference.check_ups_loss(logits, target, positive, negative, reduction, weight, label_smoothing)
+    return torch.ops.ups_fast.ups_loss(
+        logits,
+        target if target.dtype == torch.int64 else _of_loss(target, logits),
+        positive,
+        negative,
+        _REDUCTIONS.index(reduction),
+        _of_loss(weight, logits),
+        float(label_smoothing),
+    )[0]
+
+
+def _of_loss(x: Tensor | None, logits: Tensor) -> Tensor | None:
+    """In the dtype of the loss, and a constant to it."""
+    return None if x is None else x.detach().to(_compute_dtype(logits))
 
 
 def counter_dropout(
@@ -123,7 +157,7 @@ def counter_dropout(
     if torch.compiler.is_compiling() or not _has_kernels(x):
         return reference.counter_dropout(x, keys, p=p, layer=layer)  # fuses with its neighbours
     reference.check_counter_dropout(x, keys, p, layer)
-    return torch.ops.ups_fast.counter_dropout(x, keys, float(p), layer)
+    return torch.ops.ups_fast.counter_dropout(x, keys, float(p), reference.plain(layer))
 
 
 def mish(x: Tensor) -> Tensor:
@@ -141,15 +175,15 @@ def augment_plan(
     seed: int | Tensor,
     epoch: int | Tensor,
 ) -> AugmentPlan:
-    if not _has_kernels(index):
+    if not _has_kernels(index) and not _is_traced(index):
         return reference.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
     found, (height, width) = reference.check_augment_plan(index, policy, size, seed, epoch)
-    table = tables(found, height, width, 3, index.device)
+    table = _tables(found, height, width, 3, index.device)
     draws = torch.ops.ups_fast.augment_plan(
-        index,
+        index.contiguous(),
         table.variants,
         table.operations,
-        *_counters(seed, epoch, index.device),
+        *_counters(seed, epoch, index),
         height,
         width,
         table.settings,
@@ -164,13 +198,13 @@ def augment(
     policy: str | Policy,
     seed: int | Tensor,
     epoch: int | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    if not _has_kernels(images):
+    if not _has_kernels(images) and not _is_traced(images):
         return reference.augment(
             images,
             index,
@@ -184,22 +218,20 @@ def augment(
             out=out,
         )
     found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
-    device = images.device
+    policy, (height, width), mean, std = found
     if out is None:
         out = images.new_empty(index.shape + images.shape[1:], dtype=dtype).permute(0, 3, 1, 2)
-    table = tables(found, *images.shape[1:], device)
-    norm = normalization(tuple(mean), tuple(std), dtype, device)
-    draws = None if plan is None else plan.draws
+    table = _tables(policy, height, width, len(mean), images.device)
     torch.ops.ups_fast.augment(
         out.permute(0, 2, 3, 1),
         images,
-        index,
+        index.contiguous(),
         table.variants,
         table.operations,
         table.blends,
-        norm,
-        *_counters(seed, epoch, device),
-        draws,
+        _normalization(mean, std, dtype, images.device),
+        *_counters(seed, epoch, index),
+        None if plan is None else plan.draws.contiguous(),
         table.settings,
     )
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -207,13 +239,81 @@ def augment(
     return out
 
 
-def _counters(seed: int | Tensor, epoch: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _counters(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Both as tensors, written on the device, so that nothing waits for a copy."""
 
     def tensor(x: int | Tensor) -> Tensor:
-        return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=device)
+        return (
+            x
+            if isinstance(x, Tensor)
+            else torch.full((), reference.plain(x), dtype=torch.int64, device=index.device)
+        )
 
     return tensor(seed), tensor(epoch)
+
+
+# The tables are constants. A mode that sees ops gets them as it gets a new torch.tensor(...): FakeTensorMode as fakes,
+# a tracer as constants of its graph. Dynamo takes a tensor that is an attribute for an input of its graph, and what
+# makes it must run while Dynamo traces.
+
+
+class _Constants:
+    """What graphs of Dynamo read: an attribute for each set of tables, which lives as long as the process."""
+
+    def __init__(self) -> None:
+        self._names: dict[Any, str] = {}
+
+    def keep(self, make: Any, *args: Any) -> str:
+        """The name of the attribute that holds make(*args)."""
+        if (make, args) not in self._names:
+            name = f"{make.__name__}_{len(self._names)}"
+            setattr(self, name, make(*args))
+            self._names[make, args] = name
+        return self._names[make, args]
+
+
+_constants = _Constants()
+
+
+def _kept_tables(*args: Any) -> str:
+    return _constants.keep(tables, *args)
+
+
+def _kept_normalization(*args: Any) -> str:
+    return _constants.keep(normalization, *args)
+
+
+for _kept in (_kept_tables, _kept_normalization):
+    # torch.compiler.assume_constant_result, which would import Dynamo, and that takes seconds
+    _kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _tables(policy: Policy, height: int, width: int, channels: int, device: torch.device) -> Tables:
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(_constants, _kept_tables(policy, height, width, channels, device))
+    if not torch._C._len_torch_dispatch_stack():
+        return tables(policy, height, width, channels, device)
+    table = tables(policy, height, width, channels, torch.device("cpu"))  # a fake device may not be there
+    return Tables(
+        _lifted(table.variants, device),
+        _lifted(table.operations, device),
+        _lifted(table.blends, device),
+        table.settings,
+    )
+
+
+def _normalization(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(_constants, _kept_normalization(mean, std, dtype, device))
+    if not torch._C._len_torch_dispatch_stack():
+        return normalization(mean, std, dtype, device)
+    return _lifted(normalization(mean, std, dtype, torch.device("cpu")), device)
+
+
+def _lifted(real: Tensor, device: torch.device) -> Tensor:
+    return torch.ops.aten.lift_fresh(real).to(device)
 
 
 for _function in (mc_select, nce_loss, ups_loss, counter_dropout, mish, augment_plan, augment):
@@ -228,6 +328,12 @@ def backend() -> dict[str, str]:
 
     A device without compiled kernels runs the reference ops with a warning, or, with ``UPS_FAST_STRICT=1`` in the
     environment, raises a RuntimeError.
+
+    Returns:
+        A sentence for each device type, which starts with "fused kernels" or "reference ops".
+
+    >>> sorted(backend())
+    ['cpu', 'cuda']
     """
     return {
         device: ("fused kernels, " if fused else "reference ops: ") + why
@@ -251,11 +357,18 @@ def has_kernels(device: torch.device) -> bool:
     return _BACKEND.get(device.type, (False, ""))[0]
 
 
+def _is_traced(x: Any) -> bool:
+    """Whether nothing is computed now: the reference, which reads its tensors, could not be traced."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def _has_kernels(x: Any) -> bool:
     """Whether the fused op serves x; if not, that is said, or raised when strict."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
+    if kind == "meta":
+        return True  # nothing is computed there, and the fake kernels tell the shapes
     fused, why = _BACKEND.get(kind, (False, f"there are no kernels for {kind} devices"))
-    if not fused and not torch.compiler.is_compiling():
+    if not fused and not _is_traced(x):
         message = f"ups_fast runs its reference ops on {kind}: {why}"
         if os.environ.get("UPS_FAST_STRICT") == "1":
             raise RuntimeError(message)
@@ -284,31 +397,41 @@ def _(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed):
 
 
 @torch.library.register_fake("ups_fast::nce_loss", lib=_lib)
-def _(logits, mask, reduction):
+def _(logits, mask, reduction, weight=None):
     dtype = _compute_dtype(logits)
     loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
     return loss, logits.new_empty((), dtype=dtype)
 
 
 @torch.library.register_fake("ups_fast::ups_loss", lib=_lib)
-def _(logits, target, positive, negative):
+def _(logits, target, positive, negative, reduction=1, weight=None, label_smoothing=0.0):
     dtype = _compute_dtype(logits)
-    return logits.new_empty((), dtype=dtype), logits.new_empty(2, dtype=dtype)
+    loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
+    return loss, logits.new_empty(2, dtype=dtype)
+
+
+def _elementwise(x: Tensor) -> Tensor:
+    """Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them."""
+    if x.is_contiguous():
+        return x.new_empty(x.shape)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("ups_fast::counter_dropout", lib=_lib)
 def _(x, keys, p, layer):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::mish", lib=_lib)
 def _(x):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::mish_backward", lib=_lib)
 def _(d_y, x):
-    return torch.empty_like(x)
+    return _elementwise(x)
 
 
 @torch.library.register_fake("ups_fast::augment", lib=_lib)
@@ -322,12 +445,12 @@ def _(index, variants, operations, seed, epoch, height, width, settings):
 
 
 @torch.library.register_fake("ups_fast::nce_loss_backward", lib=_lib)
-def _(d_loss, logits, mask, scale):
+def _(d_loss, logits, mask, scale, weight=None):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("ups_fast::ups_loss_backward", lib=_lib)
-def _(d_loss, logits, target, positive, negative, scale):
+def _(d_loss, logits, target, positive, negative, scale, weight=None, label_smoothing=0.0):
     return logits.new_empty(logits.shape)
 
 
@@ -358,44 +481,51 @@ class _Op(torch.autograd.Function):
         ]
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
-        return tuple(map(torch.stack, zip(*samples, strict=True))), (0, 0)
+        return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
 
 
 class _Loss(_Op):
-    backward_op: Any
+    """(logits, what else describes the rows..., reduction, weight, label_smoothing?) -> (loss, scale)."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         loss, scale = output
-        tensors = *(x for x in inputs if isinstance(x, Tensor)), scale
+        at = 2 if isinstance(inputs[2], int) else 4  # where the reduction stands
+        tensors = *inputs[:at], scale, inputs[at + 1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(scale)
-        ctx.shape, ctx.others = loss.shape, len(inputs) - 1
+        ctx.set_materialize_grads(False)  # so that jvp sees which arguments have a tangent
+        ctx.shape, ctx.smoothing, ctx.others = loss.shape, inputs[at + 2 :], len(inputs) - 1
 
-    @classmethod
-    def backward(cls, ctx, d_loss, _):
-        return cls.backward_op(d_loss, *ctx.saved_tensors), *(None,) * ctx.others
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        if any(ctx.needs_input_grad[1:]):
+            raise RuntimeError(_CONSTANTS)
+        if d_loss is None:
+            return (None,) * (1 + ctx.others)
+        return ctx.backward_op(d_loss, *ctx.saved_tensors, *ctx.smoothing), *(None,) * ctx.others
 
-    @classmethod
-    def jvp(cls, ctx, tangent, *_):
-        scale = ctx.saved_tensors[-1]
-        d_logits = cls.backward_op(scale.new_ones(ctx.shape), *ctx.saved_tensors)
+    @staticmethod
+    def jvp(ctx, tangent, *others):
+        if any(other is not None for other in others):
+            raise RuntimeError(_CONSTANTS)
+        scale = ctx.saved_tensors[-2]
+        ones = scale.new_ones(ctx.shape)
+        d_logits = ctx.backward_op(ones, *ctx.saved_tensors, *ctx.smoothing)
         rows = (d_logits.to(scale.dtype) * tangent).sum(dim=-1)  # a row's loss depends on its logits alone
         return (rows if ctx.shape else rows.sum()), None
 
 
 class _Mish(_Op):
-    backward_op: Any
-
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
-    @classmethod
-    def backward(cls, ctx, d_y):
-        return cls.backward_op(d_y, *ctx.saved_tensors)
+    @staticmethod
+    def backward(ctx, d_y):
+        return ctx.backward_op(d_y, *ctx.saved_tensors)
 
     jvp = backward  # elementwise: the slope times the tangent
 
@@ -412,6 +542,23 @@ class _Backward(_Op):
     jvp = backward
 
 
+class _Constant(_Op):
+    """An op whose results are constants to every kind of differentiation."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+        ctx.others, ctx.results = len(inputs), len(output)
+
+    @staticmethod
+    def backward(ctx, *_):
+        return (None,) * ctx.others
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return (None,) * ctx.results
+
+
 class _Dropout(_Op):
     """Linear in x: the gradient and the tangent take the same mask."""
 
@@ -421,34 +568,49 @@ class _Dropout(_Op):
         ctx.save_for_backward(keys)
         ctx.save_for_forward(keys)
 
-    @classmethod
-    def backward(cls, ctx, d_y):
+    @staticmethod
+    def backward(ctx, d_y):
         (keys,) = ctx.saved_tensors
-        return cls.op(d_y, keys, ctx.p, ctx.layer), None, None, None
+        return ctx.op(d_y, keys, ctx.p, ctx.layer), None, None, None
 
-    @classmethod
-    def jvp(cls, ctx, tangent, *_):
-        return cls.op(tangent, *ctx.saved_tensors, ctx.p, ctx.layer)
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return ctx.op(tangent, *ctx.saved_tensors, ctx.p, ctx.layer)
 
 
-def _register(name: str, base: type[_Op], **ops: Any) -> Any:
+_CONSTANTS = "the losses of ups_fast have a gradient for their logits alone: detach target and weight"
+
+
+def _register(name: str, base: type[_Op], backward_op: Any = None) -> Any:
     """Puts a subclass of `base` above the kernels of the op `name`, which it returns."""
     op = getattr(torch.ops.ups_fast, name).default
-    function: Any = type(name, (base,), {"op": op, **ops})
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    # Compiled autograd takes a backward that is a staticmethod alone, so what it needs to know goes through ctx.
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.backward_op = op, backward_op
+        base.setup_context(ctx, inputs, output)
+
+    function: Any = type(name, (base,), {"op": op, "setup_context": staticmethod(setup_context)})
 
     def forward(ctx, *inputs):
         output = function.forward(*inputs)
-        function.setup_context(ctx, inputs, output)
+        setup_context(ctx, inputs, output)
         return output
 
     # torch.func needs the two apart; autograd takes them in one, which is 10 us faster.
     joined = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
     plain: Any = type(name, (function,), joined)
-    _lib.impl(name, lambda *inputs: plain.apply(*inputs), "Autograd")
-    _lib.impl(name, lambda *inputs: function.apply(*inputs), "FuncTorchDynamicLayerFrontMode")
+
+    def above(apply: Any) -> Any:
+        return lambda *inputs: apply(*inputs, *defaults[len(inputs) :])  # the dispatcher leaves defaults out
+
+    _lib.impl(name, above(plain.apply), "Autograd")
+    _lib.impl(name, above(function.apply), "FuncTorchDynamicLayerFrontMode")
     return op
 
 
+_register("mc_select", _Constant)
 for _name in ("nce_loss", "ups_loss"):
     _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _Backward))
 _register("mish", _Mish, backward_op=_register("mish_backward", _Backward))

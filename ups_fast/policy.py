@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
+from threading import Thread
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,11 +49,16 @@ class Policy:
     Brightness, Sharpness
     ShearX, ShearY        pixels per pixel
     TranslateX/Y          pixels
-    CutoutAbs             side of a square of colour (125, 123, 114), its luma on grey images, centre anywhere
+    CutoutAbs             side of a square of color (125, 123, 114), its luma on gray images; its center lies
+                          anywhere in [0, size) of height and of width
+    CutoutPublished       the same with its center in (1, size], as the published code draws it
     Gamma                 exponent of pixels in [0, 1]; not among the published operations
     ====================  ============================================================================
 
     Raises ValueError that names the field.
+
+    >>> Policy(ops=(("Rotate", (-9, 9)), ("Invert", (0,))), n_ops=1, crop=4).flip
+    False
     """
 
     ops: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -72,7 +80,7 @@ class Policy:
                 raise ValueError(f"{name} must have values in {low:g}..{high:g}, got {got}")
         for field, top in (("n_ops", 64), ("crop", 2047), ("cutout", 2048)):
             value = getattr(self, field)
-            if not isinstance(value, int) or not 0 <= value <= top:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= top:
                 raise ValueError(f"policy.{field} must be an integer of 0..{top}, got {value!r}")
         if self.n_ops and not self.ops:
             raise ValueError(f"policy.ops must not be empty where n_ops is {self.n_ops}")
@@ -101,8 +109,13 @@ OPERATIONS = {
     "TranslateX": _ANY,
     "TranslateY": _ANY,
     "Gamma": (0.01, 100),
+    "CutoutPublished": (0, 1e4),
 }
 PUBLISHED = tuple(OPERATIONS)[:16]
+SQUARES = {
+    "CutoutAbs": 0,
+    "CutoutPublished": 1,
+}  # the center lies so many pixels or more from the top and left
 _RANGES = {  # of the published RandAugment, from magnitude 0 to 30; where it has a sign, either is as likely
     "Rotate": (0, 30, True),
     "Posterize": (0, 4, False),
@@ -120,10 +133,13 @@ _RANGES = {  # of the published RandAugment, from magnitude 0 to 30; where it ha
 }
 
 
-def randaugment(magnitude: float, *, least_bits: int = 1) -> tuple[tuple[str, tuple[float, ...]], ...]:
+def randaugment(
+    magnitude: float, *, least_bits: int = 1, square: str = "CutoutAbs"
+) -> tuple[tuple[str, tuple[float, ...]], ...]:
     """The published RandAugment's 16 operations at a magnitude of 0..30, for `Policy.ops`.
 
     Posterize keeps at least `least_bits` bits: 0 is what the published code does up to magnitude 7, a black image.
+    `square` is CutoutAbs, or CutoutPublished as the published code draws its center.
     """
     ops = []
     for name in PUBLISHED:
@@ -131,7 +147,7 @@ def randaugment(magnitude: float, *, least_bits: int = 1) -> tuple[tuple[str, tu
         value = magnitude / 30 * (high - low) + low
         if name == "Posterize":
             value = max(least_bits, int(value))
-        ops.append((name, (value, -value) if signed else (value,)))
+        ops.append((square if name == "CutoutAbs" else name, (value, -value) if signed else (value,)))
     return tuple(ops)
 
 
@@ -157,10 +173,10 @@ def parse_ops(text: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
     return tuple(ops)
 
 
-_chain = {"n_ops": 3, "flip": True, "crop": 4, "jitter": (0.4, 0.4, 0.4), "cutout": 16}
+_ups = Policy(ops=randaugment(4), n_ops=3, flip=True, crop=4, jitter=(0.4, 0.4, 0.4), cutout=16)
 POLICIES = {
-    "published": Policy(ops=randaugment(4, least_bits=0), **_chain),  # type: ignore[arg-type]
-    "ups": Policy(ops=randaugment(4), **_chain),  # type: ignore[arg-type]
+    "published": replace(_ups, ops=randaugment(4, least_bits=0, square="CutoutPublished")),
+    "ups": _ups,
     "weak": Policy(flip=True, crop=4),
     "none": Policy(),
 }
@@ -173,7 +189,9 @@ def find_policy(policy: str | Policy) -> Policy:
     if not isinstance(policy, str):
         raise TypeError(f"policy must be a Policy or a name, got {type(policy).__name__}")
     if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)} or a Policy, got {policy!r}")
+        near = difflib.get_close_matches(policy.lower(), POLICIES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)} or a Policy, got {policy!r}{hint}")
     return POLICIES[policy]
 
 
@@ -184,7 +202,15 @@ _PER_OP, _FRAME = 3, 11  # int32 of PlannedOp and PlannedFrame in csrc/augment.h
 
 @dataclass(frozen=True)
 class AugmentPlan:
-    """What is drawn for each image of a batch. The tensors are views into `draws`: to write to one is to change it."""
+    """What is drawn for each image of a batch. The tensors are views into `draws`: to write to one is to change it.
+
+    >>> import torch
+    >>> from ups_fast import augment_plan
+    >>> plan = augment_plan(torch.tensor([3, 8]), policy="weak", size=32, seed=0, epoch=0)
+    >>> plan.flip.shape, plan.crop.shape
+    (torch.Size([2]), torch.Size([2, 2]))
+    >>> plan.flip[:] = 0  # no image of this batch is mirrored
+    """
 
     draws: Tensor  # int32 [B, 3 n_ops + 11]
     policy: Policy
@@ -257,6 +283,39 @@ def variant_names(policy: Policy) -> list[tuple[str, float]]:
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _kept(make: Callable[P, R]) -> Callable[P, R]:
+    """An lru_cache of real tensors, whatever mode of torch the first caller is in.
+
+    FakeTensorMode, a tracer, torch.func, inference_mode and torch.device(...) would make other tensors, which must not
+    meet later callers. All of them are modes of a thread, so `make` runs in a thread of its own.
+    """
+
+    @lru_cache(maxsize=64)
+    @wraps(make)
+    def found(*args: P.args, **kwargs: P.kwargs) -> R:
+        results: list[R] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(make(*args, **kwargs))
+            except BaseException as error:
+                errors.append(error)
+
+        thread = Thread(target=run)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return found  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Tables:
     """A policy for images of one size, as the kernels read it."""
@@ -264,30 +323,33 @@ class Tables:
     variants: Tensor  # int32 [V, 72], a variant is one operation with one of its values: see csrc/augment.h
     operations: Tensor  # int32 [O, 2], first variant and number of variants of each operation
     blends: Tensor  # uint8 [K, 256, 256], [k, a, b] is Pillow's blend of a towards b by factor k
-    settings: tuple[int, ...]  # n_ops, flip, crop, cutout, lowest and highest factors of the jitter
+    settings: tuple[int, ...]  # see `settings`
 
 
-@lru_cache(maxsize=64)
+def settings(policy: Policy) -> tuple[int, ...]:
+    """The rest of a policy: n_ops, flip, crop, cutout, lowest and highest factors of the jitter."""
+    low = [math.ceil((1 - x) * ONE) for x in policy.jitter]
+    high = [math.floor((1 + x) * ONE) for x in policy.jitter]
+    return (policy.n_ops, int(policy.flip), policy.crop, policy.cutout, *low, *high)
+
+
+@_kept
 def tables(policy: Policy, height: int, width: int, channels: int, device: torch.device) -> Tables:
-    """The tables on the device, made once. Raises ValueError where the policy does not suit the size."""
-    if policy.crop >= min(height, width):
-        raise ValueError(f"policy.crop must be below the image size {height}x{width}, got {policy.crop}")
+    """The tables on the device, made once."""
     rows: list[Tensor] = []
     operations, factors = [], [1.0]
     for name, values in policy.ops:
         operations.append((len(rows), len(values)))
         rows += [_variant(name, value, height, width, channels, factors) for value in values]
-    low = [math.ceil((1 - x) * ONE) for x in policy.jitter]
-    high = [math.floor((1 + x) * ONE) for x in policy.jitter]
     return Tables(
         torch.stack(rows).to(device) if rows else torch.zeros(0, WORDS, dtype=torch.int32, device=device),
         torch.tensor(operations, dtype=torch.int32).view(-1, 2).to(device),
         torch.stack([blend_table(factor) for factor in factors]).to(device),
-        (policy.n_ops, int(policy.flip), policy.crop, policy.cutout, *low, *high),
+        settings(policy),
     )
 
 
-@lru_cache(maxsize=64)
+@_kept
 def normalization(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -311,43 +373,43 @@ def blend_table(factor: float) -> Tensor:
 def _variant(name: str, value: float, height: int, width: int, channels: int, factors: list[float]) -> Tensor:
     """A row of the variants table; a factor that has no blend table yet is appended to `factors`."""
     numbers: list[int] = []
-    lookup = torch.arange(256)
+    lookup = list(range(256))  # Python's numbers: a tensor's would follow torch.set_default_dtype
     kind = _LOOKUP
     if name == "AutoContrast":
         kind = _AUTO_CONTRAST
     elif name == "Equalize":
         kind = _EQUALIZE
     elif name == "Invert":
-        lookup = 255 - lookup
+        lookup = [255 - level for level in lookup]
     elif name == "Posterize":
-        lookup = lookup & -(1 << (8 - int(value)))
+        lookup = [level & -(1 << (8 - int(value))) for level in lookup]
     elif name == "Solarize":
         lookup = _solarized(lookup, value)
     elif name == "SolarizeAdd":
-        lookup = _solarized((lookup + value).clamp(0, 255).to(torch.int64), 128)
+        lookup = _solarized([max(0, min(255, int(level + value))) for level in lookup], 128)
     elif name == "Brightness":
-        lookup = blend_table(value)[0]
+        lookup = blend_table(value)[0].tolist()
     elif name == "Gamma":
-        lookup = torch.tensor(gamma_levels(value))
+        lookup = gamma_levels(value)
     elif name in ("Color", "Contrast", "Sharpness"):
         kind = {"Color": _COLOR, "Contrast": _CONTRAST, "Sharpness": _SHARPNESS}[name]
         if value not in factors:
             factors.append(value)
         numbers = [factors.index(value)]
-    elif name == "CutoutAbs":
+    elif name in SQUARES:
         kind = _FILL
-        colour = FILL if channels == 3 else (luma(*FILL),)
-        numbers = [round(value / 2 * 65536), int(value), *colour]
+        color = FILL if channels == 3 else (luma(*FILL),) * 3
+        numbers = [round(value / 2 * 65536), int(value), *color, SQUARES[name]]
     else:
         kind = _AFFINE
         numbers = affine_matrix(name, value, height, width)
     words = torch.zeros(8, dtype=torch.int32)
     words[: 1 + len(numbers)] = torch.tensor([kind, *numbers], dtype=torch.int32)
-    return torch.cat([words, lookup.to(torch.uint8).view(torch.int32)])
+    return torch.cat([words, torch.tensor(lookup, dtype=torch.uint8).view(torch.int32)])
 
 
-def _solarized(lookup: Tensor, threshold: float) -> Tensor:
-    return torch.where(lookup < threshold, lookup, 255 - lookup)
+def _solarized(lookup: list[int], threshold: float) -> list[int]:
+    return [level if level < threshold else 255 - level for level in lookup]
 
 
 def gamma_levels(exponent: float) -> list[int]:

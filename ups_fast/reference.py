@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+import warnings
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .reference_augment import augment, augment_plan, check_augment, check_augment_plan, replay  # noqa: F401
+from .reference_augment import (  # noqa: F401
+    augment,
+    augment_plan,
+    check_augment,
+    check_augment_plan,
+    check_counter,
+    is_integer,
+    plain,
+    replay,
+)
 
 NCE_EPS = 1e-7
+Reduction = Literal["none", "mean", "sum", "batchmean"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Selection(NamedTuple):
-    """What `mc_select` says of N samples. Floats are float32 (float64 for float64 logits)."""
+    """What `mc_select` says of N samples. Floats are float32 (float64 for float64 logits).
+
+    >>> logits = torch.tensor([[[5.0, 0.0, 0.0]], [[5.0, 0.1, 0.0]]])
+    >>> found = mc_select(logits)
+    >>> found.label, found.positive
+    (tensor([0]), tensor([True]))
+    """
 
     label: Tensor  # int64 [N], argmax of the mean probability, lowest index on a tie; -1 for a non-finite row
     confidence: Tensor  # float [N], mean probability of the label over the passes; NaN for a non-finite row
@@ -41,7 +58,7 @@ def mc_select(
     temp_nl: float = 2.0,
     packed: bool = False,
 ) -> Selection:
-    """Pseudo-labels from the logits of P stochastic passes (UPS, equations 4 to 6).
+    """Pseudo-labels from the logits of P stochastic passes (Rizve et al., ICLR 2021, equations 4 to 6).
 
     With ``p = softmax(z)``, ``q = softmax(z / temp_nl)``, means and unbiased stds taken over the passes:
 
@@ -49,18 +66,31 @@ def mc_select(
     - positive: ``mean p_l >= tau_p`` and ``std p_l < kappa_p``
     - negative class c: ``mean q_c < tau_n`` and ``std q_c < kappa_n`` and ``c != l``
 
-    A sample with a NaN or infinite logit in any pass is selected for nothing. P = 1 (no uncertainty) needs both
-    kappas infinite; the std is then 0. The results are constants to every kind of differentiation.
+    A sample with a NaN or infinite logit in any pass is selected for nothing. A single pass (P = 1) has no std: 0 is
+    returned, and confidence alone decides, whatever the kappas are. The results are constants to every kind of
+    differentiation.
 
     Args:
-        logits: [P, N, C] float32, float16, bfloat16 or float64; any strides. P >= 1, N >= 0, C >= 1.
+        logits: [P, N, C] float32, float16, bfloat16 or float64; any strides. P >= 1, N >= 0, C >= 1. Logits, not
+            probabilities: on the CPU, rows that lie in [0, 1] and sum to 1 raise a UserWarning.
         tau_p, tau_n: confidence thresholds in [0, 1], ``tau_n <= tau_p``.
-        kappa_p, kappa_n: uncertainty thresholds >= 0, may be infinite.
+        kappa_p, kappa_n: uncertainty thresholds >= 0, may be infinite. Ignored for P = 1.
         temp_nl: temperature of the negatives' softmax, in [0.001, 1000].
         packed: return ``negative`` as bits: int32 [N, ceil(C / 32)], class c is bit ``c % 32`` of word ``c // 32``.
 
+    Returns:
+        A `Selection` of N samples.
+
     Raises:
         TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> logits = torch.tensor([[[6.0, 0.0, 0.0], [0.0, 0.1, 0.0]], [[5.9, 0.0, 0.0], [0.1, 0.0, 0.0]]])  # P = 2
+        >>> found = ups_fast.mc_select(logits)
+        >>> found.label.tolist(), found.positive.tolist()
+        ([0, 0], [True, False])
+        >>> found.negative.tolist()
+        [[False, True, True], [False, False, False]]
     """
     tau_p, tau_n, kappa_p, kappa_n, temp_nl = check_mc_select(
         logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed
@@ -88,64 +118,122 @@ def mc_select(
     )
 
 
-def nce_loss(logits: Tensor, mask: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Negative cross-entropy: pushes probability away from the classes that a sample surely is not (UPS, equation 3).
+def nce_loss(
+    logits: Tensor, mask: Tensor, *, reduction: Reduction = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """Negative cross-entropy: pushes probability away from classes that a sample surely is not.
 
     ``NCE_i = -sum_c g_ic log(clamp(1 - softmax(z_i)_c, 1e-7, 1)) / (sum_c g_ic + 1e-7)``
+    (Rizve et al., ICLR 2021, equation 3). With w the weights, or 1, and i over the rows with at least one True in g:
+
+    - ``"mean"``: ``sum_i w_i NCE_i / sum_i w_i``, or 0 if there is no such row
+    - ``"sum"``: ``sum_i w_i NCE_i``
+    - ``"batchmean"``: ``sum_i w_i NCE_i / N``, over all N rows of the batch
+    - ``"none"``: ``w_i NCE_i`` of each row, [N], with 0 for the other rows
 
     Args:
         logits: [N, C] float32, float16, bfloat16 or float64. Softmax, log and sums are float32 (float64 for float64).
         mask: g, bool [N, C], or packed int32 [N, ceil(C / 32)] as `mc_select` returns it.
-        reduction: ``"mean"`` over the rows with at least one True (0 if there is none), ``"sum"``, or ``"none"``:
-            [N] with 0 for the other rows.
+        reduction: see above.
+        weight: floating-point [N], at least 0. A row of weight 0 counts for nothing, as if its mask were empty.
 
     Returns:
-        float32 (float64 for float64 logits) scalar, or [N] for ``"none"``.
+        float32 (float64 for float64 logits) scalar, or [N] for ``"none"``. Differentiable in the logits alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> not_these = torch.tensor([[False, True, True, False], [False, False, False, False]])
+        >>> loss = ups_fast.nce_loss(logits, not_these)  # -log(1 - 1/4), of the first row
+        >>> round(loss.item(), 4)
+        0.2877
+        >>> loss.backward()
     """
-    check_nce_loss(logits, mask, reduction)
+    check_nce_loss(logits, mask, reduction, weight)
+    w = _weights(logits, weight)
     loss, active = _nce_rows(logits, mask)
-    if reduction == "none":
-        return loss
-    return loss.sum() / active.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+    return _reduced(loss, [active & (w != 0)], w, reduction)
 
 
-def ups_loss(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The loss of a mixed UPS batch: mean CE over its positive rows + mean NCE over its negative rows, weights 1 : 1.
+def ups_loss(
+    logits: Tensor,
+    target: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of a mixed UPS batch: cross-entropy of its positive rows + negative cross-entropy of its negative rows.
 
     A row is positive where ``positive`` says so (its negative classes are then ignored), negative where it is not and
-    has at least one negative class, and else contributes nothing. The term of an empty group is 0.
+    has at least one negative class, and else counts for nothing. With w the weights, or 1, and ``NCE_i`` as in
+    `nce_loss` (Rizve et al., ICLR 2021, equation 3):
+
+    - ``CE_i = -sum_c t_ic log softmax(z_i)_c``, ``t_i = (1 - label_smoothing) target_i + label_smoothing / C``, where a
+      class as target stands for its one-hot row
+    - ``L_i = w_i CE_i`` of a positive row, ``w_i NCE_i`` of a negative row, and 0 of another
+    - ``"mean"``: ``sum_positive L_i / sum_positive w_i + sum_negative L_i / sum_negative w_i``: without weights the
+      mean over the positive rows + the mean over the negative rows; the term of an empty group is 0
+    - ``"sum"``: ``sum_i L_i``
+    - ``"batchmean"``: ``sum_i L_i / B``, over all B rows of the batch, as FixMatch divides
+    - ``"none"``: ``L_i`` of each row, [B]
+
+    Ranks of one distributed batch are exact with ``"sum"`` or ``"none"``, divided by counts that are summed over ranks.
 
     Args:
-        logits: [B, C] float32, float16, bfloat16 or float64.
-        target: int64 [B], read for positive rows only (others may hold -1); there it must lie in [0, C): the CPU
-            raises a RuntimeError, a CUDA kernel returns NaN rather than wait for the device.
+        logits: [B, C] float32, float16, bfloat16 or float64. Softmax, log and sums are float32 (float64 for float64).
+        target: int64 [B], or floating-point [B, C] class probabilities. Read for positive rows only (others may hold
+            -1). There a class must lie in [0, C): the CPU raises a RuntimeError, a CUDA kernel returns NaN rather than
+            wait for the device. Probabilities are used as they are, as in torch's cross_entropy.
         positive: bool [B].
-        negative: bool [B, C], or packed int32 [B, ceil(C / 32)] as `mc_select` returns it.
+        negative: bool [B, C], or packed int32 [B, ceil(C / 32)] as `mc_select` returns it. None: no negative classes.
+        reduction: see above.
+        weight: floating-point [B], at least 0. A row of weight 0 counts for nothing.
+        label_smoothing: in [0, 1], of the positive rows.
 
     Returns:
-        float32 (float64 for float64 logits) scalar.
+        float32 (float64 for float64 logits) scalar, or [B] for ``"none"``. Differentiable in the logits alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> target, positive = torch.tensor([2, -1, -1]), torch.tensor([True, False, False])
+        >>> negative = torch.tensor([[False] * 4, [True, False, False, False], [False] * 4])
+        >>> loss = ups_fast.ups_loss(logits, target, positive, negative)  # log 4 - log(1 - 1/4)
+        >>> round(loss.item(), 4)
+        1.674
+        >>> loss.backward()
+        >>> rows = ups_fast.ups_loss(logits, target, positive, negative, reduction="none")
+        >>> [round(row, 4) for row in rows.tolist()]
+        [1.3863, 0.2877, 0.0]
     """
-    check_ups_loss(logits, target, positive, negative)
+    check_ups_loss(logits, target, positive, negative, reduction, weight, label_smoothing)
     z = logits.to(_compute_dtype(logits))
     n_classes = z.shape[-1]
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    w = _weights(logits, weight)
+    positive = positive & (w != 0)
+    if target.dtype == torch.int64 and z.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = positive & ((target < 0) | (target >= n_classes))
         if bad.any():
             raise RuntimeError(
                 f"target must lie in [0, {n_classes}) in positive rows, got {target[bad][0].item()} "
                 f"in row {int(bad.nonzero()[0])}"
             )
-    g = unpack_mask(negative, n_classes) if negative.dtype == torch.int32 else negative
-    active = g.any(dim=-1) & ~positive
+    if negative is None:
+        g = torch.zeros_like(z, dtype=torch.bool)
+    else:
+        g = _unpacked(negative, n_classes) if negative.dtype == torch.int32 else negative
+    active = g.any(dim=-1) & ~positive & (w != 0)
     z = torch.where((positive | active)[:, None], z, 0)  # a NaN in a row that counts for nothing stays there
-    safe = target.clamp(0, n_classes - 1)
-    ce = torch.logsumexp(z, dim=-1) - z.gather(-1, safe[:, None])[:, 0]
-    ce = torch.where((target >= 0) & (target < n_classes), ce, math.nan)
-    ce_mean = torch.where(positive, ce, 0).sum() / positive.sum().clamp(min=1)
-
-    nce, _ = _nce_rows(z, g)
-    nce_mean = torch.where(active, nce, 0).sum() / active.sum().clamp(min=1)
-    return ce_mean + nce_mean
+    ce = torch.where(positive, _ce_rows(z, target, label_smoothing), 0)
+    nce = torch.where(active, _nce_rows(z, g)[0], 0)
+    return _reduced(ce + nce, [positive, active], w, reduction)
 
 
 def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Tensor:
@@ -166,16 +254,26 @@ def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Ten
 
     Raises:
         TypeError, ValueError: naming the argument and what it got.
+
+    >>> keys = dropout_keys(torch.arange(3), seed=0, draw=0)
+    >>> y = counter_dropout(torch.ones(3, 8, 4, 4), keys, p=0.5)
+    >>> sorted(y.unique().tolist())
+    [0.0, 2.0]
+    >>> torch.equal(counter_dropout(torch.ones(1, 8, 4, 4), keys[2:], p=0.5), y[2:])
+    True
     """
     check_counter_dropout(x, keys, p, layer)
     channels, spatial = x.shape[1], x.shape[2:]
     device = x.device
     places = torch.arange(math.prod(spatial), dtype=torch.int32, device=device).view(1, 1, *spatial)
     element = places * channels + torch.arange(channels, dtype=torch.int32, device=device).view(
-        1, -1, *[1] * len(spatial)
+        1, channels, *[1] * len(spatial)
     )
-    layer_keys = _mix(keys + _signed(layer * 0x9E3779B9)).view(-1, *[1] * (x.ndim - 1))
-    kept = _mix(layer_keys ^ element) ^ -(1 << 31)  # the order of unsigned numbers as that of signed ones
+    layer_keys = _mix(keys + _signed(plain(layer) * 0x9E3779B9)).view(x.shape[0], *[1] * (x.ndim - 1))
+    layout = torch.zeros_like(x, dtype=torch.int32)  # where() takes that of its first tensor
+    kept = _mix(layout ^ layer_keys ^ element) ^ -(
+        1 << 31
+    )  # the order of unsigned numbers as that of signed ones
     dropped = kept < min(int(p * 2**32), 2**32 - 1) - 2**31
     return torch.where(dropped, 0.0, x * (1 / (1 - p))).to(x.dtype)
 
@@ -187,7 +285,19 @@ def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Te
         index: [B] int64, sample ids.
         seed: integer of 0 .. 2^63 - 1, or an int64 tensor [].
         draw: integer of 0 .. 2^63 - 1, or an int64 tensor [] or [B]: which pass, epoch or step.
+
+    Returns:
+        int32 [B], on the device of `index`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    >>> dropout_keys(torch.tensor([4, 7]), seed=0, draw=1)
+    tensor([1608235242,  232030960], dtype=torch.int32)
     """
+    _check_tensor("index", index, "[B]", (torch.int64,))
+    check_counter("seed", seed, 63, index)
+    check_counter("draw", draw, 63, index, each=True)
 
     def mix(x: Tensor) -> Tensor:
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -197,7 +307,7 @@ def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Te
     golden = 0x9E3779B97F4A7C15 - 2**64
     hashed = torch.zeros_like(index)
     for word in (seed, draw, index):
-        hashed = mix((hashed ^ word) + golden)
+        hashed = mix((hashed ^ (word if isinstance(word, Tensor) else plain(word))) + golden)
     return hashed.to(torch.int32)
 
 
@@ -215,6 +325,9 @@ def mish(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: naming the argument and what it got.
+
+    >>> mish(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.3034,  0.0000,  1.9440])
     """
     check_mish(x)
     z = x.to(_compute_dtype(x))
@@ -226,7 +339,22 @@ def mish(x: Tensor) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """bool [N, C] -> int32 [N, ceil(C / 32)]; class c becomes bit ``c % 32`` of word ``c // 32``."""
+    """A mask of classes as bits: class c becomes bit ``c % 32`` of word ``c // 32``.
+
+    Args:
+        mask: bool [N, C].
+
+    Returns:
+        int32 [N, ceil(C / 32)]; bits beyond the last class are 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> ups_fast.pack_mask(torch.tensor([[True, False, True]]))
+        tensor([[5]], dtype=torch.int32)
+    """
+    _check_tensor("mask", mask, "[N, C]", (torch.bool,))
     n, c = mask.shape
     words = (c + 31) // 32
     padded = torch.zeros(n, words * 32, dtype=torch.int64, device=mask.device)
@@ -236,15 +364,79 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, n_classes: int) -> Tensor:
-    """int32 [N, ceil(C / 32)] -> bool [N, C]: the inverse of `pack_mask`."""
+    """The inverse of `pack_mask`.
+
+    Args:
+        packed: int32 [N, ceil(n_classes / 32)].
+        n_classes: C, at least 0.
+
+    Returns:
+        bool [N, C].
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> ups_fast.unpack_mask(torch.tensor([[5]], dtype=torch.int32), n_classes=3)
+        tensor([[ True, False,  True]])
+    """
+    _check_tensor("packed", packed, "[N, ceil(n_classes / 32)]", (torch.int32,))
+    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, torch.SymInt)):
+        raise TypeError(f"n_classes must be an integer, got {n_classes!r}")
+    if n_classes < 0:
+        raise ValueError(f"n_classes must be at least 0, got {n_classes}")
+    if packed.shape[1] != (n_classes + 31) // 32:
+        raise ValueError(
+            f"packed must have {(n_classes + 31) // 32} columns for {n_classes} classes, got {list(packed.shape)}"
+        )
+    return _unpacked(packed, n_classes)
+
+
+def _unpacked(packed: Tensor, n_classes: int) -> Tensor:
     bits = (packed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=packed.device)) & 1
     return bits.flatten(1)[:, :n_classes].bool()
+
+
+def _weights(logits: Tensor, weight: Tensor | None) -> Tensor:  # [N], in the type of the loss
+    dtype = _compute_dtype(logits)
+    return logits.new_ones(logits.shape[0], dtype=dtype) if weight is None else weight.to(dtype)
+
+
+def _ce_rows(z: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """CE of each row [B]; NaN where a class is out of range."""
+    n_classes = z.shape[-1]
+    if target.dtype != torch.int64:
+        t, known = target.to(z.dtype), torch.ones_like(z[:, 0], dtype=torch.bool)
+    else:
+        known = (target >= 0) & (target < n_classes)
+        if label_smoothing == 0:
+            ce = torch.logsumexp(z, dim=-1) - z.gather(-1, target.clamp(0, n_classes - 1)[:, None])[:, 0]
+            return torch.where(known, ce, math.nan)
+        t = (torch.arange(n_classes, device=z.device) == target[:, None]).to(z.dtype)
+    t = (1 - label_smoothing) * t + label_smoothing / n_classes
+    # A class that is closed by a logit of -inf costs nothing where no target is on it.
+    log_p = torch.where(t == 0, 0, torch.log_softmax(z, dim=-1))
+    return torch.where(known, -(t * log_p).sum(dim=-1), math.nan)
+
+
+def _reduced(rows: Tensor, groups: list[Tensor], weight: Tensor, reduction: Reduction) -> Tensor:
+    """Losses [N] of rows of these groups, each bool [N], weighted and reduced."""
+    zero = rows.new_zeros(())
+    losses = [torch.where(group, rows * weight, zero) for group in groups]
+    if reduction == "none":
+        return torch.stack(losses).sum(dim=0)
+    total = zero
+    for loss, group in zip(losses, groups, strict=True):
+        weights = torch.where(group, weight, zero).sum()
+        by = torch.where(weights == 0, 1, weights) if reduction == "mean" else 1
+        total = total + loss.sum() / by
+    return total / max(1, rows.shape[0]) if reduction == "batchmean" else total
 
 
 def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """NCE of each row (0 where its mask is empty) and which rows have a mask: [N], bool [N]."""
     z = logits.to(_compute_dtype(logits))
-    g = unpack_mask(mask, z.shape[-1]) if mask.dtype == torch.int32 else mask
+    g = _unpacked(mask, z.shape[-1]) if mask.dtype == torch.int32 else mask
     z = torch.where(g.any(dim=-1)[:, None], z, 0)
     log_not_p = torch.log(torch.clamp(1 - torch.softmax(z, dim=-1), NCE_EPS, 1.0))
     loss = -torch.where(g, log_not_p, 0).sum(dim=-1) / (g.sum(dim=-1, dtype=z.dtype) + NCE_EPS)
@@ -334,14 +526,19 @@ def check_counter_dropout(x: Tensor, keys: Tensor, p: float, layer: int) -> None
     if x.dtype not in _FLOATS or x.dim() < 2:
         raise TypeError(f"x must be floating-point [B, C, ...], got {str(x.dtype)[6:]} {list(x.shape)}")
     _check_tensor("keys", keys, "[B]", (torch.int32,))
-    if keys.device != x.device or len(keys) != len(x):
+    if keys.device != x.device or keys.shape[0] != x.shape[0]:
         raise ValueError(
-            f"keys must be [{len(x)}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
+            f"keys must be [{x.shape[0]}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
         )
+    check_dropout(p, layer)
+
+
+def check_dropout(p: float, layer: int) -> None:
+    """Raise the error of the first number that `counter_dropout` cannot take."""
     _check_number("p", p, 0.0, 1.0)
     if p == 1:
         raise ValueError("p must be below 1, got 1")
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 1 << 20:
+    if not is_integer(layer) or not 0 <= plain(layer) < 1 << 20:
         raise ValueError(f"layer must be an integer of 0 .. 2^20 - 1, got {layer!r}")
 
 
@@ -368,27 +565,103 @@ def check_mc_select(
         raise TypeError(f"packed must be True or False, got {packed!r}")
     if tau_n > tau_p:
         raise ValueError(f"tau_n must not exceed tau_p = {tau_p}, got {tau_n}")
-    if logits.shape[0] == 1 and not (math.isinf(kappa_p) and math.isinf(kappa_n)):
-        raise ValueError(
-            "kappa_p and kappa_n must both be inf with a single pass, because one pass has no std to hold them "
-            f"against; got kappa_p = {kappa_p}, kappa_n = {kappa_n}"
-        )
+    if logits.shape[0] == 1:  # no std to hold them against
+        kappa_p = kappa_n = math.inf
+    _warn_of_probabilities(logits)
     return tau_p, tau_n, kappa_p, kappa_n, temp_nl
 
 
-def check_nce_loss(logits: Tensor, mask: Tensor, reduction: str) -> None:
+def _warn_of_probabilities(logits: Tensor) -> None:  # [P, N, C]
+    """Looks at 8 samples at most, and only where that costs nothing: never on a GPU, never in a trace."""
+    if logits.device.type != "cpu" or not is_readable(logits) or logits.shape[-1] == 1:
+        return
+    if not 0 <= logits[0, :1, 0].sum() <= 1:
+        return
+    rows = logits.detach()[0, :: -(-logits.shape[1] // 8) or 1].double()
+    close = 1e-4 if torch.finfo(logits.dtype).bits >= 32 else 0.02  # bfloat16 keeps 8 bits of each
+    if len(rows) and ((rows >= 0) & (rows <= 1)).all() and ((rows.sum(dim=-1) - 1).abs() < close).all():
+        warnings.warn(
+            "logits look like probabilities: they lie in [0, 1] and sum to 1 over the classes. mc_select applies "
+            "softmax itself: pass the network's output before softmax, or log(p)",
+            stacklevel=4,
+        )
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether x has values that may be looked at: not in a trace, a transform or the capture of a CUDA graph."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)  # not a fake one
+        and x.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def check_nce_loss(logits: Tensor, mask: Tensor, reduction: str, weight: Tensor | None) -> None:
     """Raise the error of the first `nce_loss` argument that is not as documented."""
     _check_logits(logits, "[N, C]")
     _check_mask("mask", mask, logits)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(reduction)
+    _check_weight(weight, logits, "[N]")
 
 
-def check_ups_loss(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor) -> None:
+def check_ups_loss(
+    logits: Tensor,
+    target: Tensor,
+    positive: Tensor,
+    negative: Tensor | None,
+    reduction: str,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> None:
     """Raise the error of the first `ups_loss` argument that is not as documented."""
     _check_logits(logits, "[B, C]")
-    _check_tensor("target", target, "[B]", (torch.int64,))
+    _check_dense("target", target, "int64 [B] or floating-point [B, C]")
+    if target.dtype in _FLOATS:
+        _check_tensor("target", target, "[B, C]", _FLOATS)
+        if target.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"target must have {logits.shape[1]} classes like logits, got {list(target.shape)}"
+            )
+        _check_constant("target", target)
+    elif target.dtype == torch.int64 or target.dim() == 1:
+        _check_tensor("target", target, "[B]", (torch.int64,))
+    else:
+        got = f"{str(target.dtype)[6:]} {list(target.shape)}"
+        raise TypeError(f"target must be int64 [B] or floating-point [B, C], got {got}")
     _check_rows("target", target, logits)
     _check_tensor("positive", positive, "[B]", (torch.bool,))
     _check_rows("positive", positive, logits)
-    _check_mask("negative", negative, logits)
+    if negative is not None:
+        _check_mask("negative", negative, logits)
+    check_reduction(reduction)
+    _check_weight(weight, logits, "[B]")
+    check_label_smoothing(label_smoothing)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise an error if it is not a `Reduction`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be 'mean', 'sum', 'batchmean' or 'none', got {reduction!r}")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise an error if it is not a number in [0, 1]."""
+    _check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+
+
+def _check_weight(weight: Tensor | None, logits: Tensor, shape: str) -> None:
+    if weight is None:
+        return
+    _check_tensor("weight", weight, shape, _FLOATS)
+    _check_rows("weight", weight, logits)
+    _check_constant("weight", weight)
+
+
+def _check_constant(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, as the loss has none for it: pass {name}.detach()"
+        )

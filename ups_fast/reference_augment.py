@@ -6,16 +6,21 @@ to 0 bits, which Pillow refuses since 13, and the colour of CutoutAbs on grey im
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ups_fast.policy import (
     FILL,
     JITTER_ORDERS,
     ONE,
+    SQUARES,
     AugmentPlan,
     Policy,
     find_policy,
@@ -55,19 +60,27 @@ def augment_plan(
     batch, its order, the device or the process.
 
     Args:
-        index: [B] int64, sample ids of the batch.
-        policy: a `Policy`, or a name: ``published`` (the UPS code's chain, whose Posterize keeps 0 bits, a black
-            image), ``ups`` (the same, at least one bit kept), ``weak`` (flip, crop by 4), ``none``.
+        index: [B] int64, sample ids of the batch; any strides.
+        policy: a `Policy`, or a name: ``published`` (the chain of the UPS code, its two oddities included: Posterize
+            keeps 0 bits, a black image, and the colored square is rarely at the top or left), ``ups`` (the same
+            without the two), ``weak`` (flip, crop by 4), ``none``.
         size: height and width of the images, or the side of square ones, 1 to 2048 pixels.
         seed: integer of 0 .. 2^63 - 1, or an int64 tensor [] on the device of `index`.
         epoch: integer of 0 .. 2^32 - 1, or an int64 tensor [] or [B] on the device of `index`, of which the lower 32
             bits count. One for each row lets a sample that occurs twice be augmented in two ways.
 
+    Returns:
+        `AugmentPlan` with a row for each index, on its device.
+
     Raises:
         TypeError, ValueError: naming the argument and what it got.
+
+    >>> plan = augment_plan(torch.tensor([3, 8]), policy="ups", size=32, seed=0, epoch=0)
+    >>> len(plan.operations(0))  # of image 3: name, value and corner of each operation
+    3
     """
     policy, (height, width) = check_augment_plan(index, policy, size, seed, epoch)
-    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [epoch] * len(index)
+    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [int(epoch)] * len(index)
     rows = [
         _drawn(sample, policy, height, width, int(seed), each)
         for sample, each in zip(index.tolist(), epochs, strict=True)
@@ -84,8 +97,11 @@ def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, epoc
     def between(word: int, low: int, high: int) -> int:
         return low + (word * (high - low + 1) >> 32)
 
-    def corner(word: int, length: int, side: float) -> int:
-        return max(0, (word * (length << 16) >> 32) - round(side / 2 * 65536)) >> 16
+    def corner(word: int, length: int, side: float, low: int) -> int:
+        center = low * 65537 + (
+            word * ((length - low) << 16) >> 32
+        )  # in units of 2^-16: [0, length) or (1, length]
+        return min(length, max(0, center - round(side / 2 * 65536)) >> 16)
 
     plan = []
     names = variant_names(policy)
@@ -93,11 +109,11 @@ def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, epoc
         first, second, down, right = words(i)
         name, values = policy.ops[between(first, 0, len(policy.ops) - 1)]
         value = values[between(second, 0, len(values) - 1)]
-        side = value if name == "CutoutAbs" else None
+        low = SQUARES.get(name)
         plan += [
             names.index((name, value)),
-            0 if side is None else corner(down, height, side),
-            0 if side is None else corner(right, width, side),
+            0 if low is None else corner(down, height, value, low),
+            0 if low is None else corner(right, width, value, low),
         ]
     word = words(FRAME)
     plan += [between(word[0], 0, 1) if policy.flip else 0]
@@ -118,21 +134,22 @@ def augment(
     policy: str | Policy,
     seed: int | Tensor,
     epoch: int | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A batch gathered from a resident data set, augmented and normalised, in the order of `Policy`.
+    """A batch gathered from a resident data set, augmented and normalized, in the order of `Policy`.
 
-    Before it is normalised, an image is bit for bit what Pillow makes of it.
+    Before it is normalized, an image is bit for bit what Pillow makes of it.
 
     Args:
         images: [N, H, W, C] uint8, C = 1 or 3, contiguous.
-        index: [B] int64, on the device of `images`; which images, and the ids that they draw by.
+        index: [B] int64, on the device of `images`; any strides. Which images, and the ids that they draw by.
         policy, seed, epoch: as in `augment_plan`.
-        mean, std: of each channel, for pixels in [0, 1]; std above 0.
+        mean, std: C numbers each, one for each channel, for pixels in [0, 1]; std above 0. Lists, tuples, arrays of
+            NumPy or tensors; a CUDA tensor makes the call wait for the device.
         dtype: of the result: float32, float16 or bfloat16. Computed in float32 and rounded once.
         plan: what to do instead of what would be drawn, made by `augment_plan` for the same policy and size.
         out: where to write the result, if not into new memory: as what is returned.
@@ -141,21 +158,42 @@ def augment(
         [B, C, H, W] of `dtype`, channels last in memory, on the device of `images`.
 
     Raises:
-        TypeError, ValueError: naming the argument and what it got. An index out of range raises a RuntimeError on the
-        CPU and ends the CUDA context on a GPU, as torch's own indexing does.
+        TypeError, ValueError: naming the argument and what it got.
+        RuntimeError: an index is out of range. On a GPU this ends the CUDA context, as torch's own indexing does.
+        ImportError: there are neither kernels for this device nor Pillow.
+
+    >>> images = torch.randint(0, 256, (100, 32, 32, 3), dtype=torch.uint8)
+    >>> rule = {"policy": "ups", "seed": 0, "epoch": 0, "mean": [0.5] * 3, "std": [0.25] * 3}
+    >>> batch = augment(images, torch.tensor([7, 42]), **rule)
+    >>> batch.shape, batch.dtype
+    (torch.Size([2, 3, 32, 32]), torch.float32)
+    >>> torch.equal(augment(images, torch.tensor([42]), **rule)[0], batch[1])  # whatever the batch is
+    True
     """
-    policy = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
-    if len(index) and not (index.min() >= 0 and index.max() < len(images)):
+    found = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
+    policy, (height, width), means, stds = found
+    _need_pillow()
+    if index.numel() and not (index.min() >= 0 and index.max() < len(images)):
         raise RuntimeError(f"index must lie in 0..{len(images) - 1}, got {index.min()}..{index.max()}")
-    height, width = images.shape[1:3]
     plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, epoch=epoch)
     rows = [replay(images[sample], plan, i) for i, sample in enumerate(index.tolist())]
     pixels = torch.stack(rows) if rows else images[:0].cpu()
-    batch = ((pixels.to(torch.float32) / 255 - torch.tensor(mean)) / torch.tensor(std)).to(dtype)
+    center, scale = torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32)
+    batch = ((pixels.to(torch.float32) / 255 - center) / scale).to(dtype)
     for image, (top, left, bottom, right) in zip(batch, plan.cutout.tolist(), strict=True):
         image[top:bottom, left:right] = 0
-    found = batch.permute(0, 3, 1, 2)
-    return found.to(images.device) if out is None else out.copy_(found)
+    result = batch.permute(0, 3, 1, 2)
+    return result.to(images.device) if out is None else out.copy_(result)
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "augment needs Pillow where it runs without its compiled kernels: run `pip install pillow`, or build the "
+            "kernels (ups_fast.backend() says how)"
+        ) from None
 
 
 def replay(
@@ -163,7 +201,8 @@ def replay(
     plan: AugmentPlan,
     row: int,
 ) -> Tensor:  # uint8 [H, W, C]
-    """One image through Pillow as `plan` has drawn it for row `row`, before it is normalised."""
+    """One image through Pillow as `plan` has drawn it for row `row`, before it is normalized."""
+    _need_pillow()
     import numpy as np
     from PIL import Image
 
@@ -214,7 +253,7 @@ def operate(picture: Image.Image, name: str, value: float, corner: tuple[int, in
         return ImageOps.solarize(picture.point(added * len(picture.getbands())), 128)
     if name == "Gamma":
         return picture.point(gamma_levels(value) * len(picture.getbands()))
-    assert name == "CutoutAbs", name
+    assert name in SQUARES, name
     picture = picture.copy()
     top, left = corner
     box = left, top, min(picture.width, left + value), min(picture.height, top + value)
@@ -245,27 +284,71 @@ def check_augment_plan(
     if index.dtype != torch.int64 or index.ndim != 1:
         raise TypeError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
     policy = find_policy(policy)
-    both = (size, size) if isinstance(size, int) else tuple(size)
-    if len(both) != 2 or not all(isinstance(side, int) and 1 <= side <= 2048 for side in both):
+    both: Any = (size, size) if is_integer(size) else size
+    if (
+        not isinstance(both, Sequence)
+        or len(both) != 2
+        or not all(is_integer(side) and 1 <= plain(side) <= 2048 for side in both)
+    ):
         raise ValueError(f"size must be height and width in 1..2048, got {size}")
-    if policy.crop >= min(both):
-        raise ValueError(f"policy.crop must be below the image size {both[0]}x{both[1]}, got {policy.crop}")
-    _check_counter("seed", seed, 63, index)
-    _check_counter("epoch", epoch, 32, index)
-    return policy, both
+    height, width = _number(both[0]), _number(both[1])
+    if policy.crop >= min(height, width):
+        raise ValueError(f"policy.crop must be below the image size {height}x{width}, got {policy.crop}")
+    check_counter("seed", seed, 63, index)
+    check_counter("epoch", epoch, 32, index, each=True)
+    return policy, (height, width)
 
 
-def _check_counter(name: str, value: int | Tensor, bits: int, index: Tensor) -> None:
+def _number(side: int) -> int:
+    """A side of the images shapes the tables: a tracer makes a graph for this number alone."""
+    return int(side) if isinstance(side, torch.SymInt) else operator.index(side)
+
+
+def plain(number: int) -> int:
+    """One of NumPy, whose narrow types overflow in comparisons and sums, as Python's."""
+    return number if isinstance(number, (int, torch.SymInt)) else operator.index(number)
+
+
+def is_integer(x: object) -> TypeGuard[int]:
+    """Whether x is an integer of Python, NumPy or a tracer, and not a bool."""
+    return isinstance(x, (int, numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
+
+
+def check_counter(name: str, value: int | Tensor, bits: int, index: Tensor, *, each: bool = False) -> None:
+    """Raise the error of a number to draw from that is not as documented; `each`: [B] will do, too."""
     if isinstance(value, Tensor):
-        shapes = ([], [len(index)]) if name == "epoch" else ([],)
+        shapes = [[], [index.shape[0]]] if each else [[]]
         if value.dtype != torch.int64 or list(value.shape) not in shapes or value.device != index.device:
             wanted = " or ".join(map(str, shapes))
             raise ValueError(
                 f"{name} must be an int or an int64 tensor {wanted} on {index.device}, got {value.dtype} "
                 f"{list(value.shape)} on {value.device}"
             )
-    elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+    elif not is_integer(value) or not 0 <= plain(value) < 1 << bits:
         raise ValueError(f"{name} must be an integer of 0 .. 2^{bits} - 1, got {value!r}")
+
+
+def _check_channels(name: str, values: Sequence[float] | Tensor, channels: int) -> tuple[float, ...]:
+    """mean or std as Python's floats, one for each channel."""
+    numbers_meant = (
+        "3 finite numbers, such as (0.5, 0.5, 0.5)" if channels == 3 else "1 finite number, such as (0.5,)"
+    )
+    wanted = f"{name} must be {numbers_meant}, one for each channel"
+    if isinstance(values, Tensor):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            raise TypeError(f"{wanted}; while a graph is traced it cannot be a tensor: use {name}.tolist()")
+        values = values.tolist()
+    elif hasattr(values, "tolist"):  # of NumPy
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{wanted}, got {values!r}")
+    if not all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in values):
+        raise TypeError(f"{wanted}, got {values!r}")
+    if len(values) != channels or not all(-3e38 < x < 3e38 for x in values):
+        raise ValueError(f"{wanted}, got {values!r}")
+    return tuple(
+        [math.copysign(x, x) for x in values]
+    )  # float(x), but for Dynamo, to which it is a number and no symbol
 
 
 def check_augment(
@@ -274,13 +357,13 @@ def check_augment(
     policy: str | Policy,
     seed: int | Tensor,
     epoch: int | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     dtype: torch.dtype,
     plan: AugmentPlan | None,
     out: Tensor | None,
-) -> Policy:
-    """The policy meant; raises the error of the first argument that is not as documented."""
+) -> tuple[Policy, tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    """Policy, size, mean and std meant; raises the error of the first argument that is not as documented."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -290,31 +373,22 @@ def check_augment(
     if not images.is_contiguous():
         raise ValueError(f"images must be contiguous, got strides {images.stride()}")
     height, width, channels = images.shape[1:]
+    if not (1 <= height <= 2048 and 1 <= width <= 2048):
+        raise ValueError(f"images must be 1 to 2048 pixels high and wide, got {list(images.shape)}")
     policy, size = check_augment_plan(index, policy, (height, width), seed, epoch)
     if index.device != images.device:
         raise ValueError(f"index must be on the device of images, {images.device}, got {index.device}")
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean and std must have {channels} values, got mean={mean} and std={std}")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"std must be above 0, got {std}")
+    means, stds = _check_channels("mean", mean, channels), _check_channels("std", std, channels)
+    if not all(x >= 2**-126 for x in stds):  # what float32 holds
+        raise ValueError(f"std must be above 0, got {stds}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if plan is not None:
-        if not isinstance(plan, AugmentPlan):
-            raise TypeError(f"plan must be an AugmentPlan, got {type(plan).__name__}")
-        if plan.policy != policy or plan.size != size:
-            raise ValueError(
-                f"plan must be of this policy and of size {size}, got {plan.policy}, {plan.size}"
-            )
-        if len(plan.draws) != len(index) or plan.draws.device != index.device:
-            raise ValueError(
-                f"plan must have a row for each of {len(index)} indices on {index.device}, got "
-                f"{len(plan.draws)} on {plan.draws.device}"
-            )
+        _check_plan(plan, policy, size, index)
     if out is not None:
+        shape = [index.shape[0], channels, height, width]
         if not isinstance(out, Tensor):
             raise TypeError(f"out must be a tensor, got {type(out).__name__}")
-        shape = [len(index), channels, height, width]
         if out.dtype != dtype or list(out.shape) != shape or out.device != images.device:
             raise ValueError(
                 f"out must be {dtype} {shape} on {images.device}, got {out.dtype} {list(out.shape)} on {out.device}"
@@ -322,8 +396,25 @@ def check_augment(
         if out.requires_grad:
             raise ValueError("out must not require a gradient")
         apart = torch.compiler.is_compiling() or not out.numel()
-        if not apart and out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+        if not apart and out.untyped_storage()._cdata == images.untyped_storage()._cdata:
             raise ValueError("out must not share memory with images")
         if not out.permute(0, 2, 3, 1).is_contiguous():
             raise ValueError(f"out must be channels last in memory, got strides {out.stride()}")
-    return policy
+    return policy, size, means, stds
+
+
+def _check_plan(plan: AugmentPlan, policy: Policy, size: tuple[int, int], index: Tensor) -> None:
+    if not isinstance(plan, AugmentPlan):
+        raise TypeError(f"plan must be an AugmentPlan, got {type(plan).__name__}")
+    if plan.policy != policy or plan.size != size:
+        raise ValueError(f"plan must be of this policy and of size {size}, got {plan.policy}, {plan.size}")
+    if plan.draws.shape[0] != index.shape[0] or plan.draws.device != index.device:
+        raise ValueError(
+            f"plan must have a row for each of {index.shape[0]} indices on {index.device}, got "
+            f"{plan.draws.shape[0]} on {plan.draws.device}"
+        )
+    words = 3 * policy.n_ops + 11
+    if plan.draws.dtype != torch.int32 or plan.draws.ndim != 2 or plan.draws.shape[1] != words:
+        raise ValueError(
+            f"plan.draws must be int32 [B, {words}], got {plan.draws.dtype} {list(plan.draws.shape)}"
+        )

@@ -8,18 +8,17 @@ thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negative
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.stream import FileImages
 from ups_fast.models import Dropout, Network
+from ups_fast.modules import mc_dropout
 from ups_fast.ops import mc_select
 from ups_fast.reference import Selection, dropout_keys, unpack_mask
 
@@ -44,28 +43,6 @@ class Labelling:
         return Labelling(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
 
-@contextmanager
-def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Eval mode with dropout on (`active`) or off, for any network; every module gets its own mode back afterwards.
-
-    Batch-norm stays in eval mode. Dropout is found as modules: a call of F.dropout cannot be seen. Networks of
-    `ups_fast.models` need this only to be called without keys, and then draw from torch's global generator.
-    Raises ValueError where dropout shall be active and the model has none with p > 0.
-    """
-    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
-    if active and not dropouts:
-        raise ValueError("model must have a dropout module with p > 0 for more than one pass, got none")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for dropout in dropouts:
-        dropout.training = active
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def label(
     model: nn.Module,
@@ -87,7 +64,7 @@ def label(
 ) -> Labelling:
     """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
 
-    passes = 1 means no uncertainty: dropout is off too, kappas must be infinite, confidence alone decides.
+    passes = 1 means no uncertainty: dropout is off too, and confidence alone decides, whatever the kappas are.
     `balanced` cuts the positives to equal numbers per class. `progress` is told each finished batch's size.
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the

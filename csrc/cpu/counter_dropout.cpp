@@ -45,7 +45,7 @@ Tensor counter_dropout_cpu(const Tensor& x, const Tensor& keys, double p, int64_
     torch::stable::parallel_for(0, call.rows, grain,
                                 [&](int64_t begin, int64_t end) { UPS_ISA_CALL(dropout_rows, args, begin, end); });
   });
-  return call.y;
+  return call.result();
 }
 
 }  // namespace ups

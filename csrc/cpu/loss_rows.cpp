@@ -15,7 +15,7 @@ namespace ups {
 using c10::BFloat16;
 using c10::Half;
 
-// What a kernel needs to know of the rows.
+// What a kernel needs to know of the rows. Of `target` and `soft` one is null, or both without positive rows.
 template <class S, class T>
 struct LossRows {
   const S* logits;  // [N, C], rows dense
@@ -23,6 +23,10 @@ struct LossRows {
   int64_t C;
   const RowKind* kind;    // [N]
   const int64_t* target;  // [N]
+  const T* soft;          // [N, C], rows dense
+  int64_t soft_stride;
+  bool spread;   // the target of a row is not one class, but keep * target + even
+  T keep, even;  // 1 - smoothing, smoothing / C
   const Mask& mask;
 };
 
@@ -35,7 +39,7 @@ namespace ups {
 
 bool MaskRow::any(int64_t n_classes) const {
   return bytes ? std::any_of(bytes, bytes + n_classes, [](uint8_t b) { return b != 0; })
-               : std::any_of(words, words + (n_classes + 31) / 32, [](uint32_t w) { return w != 0; });
+               : words && std::any_of(words, words + (n_classes + 31) / 32, [](uint32_t w) { return w != 0; });
 }
 
 Mask::Mask(const char* name, const Tensor& mask, int64_t n_rows, int64_t n_classes)
@@ -48,25 +52,71 @@ Mask::Mask(const char* name, const Tensor& mask, int64_t n_rows, int64_t n_class
   check_size(name, mask, 1, packed ? (n_classes + 31) / 32 : n_classes);
 }
 
-LossCall::LossCall(const Tensor& logits_in, Mask mask_in, const Tensor* target_in, const Tensor* positive_in)
+static Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (!weight) return {};
+  check_dim("weight", *weight, 1);
+  check_size("weight", *weight, 0, logits.size(0));
+  check_type("weight", *weight, compute_type(logits), "of the loss' dtype");
+  return torch::stable::contiguous(*weight);
+}
+
+static Tensor checked_target(const Tensor& target, const Tensor& logits) {
+  if (target.scalar_type() == ScalarType::Long) {
+    check_dim("target", target, 1);
+    check_size("target", target, 0, logits.size(0));
+    return torch::stable::contiguous(target);
+  }
+  check_type("target", target, compute_type(logits), "int64 or of the loss' dtype");
+  check_dim("target", target, 2);
+  check_size("target", target, 0, logits.size(0));
+  check_size("target", target, 1, logits.size(1));
+  return dense_rows(target);
+}
+
+LossCall::LossCall(const Tensor& logits_in, Mask mask_in, const std::optional<Tensor>& weight_in,
+                   std::optional<Targets> targets)
     : logits(logits_in),
       mask(std::move(mask_in)),
-      target(target_in ? torch::stable::contiguous(*target_in) : Tensor()),
+      weight(checked_weight(weight_in, logits)),
+      target(targets ? checked_target(targets->target, logits) : Tensor()),
+      smoothing(targets ? targets->smoothing : 0),
       N(logits.size(0)),
       C(logits.size(1)),
       kind(N) {
-  for (int64_t i = 0; i < N; ++i) kind[i] = mask.row(i).any(C) ? RowKind::negative : RowKind::none;
-  if (!positive_in) return;
-  const int64_t* const classes = data<const int64_t>(target);
+  const auto counts = [&](int64_t i) { return !weight.defined() || element(weight, i) != 0; };
+  for (int64_t i = 0; i < N; ++i) kind[i] = mask.row(i).any(C) && counts(i) ? RowKind::negative : RowKind::none;
+  if (!targets) return;
+  const Tensor& positive = targets->positive;
+  check_dim("positive", positive, 1);
+  check_size("positive", positive, 0, N);
+  check_type("positive", positive, ScalarType::Bool, "bool");
+  const int64_t* const classes = target.dim() == 1 ? data<const int64_t>(target) : nullptr;
   for (int64_t i = 0; i < N; ++i) {
-    if (!data<const bool>(*positive_in)[i * positive_in->stride(0)]) continue;
+    if (!data<const bool>(positive)[i * positive.stride(0)]) continue;
+    kind[i] = counts(i) ? RowKind::positive : RowKind::none;
+    if (classes == nullptr || kind[i] == RowKind::none) continue;
     UPS_CHECK(classes[i] >= 0 && classes[i] < C, "target must lie in [0, ", C, ") in positive rows, got ", classes[i],
               " in row ", i);
-    kind[i] = RowKind::positive;
   }
 }
 
-int64_t LossCall::count(RowKind which) const { return std::count(kind.begin(), kind.end(), which); }
+double LossCall::weight_of(int64_t i) const { return weight.defined() ? element(weight, i) : 1; }
+
+template <class S, class T>
+LossRows<S, T> LossCall::rows() const {
+  const bool is_class = target.defined() && target.dim() == 1, is_soft = target.defined() && target.dim() == 2;
+  return {data<const S>(logits),
+          logits.stride(0),
+          C,
+          kind.data(),
+          is_class ? data<const int64_t>(target) : nullptr,
+          is_soft ? data<const T>(target) : nullptr,
+          is_soft ? target.stride(0) : 0,
+          is_soft || smoothing != 0,
+          static_cast<T>(1 - smoothing),
+          static_cast<T>(smoothing / static_cast<double>(C)),
+          mask};
+}
 
 // Rows for one thread: enough work to be worth waking it.
 static int64_t grain(int64_t n_classes) { return 1 + 16384 / n_classes; }
@@ -76,63 +126,76 @@ Tensor LossCall::losses() const {
   dispatch_logits(logits, [&](auto storage, auto compute) {
     using S = decltype(storage);
     using T = decltype(compute);
-    const LossRows<S, T> rows{data<const S>(logits),
-                              logits.stride(0),
-                              C,
-                              kind.data(),
-                              target.defined() ? data<const int64_t>(target) : nullptr,
-                              mask};
-    torch::stable::parallel_for(0, N, grain(C), [&](int64_t begin, int64_t end) {
-      UPS_ISA_CALL(loss_rows, rows, data<T>(losses), begin, end);
-    });
+    const LossRows<S, T> all = rows<S, T>();
+    torch::stable::parallel_for(
+        0, N, grain(C), [&](int64_t begin, int64_t end) { UPS_ISA_CALL(loss_rows, all, data<T>(losses), begin, end); });
   });
   return losses;
 }
 
-Tensor LossCall::d_logits(const Tensor& d_loss, double scale_positive, double scale_negative) const {
-  Tensor result = torch::stable::new_empty(logits, {N, C});
-  dispatch_logits(logits, [&](auto storage, auto compute) {
-    using S = decltype(storage);
-    using T = decltype(compute);
-    const LossRows<S, T> rows{data<const S>(logits),
-                              logits.stride(0),
-                              C,
-                              kind.data(),
-                              target.defined() ? data<const int64_t>(target) : nullptr,
-                              mask};
-    const int64_t d_stride = d_loss.dim() == 0 ? 0 : d_loss.stride(0);
-    std::vector<T> weight(N);
-    for (int64_t i = 0; i < N; ++i) {
-      const double scale = kind[i] == RowKind::positive ? scale_positive : scale_negative;
-      weight[i] = data<const T>(d_loss)[i * d_stride] * static_cast<T>(scale);
-    }
-    torch::stable::parallel_for(0, N, grain(C), [&](int64_t begin, int64_t end) {
-      UPS_ISA_CALL(d_loss_rows, rows, weight.data(), data<S>(result), begin, end);
-    });
-  });
-  return result;
-}
-
-double LossCall::sum(const Tensor& losses, RowKind which) const {
-  double sum = 0;
-  for (int64_t i = 0; i < N; ++i) {
-    if (kind[i] == which) sum += element(losses, i);
-  }
-  return sum;
-}
-
-double element(const Tensor& x, int64_t i) {
-  return x.scalar_type() == ScalarType::Double ? data<const double>(x)[i] : data<const float>(x)[i];
-}
-
-Tensor new_values(const Tensor& logits, std::initializer_list<int64_t> shape, std::initializer_list<double> values) {
-  Tensor result = torch::stable::new_empty(logits, shape, compute_type(logits));
+// A compute_type tensor on the logits' device of these values.
+static Tensor new_values(const Tensor& logits, const std::vector<double>& values) {
+  const int64_t n = static_cast<int64_t>(values.size());
+  Tensor result = n == 1 ? torch::stable::new_empty(logits, {}, compute_type(logits))
+                         : torch::stable::new_empty(logits, {n}, compute_type(logits));
   if (compute_type(logits) == ScalarType::Double) {
     std::copy(values.begin(), values.end(), data<double>(result));
   } else {
     std::copy(values.begin(), values.end(), data<float>(result));
   }
   return result;
+}
+
+std::tuple<Tensor, Tensor> LossCall::forward(int64_t reduction, std::initializer_list<RowKind> kinds) const {
+  Tensor each = losses();
+  double loss = 0;
+  std::vector<double> scales;
+  for (const RowKind which : kinds) {
+    double sum = 0, weights = 0;  // in row order, whatever the number of threads
+    for (int64_t i = 0; i < N; ++i) {
+      if (kind[i] != which) continue;
+      sum += weight_of(i) * element(each, i);
+      weights += weight_of(i);
+    }
+    const double divisor = divisor_of(reduction, N);
+    scales.push_back(1 / (divisor != 0 ? divisor : weights != 0 ? weights : 1));
+    loss += scales.back() * sum;
+  }
+  if (reduction != kNone) return {new_values(logits, {loss}), new_values(logits, scales)};
+  for (int64_t i = 0; weight.defined() && i < N; ++i) {
+    if (kind[i] == RowKind::none) continue;
+    if (compute_type(logits) == ScalarType::Double) {
+      data<double>(each)[i] *= data<const double>(weight)[i];
+    } else {
+      data<float>(each)[i] *= data<const float>(weight)[i];
+    }
+  }
+  return {each, new_values(logits, scales)};
+}
+
+Tensor LossCall::backward(const Tensor& d_loss, double scale_positive, double scale_negative) const {
+  check_type("d_loss", d_loss, compute_type(logits), "of the loss' dtype");
+  Tensor result = torch::stable::new_empty(logits, {N, C});
+  dispatch_logits(logits, [&](auto storage, auto compute) {
+    using S = decltype(storage);
+    using T = decltype(compute);
+    const LossRows<S, T> all = rows<S, T>();
+    const int64_t d_stride = d_loss.dim() == 0 ? 0 : d_loss.stride(0);
+    std::vector<T> factor(N);
+    for (int64_t i = 0; i < N; ++i) {
+      const double scale = kind[i] == RowKind::positive ? scale_positive : scale_negative;
+      factor[i] = data<const T>(d_loss)[i * d_stride] * static_cast<T>(scale);
+      if (weight.defined()) factor[i] *= data<const T>(weight)[i];
+    }
+    torch::stable::parallel_for(0, N, grain(C), [&](int64_t begin, int64_t end) {
+      UPS_ISA_CALL(d_loss_rows, all, factor.data(), data<S>(result), begin, end);
+    });
+  });
+  return result;
+}
+
+double element(const Tensor& x, int64_t i) {
+  return x.scalar_type() == ScalarType::Double ? data<const double>(x)[i] : data<const float>(x)[i];
 }
 
 }  // namespace ups

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../tensors.h"
@@ -12,54 +14,67 @@ namespace ups {
 
 enum class RowKind : uint8_t { none, positive, negative };
 
-// The mask of one row: one of the two is null.
+// The mask of one row: one of the two is null, or both where there is no mask.
 struct MaskRow {
   const uint8_t* bytes;   // [C], 0 or 1
   const uint32_t* words;  // [ceil(C / 32)]
   bool any(int64_t n_classes) const;
 };
 
-// bool [N, C] or packed int32 [N, ceil(C / 32)], rows dense.
+// bool [N, C] or packed int32 [N, ceil(C / 32)], rows dense; or none, which is empty everywhere.
 struct Mask {
+  Mask() = default;
   Mask(const char* name, const Tensor& mask, int64_t n_rows, int64_t n_classes);
   MaskRow row(int64_t i) const {
+    if (data == nullptr) return {nullptr, nullptr};
     return packed ? MaskRow{nullptr, static_cast<const uint32_t*>(data) + i * stride}
                   : MaskRow{static_cast<const uint8_t*>(data) + i * stride, nullptr};
   }
   Tensor owner;
-  bool packed;
-  const void* data;
-  int64_t stride;
+  bool packed = false;
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+template <class S, class T>
+struct LossRows;
+
+// What is known of the positive rows.
+struct Targets {
+  Tensor target;    // int64 [N], or compute_type [N, C]
+  Tensor positive;  // bool [N]
+  double smoothing;
 };
 
 // The rows of one call, and the kind of each.
 class LossCall {
  public:
-  // logits [N, C], rows dense; without `positive` (and `target`) every row with a mask is negative.
-  LossCall(const Tensor& logits, Mask mask, const Tensor* target = nullptr, const Tensor* positive = nullptr);
+  // logits [N, C], rows dense; without targets every row with a mask is negative. A weight of 0 makes it none.
+  LossCall(const Tensor& logits, Mask mask, const std::optional<Tensor>& weight, std::optional<Targets> targets = {});
 
-  int64_t count(RowKind kind) const;
+  // The loss, [N] or a scalar, and the scale of each of these kinds' rows in it: [], or [n] for n kinds.
+  std::tuple<Tensor, Tensor> forward(int64_t reduction, std::initializer_list<RowKind> kinds) const;
 
-  // The loss of each row, compute_type [N]; 0 for RowKind::none.
-  Tensor losses() const;
-
-  // The gradient of each row's loss times its kind's scale and d_loss ([N] or a scalar): the logits' dtype, [N, C].
-  Tensor d_logits(const Tensor& d_loss, double scale_positive, double scale_negative) const;
-
-  // The sum of the losses of one kind, in row order whatever the number of threads.
-  double sum(const Tensor& losses, RowKind kind) const;
+  // The gradient of each row's loss times its weight, its kind's scale and d_loss ([N] or a scalar): the logits' dtype,
+  // [N, C].
+  Tensor backward(const Tensor& d_loss, double scale_positive, double scale_negative) const;
 
  private:
+  template <class S, class T>
+  LossRows<S, T> rows() const;
+  Tensor losses() const;  // of each row without its weight, compute_type [N]; 0 for RowKind::none
+  double weight_of(int64_t i) const;
+
   const Tensor logits;
   const Mask mask;
+  const Tensor weight;  // compute_type [N], or undefined: all are 1
   const Tensor target;
+  const double smoothing;
   const int64_t N, C;
   std::vector<RowKind> kind;  // [N]
 };
 
 // Element i of a contiguous compute_type tensor.
 double element(const Tensor& x, int64_t i);
-// A compute_type tensor on the logits' device of these values.
-Tensor new_values(const Tensor& logits, std::initializer_list<int64_t> shape, std::initializer_list<double> values);
 
 }  // namespace ups

@@ -92,6 +92,45 @@ class LossRow {
     store(weight, d_logits);
   }
 
+  // Sets w to the target of each class: keep * target + even; 0 beyond the last one.
+  void spread(const T* soft /* [C], or null */, int64_t target, T keep, T even) {
+    for (int64_t k = 0; k < k_count; ++k) {
+      const int64_t left = C - k * L;
+      V t{};
+      if (soft)
+        t = left >= L ? load_logits(soft + k * L, T{}) : load_logits_tail<T>(soft + k * L, static_cast<int>(left));
+      w[k] = t * keep + even;
+    }
+    w[k_count - 1] = class_exists() ? w[k_count - 1] : V{};
+    if (!soft) w[target / L][target % L] += keep;
+  }
+
+  // After `spread`.
+  T ce_spread(const S* logits) const {
+    V cross{}, total{};
+    for (int64_t k = 0; k < k_count; ++k) {
+      cross += (w[k] == 0) ? V{} : w[k] * (splat<T>(top) - load_vector(logits, k));  // 0 * inf would be NaN
+      total += w[k];
+    }
+    return lanes_sum<T>(total)[0] * std::log1p(rest) + lanes_sum<T>(cross)[0];
+  }
+
+  void d_ce_spread(T weight, S* d_logits) {
+    V sum_top{}, sum_other{};
+    for (int64_t k = 0; k < k_count; ++k) {
+      sum_top += is_top(k) ? w[k] : V{};
+      sum_other += is_top(k) ? V{} : w[k];
+    }
+    sum_top = lanes_sum<T>(sum_top);
+    sum_other = lanes_sum<T>(sum_other);
+    for (int64_t k = 0; k < k_count; ++k) {
+      const V of_top = p[k] * (sum_other + (sum_top - w[k])) - w[k] * not_p[k];
+      const V of_other = p[k] * (sum_other + sum_top) - w[k];
+      w[k] = is_top(k) ? of_top : of_other;
+    }
+    store(weight, d_logits);
+  }
+
   T nce(const MaskRow& mask) const {
     V sum{}, count{};
     for (int64_t k = 0; k < k_count; ++k) {
@@ -155,6 +194,11 @@ class LossRow {
   V p_top;         // 1 / s, the probability of the largest logit
 };
 
+template <class S, class T>
+void spread(LossRow<T, S>& row, const LossRows<S, T>& a, int64_t i) {
+  row.spread(a.soft ? a.soft + i * a.soft_stride : nullptr, a.target ? a.target[i] : 0, a.keep, a.even);
+}
+
 // Losses of rows [begin, end).
 template <class S, class T>
 void loss_rows(const LossRows<S, T>& a, T* loss, int64_t begin, int64_t end) {
@@ -165,7 +209,14 @@ void loss_rows(const LossRows<S, T>& a, T* loss, int64_t begin, int64_t end) {
     if (a.kind[i] == RowKind::none) continue;
     const S* const logits = a.logits + i * a.stride;
     row.read(logits);
-    loss[i] = a.kind[i] == RowKind::positive ? row.ce(logits, a.target[i]) : row.nce(a.mask.row(i));
+    if (a.kind[i] == RowKind::negative) {
+      loss[i] = row.nce(a.mask.row(i));
+    } else if (!a.spread) {
+      loss[i] = row.ce(logits, a.target[i]);
+    } else {
+      spread(row, a, i);
+      loss[i] = row.ce_spread(logits);
+    }
   }
 }
 
@@ -181,10 +232,13 @@ void d_loss_rows(const LossRows<S, T>& a, const T* weight, S* d_logits, int64_t 
       continue;
     }
     row.read(a.logits + i * a.stride);
-    if (a.kind[i] == RowKind::positive) {
+    if (a.kind[i] == RowKind::negative) {
+      row.d_nce(a.mask.row(i), weight[i], d_row);
+    } else if (!a.spread) {
       row.d_ce(a.target[i], weight[i], d_row);
     } else {
-      row.d_nce(a.mask.row(i), weight[i], d_row);
+      spread(row, a, i);
+      row.d_ce_spread(weight[i], d_row);
     }
   }
 }

@@ -57,7 +57,7 @@ Tensor counter_dropout_cuda(const Tensor& x, const Tensor& keys, double p, int64
   const DropoutCall call(x, keys, p, layer);
   check_beside("keys", keys, x);
   const int64_t elements = call.rows * call.C * call.S;
-  if (elements == 0) return call.y;
+  if (elements == 0) return call.result();
   const DeviceGuard guard(x.get_device_index());
   dispatch_logits(x, [&](auto storage, auto) {
     using T = DeviceType<decltype(storage)>;
@@ -73,7 +73,7 @@ Tensor counter_dropout_cuda(const Tensor& x, const Tensor& keys, double p, int64
                                  call.scale};
     launch("counter_dropout", counter_dropout_elements<T>, elementwise_plan(elements), x, args);
   });
-  return call.y;
+  return call.result();
 }
 
 }  // namespace

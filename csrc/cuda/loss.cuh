@@ -26,7 +26,7 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// bool [N, C], or bits of 32-bit words [N, ceil(C / 32)].
+// bool [N, C], or bits of 32-bit words [N, ceil(C / 32)]; null, and then never read, where there is no mask.
 struct Mask {
   const void* data;
   int64_t row_stride;  // in elements
@@ -109,13 +109,14 @@ struct AddMaskedSums {
   }
 };
 
-// All lanes must reach this. `wanted`: false leaves the sums empty.
+// All lanes must reach this. `wanted`: false leaves the sums empty, and so does a mask that is null.
 template <bool kForward, class T, int kLanes>
 __device__ __forceinline__ MaskedSums<Acc<T>> masked_sums(const T* z /* [C] */, int classes, const Mask& mask,
                                                           int64_t row, bool wanted, const Softmax<Acc<T>>& softmax,
                                                           Team<kLanes>& team) {
   using A = Acc<T>;
   MaskedSums<A> sums = {0, 0, 0};
+  wanted = wanted && mask.data != nullptr;
   for (int c = team.lane(); wanted && c < classes; c += kLanes) {
     if (!mask.at(row, c)) continue;
     const A p = softmax.p(to_acc(z[c]), c);
@@ -128,6 +129,35 @@ __device__ __forceinline__ MaskedSums<Acc<T>> masked_sums(const T* z /* [C] */, 
     }
   }
   return team.reduce(sums, AddMaskedSums{});
+}
+
+// Of a row as target, over its classes but the top one: their sum, and sum of t (top - z) over all.
+template <class A>
+struct TargetSums {
+  A others;
+  A cross;
+};
+
+struct AddTargetSums {
+  template <class A>
+  __device__ __forceinline__ TargetSums<A> operator()(const TargetSums<A>& a, const TargetSums<A>& b) const {
+    return {a.others + b.others, a.cross + b.cross};
+  }
+};
+
+// All lanes must reach this. target(c) is that of class c; `wanted`: false leaves the sums empty.
+template <class T, int kLanes, class Target>
+__device__ __forceinline__ TargetSums<Acc<T>> target_sums(const T* z /* [C] */, int classes, const Target& target,
+                                                          bool wanted, const Softmax<Acc<T>>& softmax,
+                                                          Team<kLanes>& team) {
+  using A = Acc<T>;
+  TargetSums<A> sums = {0, 0};
+  for (int c = team.lane(); wanted && c < classes; c += kLanes) {
+    const A t = target(c);
+    if (c != softmax.top_class) sums.others += t;
+    if (t != 0) sums.cross += t * (softmax.top - to_acc(z[c]));  // 0 * inf would be NaN
+  }
+  return team.reduce(sums, AddTargetSums{});
 }
 
 // weight * dNCE/dz of a row; 0 without a mask.
@@ -157,21 +187,22 @@ __device__ __forceinline__ NceGradient<A> nce_gradient(const Softmax<A>& softmax
                                                        const Mask& mask, int64_t row, int classes, A weight) {
   const bool clamped = softmax.rest * softmax.inv_sum < A(kNceEps);
   const bool exists = softmax.top_class < classes;  // not where a logit is NaN
-  return {softmax, sums.others_w, exists && !clamped && mask.at(row, softmax.top_class),
+  const bool masked = exists && mask.data != nullptr && mask.at(row, softmax.top_class);
+  return {softmax, sums.others_w, masked && !clamped,
           sums.count > 0 ? weight / (static_cast<A>(sums.count) + A(kNceEps)) : A(0)};
 }
 
-// Sums over the rows of each group (nce_loss has one, ups_loss two), and how many there are.
+// Sums over the rows of each group (nce_loss has one, ups_loss two), and of their weights.
 template <class A, int kGroups>
 struct GroupSums {
   A loss[kGroups];
-  int64_t rows[kGroups];
+  double weight[kGroups];
 
-  __device__ __forceinline__ void add(int group, A row_loss) {
+  __device__ __forceinline__ void add(int group, A row_loss, A row_weight) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      loss[i] += i == group ? row_loss : A(0);
-      rows[i] += i == group;
+      loss[i] += i == group ? row_weight * row_loss : A(0);
+      weight[i] += i == group ? static_cast<double>(row_weight) : 0;
     }
   }
 };
@@ -183,7 +214,7 @@ struct AddGroupSums {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       a.loss[i] += b.loss[i];
-      a.rows[i] += b.rows[i];
+      a.weight[i] += b.weight[i];
     }
     return a;
   }
@@ -192,9 +223,9 @@ struct AddGroupSums {
 // Where the sums go. One block writes the loss itself, several leave it to `add_partials`.
 template <class A, int kGroups>
 struct LossOutput {
-  A* loss;   // [], or null if only the rows' own losses are wanted
-  A* scale;  // [kGroups], the weight of a row of each group in the loss
-  bool mean;
+  A* loss;                          // [], or null if only the rows' own losses are wanted
+  A* scale;                         // [kGroups], of the rows of each group in the loss
+  double divisor;                   // see divisor_of
   GroupSums<A, kGroups>* partials;  // [blocks]
 };
 
@@ -203,7 +234,8 @@ __device__ __forceinline__ void write_loss(const LossOutput<A, kGroups>& out, co
   A loss = 0;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    const A n = out.mean && total.rows[i] > 0 ? static_cast<A>(total.rows[i]) : A(1);
+    const double by = out.divisor != 0 ? out.divisor : total.weight[i];
+    const A n = by != 0 ? static_cast<A>(by) : A(1);
     loss += total.loss[i] / n;
     out.scale[i] = 1 / n;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 
 #include "launch.cuh"
 #include "loss.cuh"
@@ -39,7 +40,16 @@ inline void check_values(const char* name, const Tensor& x, const Tensor& logits
   check_beside(name, x, logits);
 }
 
+// null if there is none
+template <class A>
+const A* checked_weight(const std::optional<Tensor>& weight, const Tensor& logits, Tensor& owner) {
+  if (!weight) return nullptr;
+  owner = checked_rows("weight", *weight, compute_type(logits), "of the loss' dtype", logits);
+  return data<const A>(owner);
+}
+
 inline Mask mask_of(const Tensor& checked) {
+  if (!checked.defined()) return {nullptr, 0, false};
   return {checked.data_ptr(), checked.stride(0), checked.scalar_type() == ScalarType::Int};
 }
 

@@ -18,6 +18,9 @@ struct NceRows {
   int64_t rows;  // N
   int classes;   // C
   Mask mask;
+  const Acc<T>* weight;  // [N], or null: all are 1
+
+  __device__ __forceinline__ Acc<T> weight_of(int64_t row) const { return weight ? weight[row] : Acc<T>(1); }
 };
 
 template <class T, int kLanes>
@@ -28,10 +31,11 @@ __global__ void __launch_bounds__(kLossMaxThreads)
   for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     const auto softmax = softmax_of(z, a.classes, team);
-    const auto masked = masked_sums<true>(z, a.classes, a.mask, row, true, softmax, team);
+    const Acc<T> weight = a.weight_of(row);
+    const auto masked = masked_sums<true>(z, a.classes, a.mask, row, weight != 0, softmax, team);
     if (!exists || team.lane() != 0) return;
-    if (masked.count > 0) sums.add(0, masked.nce());
-    if (row_loss != nullptr) row_loss[row] = masked.nce();  // 0 without a mask
+    if (masked.count > 0) sums.add(0, masked.nce(), weight);
+    if (row_loss != nullptr) row_loss[row] = weight * masked.nce();  // 0 without a mask
   });
   finish_block(out, sums);
 }
@@ -45,9 +49,10 @@ __global__ void __launch_bounds__(kLossThreads, kLossResident)
   for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     const auto softmax = softmax_of(z, a.classes, team);
-    const auto masked = masked_sums<false>(z, a.classes, a.mask, row, true, softmax, team);
+    const Acc<T> row_weight = a.weight_of(row);
+    const auto masked = masked_sums<false>(z, a.classes, a.mask, row, row_weight != 0, softmax, team);
     if (!exists) return;
-    const Acc<T> weight = d_loss[row * d_loss_stride] * *scale;
+    const Acc<T> weight = d_loss[row * d_loss_stride] * *scale * row_weight;
     const auto gradient = nce_gradient(softmax, masked, a.mask, row, a.classes, weight);
     for (int c = team.lane(); c < a.classes; c += kLanes) {
       store(d_logits + row * a.classes + c, gradient.at(to_acc(z[c]), c, a.mask.at(row, c)));
@@ -77,14 +82,16 @@ namespace ups::cuda {
 namespace {
 
 template <class T>
-NceRows<T> nce_rows(const Tensor& logits, const Tensor& mask) {
-  return {data<const T>(logits), logits.stride(0), logits.size(0), static_cast<int>(logits.size(1)), mask_of(mask)};
+NceRows<T> nce_rows(const Tensor& logits, const Tensor& mask, const Acc<T>* weight) {
+  return {
+      data<const T>(logits), logits.stride(0), logits.size(0), static_cast<int>(logits.size(1)), mask_of(mask), weight};
 }
 
-// reduction: 0 none, 1 mean over the rows with a mask, 2 sum
-std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& mask_in, int64_t reduction) {
+std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& mask_in, int64_t reduction,
+                                         std::optional<Tensor> weight_in) {
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
-  const bool each = reduction == 0;
+  Tensor weight;
+  const bool each = reduction == kNone;
   const Tensor loss = each ? new_losses(logits, {logits.size(0)}) : new_losses(logits, {});
   const Tensor scale = new_losses(logits, {});
 
@@ -93,19 +100,21 @@ std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& 
   dispatch_logits(logits, [&](auto storage, auto acc) {
     using T = DeviceType<decltype(storage)>;
     using A = decltype(acc);
-    const LossOutput<A, 1> out = {each ? nullptr : data<A>(loss), data<A>(scale), reduction == 1, nullptr};
-    launch_loss("nce_loss", nce_loss_kernel<T>(plan.variant), plan, logits, out, nce_rows<T>(logits, mask),
-                each ? data<A>(loss) : nullptr);
+    const double divisor = divisor_of(reduction, logits.size(0));
+    const LossOutput<A, 1> out = {each ? nullptr : data<A>(loss), data<A>(scale), divisor, nullptr};
+    const NceRows<T> rows = nce_rows<T>(logits, mask, checked_weight<A>(weight_in, logits, weight));
+    launch_loss("nce_loss", nce_loss_kernel<T>(plan.variant), plan, logits, out, rows, each ? data<A>(loss) : nullptr);
   });
   return {loss, scale};
 }
 
-Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, const Tensor& mask_in,
-                              const Tensor& scale) {
+Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, const Tensor& mask_in, const Tensor& scale,
+                              std::optional<Tensor> weight_in) {
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
   check_values("d_loss", d_loss, logits);
   check_values("scale", scale, logits);
   const Tensor d_logits = torch::stable::new_empty(logits, logits.sizes());
+  Tensor weight;
   if (d_logits.numel() == 0) return d_logits;
 
   const DeviceGuard guard(logits.get_device_index());
@@ -113,8 +122,9 @@ Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, con
   dispatch_logits(logits, [&](auto storage, auto acc) {
     using T = DeviceType<decltype(storage)>;
     using A = decltype(acc);
-    launch("nce_loss_backward", nce_loss_backward_kernel<T>(plan.variant), plan, logits, nce_rows<T>(logits, mask),
-           data<const A>(d_loss), d_loss.dim() == 0 ? 0 : d_loss.stride(0), data<const A>(scale), data<T>(d_logits));
+    const NceRows<T> rows = nce_rows<T>(logits, mask, checked_weight<A>(weight_in, logits, weight));
+    launch("nce_loss_backward", nce_loss_backward_kernel<T>(plan.variant), plan, logits, rows, data<const A>(d_loss),
+           d_loss.dim() == 0 ? 0 : d_loss.stride(0), data<const A>(scale), data<T>(d_logits));
   });
   return d_logits;
 }

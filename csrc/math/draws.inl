@@ -21,10 +21,12 @@ UPS_HD int32_t between(uint32_t word, int32_t low, int32_t high) {
   return low + static_cast<int32_t>((uint64_t{word} * static_cast<uint32_t>(high - low + 1)) >> 32);
 }
 
-// The first pixel of a square whose centre lies anywhere on `size` pixels, cut off at 0.
-UPS_HD int32_t corner(uint32_t word, int32_t size, int32_t half) {
-  const int64_t centre = (uint64_t{word} * (static_cast<uint32_t>(size) << 16)) >> 32;  // 16.16
-  return centre > half ? static_cast<int32_t>((centre - half) >> 16) : 0;
+// The first pixel of a square whose center lies anywhere in [0, size), or with low = 1 in (1, size], cut off at 0.
+UPS_HD int32_t corner(uint32_t word, int32_t size, int32_t half, int32_t low) {
+  const int64_t center =  // 16.16
+      low * int64_t{65537} + static_cast<int64_t>((uint64_t{word} * (static_cast<uint32_t>(size - low) << 16)) >> 32);
+  const int32_t first = center > half ? static_cast<int32_t>((center - half) >> 16) : 0;
+  return first < size ? first : size;
 }
 
 constexpr uint32_t kFrameSlot = 1 << 16, kJitterSlot = kFrameSlot + 1, kCutoutSlot = kFrameSlot + 2;
@@ -48,8 +50,8 @@ UPS_HD void draw_slot(const DrawArgs& a, int64_t b, int slot, int32_t* plan) {
     const Variant& variant = a.variants[chosen];
     const bool fill = variant.operation == Operation::fill;
     op.variant = chosen;
-    op.top = fill ? corner(r.word[2], a.H, variant.value[0]) : 0;
-    op.left = fill ? corner(r.word[3], a.W, variant.value[0]) : 0;
+    op.top = fill ? corner(r.word[2], a.H, variant.value[0], variant.value[5]) : 0;
+    op.left = fill ? corner(r.word[3], a.W, variant.value[0], variant.value[5]) : 0;
   } else if (slot == s.n_ops) {
     const Words r = draw(kFrameSlot);
     frame.flip = s.flip ? between(r.word[0], 0, 1) : 0;
@@ -76,7 +78,7 @@ UPS_HD bool plan_fits(const DrawArgs& a, const int32_t* plan) {
   for (int i = 0; i < a.settings.n_ops; ++i) {
     const PlannedOp& op = reinterpret_cast<const PlannedOp*>(plan)[i];
     fits = fits && op.variant >= -1 && op.variant < a.n_variants;
-    fits = fits && op.top >= 0 && op.top < a.H && op.left >= 0 && op.left < a.W;
+    fits = fits && op.top >= 0 && op.top <= a.H && op.left >= 0 && op.left <= a.W;
   }
   const auto& f = *reinterpret_cast<const PlannedFrame*>(plan + a.settings.n_ops * kOpWords);
   fits = fits && f.dy > -a.H && f.dy < a.H && f.dx > -a.W && f.dx < a.W && f.order >= 0 && f.order < 6;

@@ -24,7 +24,7 @@ struct Thresholds {
 
 template <class T>
 T m2_limit(double kappa, int64_t passes) {
-  if (std::isinf(kappa)) return std::numeric_limits<T>::infinity();  // inf * 0 would be NaN for one pass
+  if (passes == 1 || std::isinf(kappa)) return std::numeric_limits<T>::infinity();  // one pass has no std to limit
   const T limit = static_cast<T>(kappa * kappa * static_cast<double>(passes - 1));
   // A kappa whose square underflows still accepts a std of exactly 0.
   return kappa > 0 ? std::fmax(limit, std::numeric_limits<T>::denorm_min()) : T(0);

@@ -115,60 +115,98 @@ const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass
   });
 }
 
-// reduction: 0 none, 1 mean, 2 sum
+// `weight` may be null here and in what follows.
 const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows,
-                     int classes, const void* mask, int64_t mask_stride, bool packed, int reduction, void* loss,
-                     void* scale) {
+                     int classes, const void* mask, int64_t mask_stride, bool packed, const void* weight, int reduction,
+                     void* loss, void* scale) {
   const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed}};
+    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed},
+                             static_cast<const A*>(weight)};
     A* const values = static_cast<A*>(loss);
-    const LossOutput<A, 1> out = {reduction == 0 ? nullptr : values, static_cast<A*>(scale), reduction == 1, nullptr};
-    return launch_loss(plan, seed, nce_loss_kernel<T>(plan.variant), out, args, reduction == 0 ? values : nullptr);
+    const bool each = reduction == ups::kNone;
+    const LossOutput<A, 1> out = {each ? nullptr : values, static_cast<A*>(scale), ups::divisor_of(reduction, rows),
+                                  nullptr};
+    return launch_loss(plan, seed, nce_loss_kernel<T>(plan.variant), out, args, each ? values : nullptr);
   });
 }
 
 const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, int64_t d_loss_stride,
                               const void* logits, int64_t row_stride, int64_t rows, int classes, const void* mask,
-                              int64_t mask_stride, bool packed, const void* scale, void* d_logits) {
+                              int64_t mask_stride, bool packed, const void* weight, const void* scale, void* d_logits) {
   const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed}};
+    const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed},
+                             static_cast<const A*>(weight)};
     return launch(plan, seed, nce_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
                   d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
   });
 }
 
+}  // extern "C"
+
+namespace {
+
+template <class T>
+UpsRows<T> ups_rows(const void* logits, int64_t row_stride, int64_t rows, int classes, const int64_t* target,
+                    const void* soft, int64_t soft_stride, double smoothing, const bool* positive, const void* negative,
+                    int64_t negative_stride, bool packed, const void* weight) {
+  using A = Acc<T>;
+  return {static_cast<const T*>(logits),
+          row_stride,
+          rows,
+          classes,
+          target,
+          static_cast<const A*>(soft),
+          soft_stride,
+          soft != nullptr || smoothing != 0,
+          static_cast<A>(1 - smoothing),
+          static_cast<A>(smoothing / classes),
+          positive,
+          {negative, negative_stride, packed},
+          static_cast<const A*>(weight)};
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of `target` and `soft` one is null; `negative` may be.
 const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows,
-                     int classes, const int64_t* target, const bool* positive, const void* negative,
-                     int64_t negative_stride, bool packed, void* loss, void* scale) {
+                     int classes, const int64_t* target, const void* soft, int64_t soft_stride, double smoothing,
+                     const bool* positive, const void* negative, int64_t negative_stride, bool packed,
+                     const void* weight, int reduction, void* loss, void* scale) {
   const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const UpsRows<T> args = {static_cast<const T*>(logits),      row_stride, rows, classes, target, positive,
-                             {negative, negative_stride, packed}};
-    const LossOutput<A, 2> out = {static_cast<A*>(loss), static_cast<A*>(scale), true, nullptr};
-    return launch_loss(plan, seed, ups_loss_kernel<T>(plan.variant), out, args);
+    const auto args = ups_rows<T>(logits, row_stride, rows, classes, target, soft, soft_stride, smoothing, positive,
+                                  negative, negative_stride, packed, weight);
+    A* const values = static_cast<A*>(loss);
+    const bool each = reduction == ups::kNone;
+    const LossOutput<A, 2> out = {each ? nullptr : values, static_cast<A*>(scale), ups::divisor_of(reduction, rows),
+                                  nullptr};
+    return launch_loss(plan, seed, ups_loss_kernel<T>(plan.variant), out, args, each ? values : nullptr);
   });
 }
 
-const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, const void* logits,
-                              int64_t row_stride, int64_t rows, int classes, const int64_t* target,
-                              const bool* positive, const void* negative, int64_t negative_stride, bool packed,
+const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss, int64_t d_loss_stride,
+                              const void* logits, int64_t row_stride, int64_t rows, int classes, const int64_t* target,
+                              const void* soft, int64_t soft_stride, double smoothing, const bool* positive,
+                              const void* negative, int64_t negative_stride, bool packed, const void* weight,
                               const void* scale, void* d_logits) {
   const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const UpsRows<T> args = {static_cast<const T*>(logits),      row_stride, rows, classes, target, positive,
-                             {negative, negative_stride, packed}};
+    const auto args = ups_rows<T>(logits, row_stride, rows, classes, target, soft, soft_stride, smoothing, positive,
+                                  negative, negative_stride, packed, weight);
     return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
-                  static_cast<const A*>(scale), static_cast<T*>(d_logits));
+                  d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
   });
 }
 

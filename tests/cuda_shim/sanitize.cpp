@@ -20,14 +20,15 @@ const char* augment(uint64_t, int64_t, int64_t, const uint8_t*, int64_t, int, in
 const char* control(const char*, uint64_t, int*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
-const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool, int, void*,
-                     void*);
+const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool,
+                     const void*, int, void*, void*);
 const char* nce_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
-                              const void*, int64_t, bool, const void*, void*);
-const char* ups_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const int64_t*, const bool*,
-                     const void*, int64_t, bool, void*, void*);
-const char* ups_loss_backward(uint64_t, int64_t, int, const void*, const void*, int64_t, int64_t, int, const int64_t*,
-                              const bool*, const void*, int64_t, bool, const void*, void*);
+                              const void*, int64_t, bool, const void*, const void*, void*);
+const char* ups_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const int64_t*, const void*, int64_t,
+                     double, const bool*, const void*, int64_t, bool, const void*, int, void*, void*);
+const char* ups_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
+                              const int64_t*, const void*, int64_t, double, const bool*, const void*, int64_t, bool,
+                              const void*, const void*, void*);
 }
 
 namespace {
@@ -127,32 +128,48 @@ void try_losses(int dtype, int64_t rows, int classes, bool packed, int offset) {
   const Bytes logits = logits_of(dtype, offset + (rows - 1) * stride + classes, rows > 1);
   const void* z = as<void>(logits, offset * kBytesOf[dtype]);
   const Bytes mask = mask_of(rows, width, packed);
-  Bytes target(8 * rows), positive(rows), ones(8 * rows);
+  Bytes target(8 * rows), positive(rows), ones(8 * rows), weight(size * rows);
+  const int64_t soft_stride = classes + offset;
+  const Bytes soft = logits_of(dtype == 3 ? 3 : 0, (rows - 1) * soft_stride + classes, rows > 1);
   for (int64_t i = 0; i < rows; ++i) {
     as<int64_t>(target)[i] = static_cast<int64_t>(random_bits() % (classes + 2)) - 1;
     positive.get()[i] = random_bits() % 2;
-    if (dtype == 3) as<double>(ones)[i] = 1;
-    if (dtype != 3) as<float>(ones)[i] = 1;
+    if (dtype == 3) as<double>(ones)[i] = 1, as<double>(weight)[i] = i % 3;
+    if (dtype != 3) as<float>(ones)[i] = 1, as<float>(weight)[i] = i % 3;
   }
   std::vector<std::vector<Bytes>> results;
   for (uint64_t seed = 0; seed < 2; ++seed) {
     constexpr int64_t blocks = 3;  // at most, so that a block has several rows of every variant
     std::vector<Bytes>& r = results.emplace_back();
     const int64_t d_bytes = rows * classes * kBytesOf[dtype];
-    for (int64_t bytes : {rows * size, 1L * size, 1L * size, d_bytes, 1L * size, 2L * size, d_bytes}) {
+    for (int64_t bytes : {rows * size, 1L * size, 1L * size, d_bytes, 1L * size, 2L * size, d_bytes, rows * size,
+                          2L * size, d_bytes, 1L * size, d_bytes}) {
       r.emplace_back(bytes);
     }
     const auto run = [&](const char* error) { expect(*error == 0, error, where); };
-    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, 0, as<void>(r[0]),
-                 as<void>(r[1])));
-    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, 1, as<void>(r[2]),
-                 as<void>(r[1])));
+    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, nullptr, 0,
+                 as<void>(r[0]), as<void>(r[1])));
+    run(nce_loss(seed, blocks, dtype, z, stride, rows, classes, as<void>(mask), width, packed, as<void>(weight), 1,
+                 as<void>(r[2]), as<void>(r[1])));
     run(nce_loss_backward(seed, blocks, dtype, as<void>(ones), 1, z, stride, rows, classes, as<void>(mask), width,
-                          packed, as<void>(r[1]), as<void>(r[3])));
-    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), as<bool>(positive), as<void>(mask),
-                 width, packed, as<void>(r[4]), as<void>(r[5])));
-    run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), z, stride, rows, classes, as<int64_t>(target),
-                          as<bool>(positive), as<void>(mask), width, packed, as<void>(r[5]), as<void>(r[6])));
+                          packed, as<void>(weight), as<void>(r[1]), as<void>(r[3])));
+    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), nullptr, 0, 0, as<bool>(positive),
+                 as<void>(mask), width, packed, nullptr, 1, as<void>(r[4]), as<void>(r[5])));
+    run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), 0, z, stride, rows, classes, as<int64_t>(target),
+                          nullptr, 0, 0, as<bool>(positive), as<void>(mask), width, packed, nullptr, as<void>(r[5]),
+                          as<void>(r[6])));
+    // Soft targets, weights, no negatives; then smoothed classes.
+    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, nullptr, as<void>(soft), soft_stride, 0,
+                 as<bool>(positive), nullptr, 0, false, as<void>(weight), 0, as<void>(r[7]), as<void>(r[8])));
+    run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), 1, z, stride, rows, classes, nullptr, as<void>(soft),
+                          soft_stride, 0, as<bool>(positive), nullptr, 0, false, as<void>(weight), as<void>(r[8]),
+                          as<void>(r[9])));
+    run(ups_loss(seed, blocks, dtype, z, stride, rows, classes, as<int64_t>(target), nullptr, 0, 0.1,
+                 as<bool>(positive), as<void>(mask), width, packed, as<void>(weight), 3, as<void>(r[10]),
+                 as<void>(r[8])));
+    run(ups_loss_backward(seed, blocks, dtype, as<void>(ones), 0, z, stride, rows, classes, as<int64_t>(target),
+                          nullptr, 0, 0.1, as<bool>(positive), as<void>(mask), width, packed, as<void>(weight),
+                          as<void>(r[8]), as<void>(r[11])));
   }
   for (size_t i = 0; i < results[0].size(); ++i) {
     expect(results[0][i] == results[1][i], "the order of threads shows in result " + std::to_string(i), where);

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Mish, Network
+from ups_fast.models.network import Dropout, Network
+from ups_fast.modules import Mish
 
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:

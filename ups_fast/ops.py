@@ -11,14 +11,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .policy import AugmentPlan, Policy, normalization, tables
-from .reference import Reduction, Selection
+from .reference import REDUCTIONS, Reduction, Selection
 
 try:
     from . import _C  # registers the kernels
@@ -29,8 +29,6 @@ except ImportError as error:
         f"the compiled module is missing ({error if _found else f'there is none in {Path(__file__).parent}'}); "
         "build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
     )
-
-_REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
 
 _lib = torch.library.Library("ups_fast", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -105,7 +103,7 @@ def nce_loss(
     if not _has_kernels(logits):
         return reference.nce_loss(logits, mask, reduction=reduction, weight=weight)
     reference.check_nce_loss(logits, mask, reduction, weight)
-    code = _REDUCTIONS.index(reduction)
+    code = REDUCTIONS.index(reduction)
     return torch.ops.ups_fast.nce_loss(logits, mask, code, _of_loss(weight, logits))[0]
 
 
@@ -135,7 +133,7 @@ def ups_loss(
         target if target.dtype == torch.int64 else _of_loss(target, logits),
         positive,
         negative,
-        _REDUCTIONS.index(reduction),
+        REDUCTIONS.index(reduction),
         _of_loss(weight, logits),
         float(label_smoothing),
     )[0]

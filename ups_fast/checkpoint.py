@@ -47,6 +47,7 @@ TENSORBOARD = "tb"
 # All that a run writes. In its folder each must be a regular file itself, or not there.
 _PRODUCTS = (
     "files.json",
+    "images.npz",
     "metrics.jsonl",
     "pseudo_labels.csv",
     "report.html",

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
-from .reference import Reduction, Selection
+from .reference import REDUCTIONS, Reduction, Selection
 
 try:
     from . import _C  # registers the kernels
@@ -30,8 +30,6 @@ except ImportError as error:
         f"the compiled module is missing ({error if _found else f'there is none in {Path(__file__).parent}'}); "
         "build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
     )
-
-_REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
 
 _lib = torch.library.Library("ups_fast", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -106,7 +104,7 @@ def nce_loss(
     if not _has_kernels(logits):
         return reference.nce_loss(logits, mask, reduction=reduction, weight=weight)
     reference.check_nce_loss(logits, mask, reduction, weight)
-    code = _REDUCTIONS.index(reduction)
+    code = REDUCTIONS.index(reduction)
     return torch.ops.ups_fast.nce_loss(logits, mask, code, _of_loss(weight, logits))[0]
 
 
@@ -136,7 +134,7 @@ def ups_loss(
         target if target.dtype == torch.int64 else _of_loss(target, logits),
         positive,
         negative,
-        _REDUCTIONS.index(reduction),
+        REDUCTIONS.index(reduction),
         _of_loss(weight, logits),
         float(label_smoothing),
     )[0]

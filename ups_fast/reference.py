@@ -27,6 +27,7 @@ from .reference_augment import (  # noqa: F401
 
 NCE_EPS = 1e-7
 Reduction = Literal["none", "mean", "sum", "batchmean"]
+REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -643,7 +644,7 @@ def check_ups_loss(
 
 def check_reduction(reduction: str) -> None:
     """Raise an error if it is not a `Reduction`."""
-    if reduction not in get_args(Reduction):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum', 'batchmean' or 'none', got {reduction!r}")
 
 

@@ -69,7 +69,7 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         open_regular(path).close()  # a pipe would be waited for
     except RunFolderError as error:
-        raise ValueError(f"weights: {error}") from None
+        raise ValueError(f"weights: there is no file to read: {error}") from None
     except OSError as error:
         why = (
             f"{path} cannot be read: {error.strerror}" if os.path.exists(path) else f"there is no file {path}"
@@ -79,9 +79,10 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         content: Any = safe.load_file(path) if safe else load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
-        why = f" ({error})" if type(error) is ValueError else ""
+        if type(error) is ValueError:  # what `load_torch` refuses
+            raise ValueError(f"weights: {path} is no state_dict that can be read safely: {error}") from error
         raise ValueError(
-            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save{why}"
+            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save"
         ) from error
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -368,16 +368,14 @@ BOMBS: dict[str, bytes] = {
         {"a": [[torch.zeros(1).expand(10**12)]]}, lambda z, m, data: z.writestr(m.filename, data)
     ),
     "two parts of one name": repacked({"a": torch.zeros(3)}, twice),
-    "_rebuild_sparse_tensor": repacked(
-        {"a": torch.zeros(3).to_sparse()}, lambda z, m, data: z.writestr(m.filename, data)
-    ),
-    "_rebuild_meta_tensor": repacked(
+    "not dense": repacked({"a": torch.zeros(3).to_sparse()}, lambda z, m, data: z.writestr(m.filename, data)),
+    "that is not dense": repacked(
         {"a": torch.empty(10**10, device="meta")}, lambda z, m, data: z.writestr(m.filename, data)
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_small_file_takes_little_memory(what: str, place: Path) -> None:
     for name in ("checkpoint.pt", "weights.pth"):
@@ -386,9 +384,7 @@ def test_a_small_file_takes_little_memory(what: str, place: Path) -> None:
         load_torch(place / "checkpoint.pt")
     with pytest.raises(RunFolderError, match=r"checkpoint\.pt is damaged or no checkpoint \(.*start over"):
         checkpoint.load_checkpoint(place)
-    with pytest.raises(
-        ValueError, match=r"weights: .*weights\.pth is no state_dict that can be read safely: "
-    ):
+    with pytest.raises(ValueError, match=r"weights: .*weights\.pth is (damaged|no state_dict)"):
         load_weights(torch.nn.Linear(2, 2), str(place / "weights.pth"), "net", "head")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ups_fast.files import RunFolderError, finite, load_torch, open_regular
+from ups_fast.files import NotDense, RunFolderError, finite, load_torch, open_regular
 
 
 def imported(module: str, extra: str) -> Any:
@@ -79,10 +79,11 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         content: Any = safe.load_file(path) if safe else load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
-        if type(error) is ValueError:  # what `load_torch` refuses
-            raise ValueError(f"weights: {path} is no state_dict that can be read safely: {error}") from error
+        if isinstance(error, NotDense):
+            raise ValueError(f"weights: {path} is no state_dict: {error}") from error
+        why = f" ({error})" if type(error) is ValueError else ""
         raise ValueError(
-            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save"
+            f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save{why}"
         ) from error
     for key in ("state_dict", "model"):  # as training scripts wrap it
         if isinstance(content, dict) and isinstance(content.get(key), dict):

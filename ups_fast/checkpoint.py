@@ -23,6 +23,7 @@ from torch import nn
 
 from ups_fast.config import KEYS, ModelConfig, pick_device
 from ups_fast.files import (
+    NotDense,
     RunFolderError,
     check_plain,
     home,
@@ -191,7 +192,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         content = load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
-        why = f" ({error})" if type(error) is ValueError else ""
+        why = f" ({error})" if type(error) in (ValueError, NotDense) else ""
         raise RunFolderError(
             f"{path} is damaged or no checkpoint{why}; move it away to start over"
         ) from error

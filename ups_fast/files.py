@@ -42,13 +42,18 @@ _KINDS = {
 _NO_LOCKS = {getattr(errno, name, None) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")}
 # What a pickle of tensors needs. Torch allows more, such as bytearray(n), which takes n bytes out of nothing.
 _GLOBALS = re.compile(
-    r"collections (OrderedDict|Counter)|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|builtins set"
-    r"|torch ([A-Z]\w*Storage|Size|device|b?float\d+|u?int\d+|bool)"
+    r"collections (OrderedDict|Counter)|builtins set"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter|sparse_tensor|meta_tensor_no_storage)"
+    r"|torch\.serialization _get_layout|torch ([A-Z]\w*Storage|Size|device|b?float\d+|u?int\d+|bool)"
 )
 
 
 class RunFolderError(ValueError):
     """A run's folder cannot be used as asked. The message is a sentence; what was there is unchanged."""
+
+
+class NotDense(ValueError):
+    """A file holds a tensor without plain memory: a sparse or quantized one, or one of torch's meta device."""
 
 
 def home(path: str | Path) -> Path:
@@ -265,7 +270,7 @@ def _check_tensors(content: Any, size: int) -> None:
         item = todo.pop()
         if isinstance(item, Tensor):
             if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized:
-                raise ValueError("it holds a tensor that is not dense")
+                raise NotDense("it holds a tensor that is not dense")
             if item.numel() * item.element_size() > min(size, item.untyped_storage().nbytes()):
                 raise ValueError(f"a tensor of {list(item.shape)} in it has more elements than bytes")
         inside = list(item.values()) if isinstance(item, dict) else item

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ups_fast.files import RunFolderError, finite, load_torch, open_regular
+from ups_fast.files import NotDense, RunFolderError, finite, load_torch, open_regular
 
 
 def imported(module: str, extra: str) -> Any:
@@ -69,7 +69,7 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         open_regular(path).close()  # a pipe would be waited for
     except RunFolderError as error:
-        raise ValueError(f"weights: {error}") from None
+        raise ValueError(f"weights: there is no file to read: {error}") from None
     except OSError as error:
         why = (
             f"{path} cannot be read: {error.strerror}" if os.path.exists(path) else f"there is no file {path}"
@@ -79,6 +79,8 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         content: Any = safe.load_file(path) if safe else load_torch(path)
     except Exception as error:  # whatever a stranger's bytes may cause
+        if isinstance(error, NotDense):
+            raise ValueError(f"weights: {path} is no state_dict: {error}") from error
         why = f" ({error})" if type(error) is ValueError else ""
         raise ValueError(
             f"weights: {path} is damaged, or neither a .safetensors file nor a state_dict of torch.save{why}"

@@ -221,7 +221,7 @@ def short_round(
     workers: int,
     device: str,
 ) -> None:
-    """The first round: epochs over the labelled images, at a learning rate per step, then labels for all others."""
+    """The first round: epochs over the labeled images, at a learning rate per step, then labels for all others."""
     loader = DataLoader(labeled, size, sampler=RandomSampler(labeled), num_workers=workers, drop_last=True)
     total = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(

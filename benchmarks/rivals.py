@@ -1,6 +1,6 @@
 """The published augmentation in other libraries, as fast as they let us write it: as many operations of the same kinds.
 
-Neither is Pillow's result bit for bit: nearest neighbours, equalize, sharpness at the border and rounding differ.
+Neither is Pillow's result bit for bit: nearest neighbors, equalize, sharpness at the border and rounding differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def torchvision_transform(
     ) -> Tensor:
         return tv.affine(image, 0.0, list(shift), 1.0, [math.degrees(math.atan(each)) for each in shear])
 
-    colour = torch.tensor(FILL, dtype=torch.uint8, device=device)[:, None, None]
+    color = torch.tensor(FILL, dtype=torch.uint8, device=device)[:, None, None]
 
     def square(image: Tensor, longest: float, value: Tensor) -> Tensor:
         height, width = image.shape[1:]
@@ -60,7 +60,7 @@ def torchvision_transform(
         lambda image: tv.adjust_sharpness(image, FACTOR),
         lambda image: moved(image, shear=(either(SHEAR), 0)),
         lambda image: moved(image, shear=(0, either(SHEAR))),
-        lambda image: square(image, SIDE, colour),
+        lambda image: square(image, SIDE, color),
         lambda image: moved(image, shift=(either(SHIFT), 0)),
         lambda image: moved(image, shift=(0, either(SHIFT))),
     ]
@@ -88,7 +88,7 @@ def kornia_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> Callabl
 
     kornia's own RandAugment draws its operations once for the batch; here each image draws its own: the batch is sorted
     by what was drawn and each operation sees its part of it. Flip, crop and squares are plain indexing, faster than
-    kornia's. Still different: the order of the colour jitter is drawn once for the batch, and all is in float32.
+    kornia's. Still different: the order of the color jitter is drawn once for the batch, and all is in float32.
     """
     import kornia.augmentation as K
     import kornia.enhance as E

@@ -89,7 +89,7 @@ ON_GPU = ["dali, GPU"] if GPU else []
 )
 @pytest.mark.parametrize("chain", [False, True], ids=["decode", "chain"])
 def test_jpegs(benchmark, photographs, chain, name):
-    """224 pixels. decode: to uint8, a random resized crop; chain: and flip and normalise."""
+    """224 pixels. decode: to uint8, a random resized crop; chain: and flip and normalize."""
     root, paths = photographs
     if name.startswith("torchvision"):
         pytest.importorskip("torchvision", reason="torchvision is not installed")

@@ -1,4 +1,4 @@
-"""Labelling, and a whole short round, against the published recipe's: `make bench`."""
+"""Labeling, and a whole short round, against the published recipe's: `make bench`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_label(benchmark, device, model, n, name):
 )
 @pytest.mark.parametrize("device", DEVICES)
 def test_round(benchmark, tmp_path, device, labels, unlabeled, epochs, name):
-    """Round 0 of WRN-28-2 at batch 128: some epochs over the labelled images, then labels for all others.
+    """Round 0 of WRN-28-2 at batch 128: some epochs over the labeled images, then labels for all others.
 
     Ours is `ups_fast.rounds.run` with all that a user gets: it also tests the network, and writes checkpoint, curves
     and tables. Each run compiles its training step where `auto` does; the first, not timed, fills the cache.

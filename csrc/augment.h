@@ -20,7 +20,7 @@ struct Variant {
 };
 static_assert(sizeof(Variant) == 72 * sizeof(int32_t));
 
-constexpr int kMaxSide = 2048;  // of an image: the sum of its grey values, doubled, fits an int
+constexpr int kMaxSide = 2048;  // of an image: the sum of its gray values, doubled, fits an int
 constexpr int kOne = 1 << 14;   // a jitter factor of 1: factors are multiples of 2^-14, see blend() in pixels.inl
 
 // The parts of a policy that are not tables, in the order of the ops' `settings`.
@@ -73,7 +73,7 @@ struct AugmentArgs : DrawArgs {
   const uint8_t* images;  // [N, H, W, C]
   int64_t N;
   const uint8_t* blends;  // [K, 256, 256], Pillow's blend of a towards b by a factor
-  const Word* norm;       // [C, 256], the normalised value of a pixel
+  const Word* norm;       // [C, 256], the normalized value of a pixel
   const int32_t* plan;    // [B, plan_words], or null to draw it
   Word* out;              // [B, H, W, C]
 };

@@ -136,7 +136,7 @@ void dispatch_logits(const Tensor& logits, const F& f) {
   }
 }
 
-// The five outputs of mc_select for logits [P, N, C], uninitialised.
+// The five outputs of mc_select for logits [P, N, C], uninitialized.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> new_selection(const Tensor& logits, bool packed) {
   const int64_t N = logits.size(1), C = logits.size(2);
   return {torch::stable::new_empty(logits, {N}, ScalarType::Long),

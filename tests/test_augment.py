@@ -54,7 +54,7 @@ VALUES = {  # of each operation, with the awkward ones
 
 
 def hostile_images(n: int, height: int, width: int, channels: int) -> Tensor:  # uint8 [n, H, W, C]
-    """Noise; the first dozen flat, of two colours, gradients, of few values, nearly black or white."""
+    """Noise; the first dozen flat, of two colors, gradients, of few values, nearly black or white."""
     g = torch.Generator().manual_seed(height * 100 + width)
     images = torch.randint(0, 256, (n, height, width, channels), dtype=torch.uint8, generator=g)
     y = torch.arange(height)[:, None, None].expand(height, width, channels)
@@ -79,7 +79,7 @@ def hostile_images(n: int, height: int, width: int, channels: int) -> Tensor:  #
 
 
 def pixels_of(function, images: Tensor, index: Tensor, policy: str | Policy, **kwargs) -> Tensor:
-    """What it makes of the images, hardly normalised."""
+    """What it makes of the images, hardly normalized."""
     channels = images.shape[3]
     kwargs = {"seed": 3, "epoch": 1, "mean": (0.0,) * channels, "std": (1 / 255,) * channels, **kwargs}
     return function(images, index, policy=policy, **kwargs)
@@ -264,8 +264,8 @@ def test_draws_are_spread_as_they_should_be():
 
     g = np.random.default_rng(0)  # the published cutout, drawn a million times
     half = g.integers(1, 17, 1_000_000) // 2
-    centre = g.integers(0, 32, 1_000_000)
-    sides = np.minimum(32, centre + half) - np.maximum(0, centre - half)
+    center = g.integers(0, 32, 1_000_000)
+    sides = np.minimum(32, center + half) - np.maximum(0, center - half)
     for side in (height, width):
         assert abs(side.float().mean() - sides.mean()) < 5 * sides.std() / n**0.5
 
@@ -638,8 +638,8 @@ def test_augment_compiles():
     assert torch.equal(compiled(images, index), twice(images, index))
 
 
-def test_grey_squares_have_the_luma_of_the_coloured_ones():
-    colour = Image.new("RGB", (1, 1), FILL).convert("L").getpixel((0, 0))
+def test_gray_squares_have_the_luma_of_the_colored_ones():
+    color = Image.new("RGB", (1, 1), FILL).convert("L").getpixel((0, 0))
     policy = Policy(ops=(("CutoutAbs", (40,)),), n_ops=1)
-    grey = fused(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.tensor([0]), policy)
-    assert grey.max().round() == colour
+    gray = fused(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.tensor([0]), policy)
+    assert gray.max().round() == color

@@ -109,19 +109,19 @@ def warm(model: Backbone, size: int = 32) -> Backbone:
 
 @pytest.mark.parametrize("name", ["torchvision:convnext_tiny", "torchvision:resnet18"])
 def test_one_channel_is_three_equal_ones(name):
-    grey, colour = (make(name, channels=channels).eval() for channels in (1, 3))
-    (first, kernel), *rest = grey.state_dict().items()
-    wanted = colour.state_dict()
+    gray, color = (make(name, channels=channels).eval() for channels in (1, 3))
+    (first, kernel), *rest = gray.state_dict().items()
+    wanted = color.state_dict()
     assert torch.equal(kernel, wanted[first].sum(1, keepdim=True))
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in rest)
     x = images(channels=1)
     with torch.no_grad():
-        expected = colour.double()(x.expand(-1, 3, -1, -1).double())
+        expected = color.double()(x.expand(-1, 3, -1, -1).double())
         # Float64 but for the summed kernels, which were rounded once, to 2^-24 of themselves.
-        torch.testing.assert_close(grey.double()(x.double()), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gray.double()(x.double()), expected, rtol=1e-4, atol=1e-6)
         assert expected.std() > 0.01
     with pytest.raises(RuntimeError):
-        grey(images().double())
+        gray(images().double())
 
 
 def test_dropout_off_leaves_nothing_random():
@@ -333,11 +333,11 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(pretrained):
 def test_kernels_of_three_channels_are_summed_for_one(pretrained):
     path, content = pretrained
     with pytest.warns(UserWarning, match="1000 classes"):
-        grey, colour = (make(weights=str(path), channels=channels).eval() for channels in (1, 3))
-    assert torch.equal(grey.net.conv1[0].weight, content["conv1.0.weight"].sum(1, keepdim=True))
+        gray, color = (make(weights=str(path), channels=channels).eval() for channels in (1, 3))
+    assert torch.equal(gray.net.conv1[0].weight, content["conv1.0.weight"].sum(1, keepdim=True))
     x = images(channels=1)
     # As in test_one_channel_is_three_equal_ones.
-    torch.testing.assert_close(grey.prefix(x), colour.prefix(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gray.prefix(x), color.prefix(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
 
 
 class Evil:

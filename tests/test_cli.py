@@ -160,7 +160,7 @@ def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
         f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu (1 threads)\n"
     )
     assert f"ops on cpu: {ups_fast.backend()['cpu']}" in out
-    assert "40 labelled" in out and "wrn-10-1" in out
+    assert "40 labeled" in out and "wrn-10-1" in out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0, 1] and rows[0]["positives"] == 1397
     for row in rows:
@@ -197,7 +197,7 @@ def test_ctrl_c_in_a_real_run_and_going_on(tmp_path, capsys):
 
 
 def test_the_table_of_ones_own_arrays_counts_as_x_unlabeled_does(tmp_path, monkeypatch):
-    """Each unlabelled image is one grey level, its class is dark or light: the row at its index must say so."""
+    """Each unlabeled image is one gray level, its class is dark or light: the row at its index must say so."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     level = generator.permutation(np.r_[0:100, 156:256])

@@ -39,7 +39,7 @@ EXIF = 0x112
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:  # [H, W, 3] uint8
-    """Smooth colours with edges: what codecs and filters are made for."""
+    """Smooth colors with edges: what codecs and filters are made for."""
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     pixels = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
@@ -94,11 +94,11 @@ def jpegs(tmp_path_factory) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("policy", ["published", "weak", "none"])
 def test_png_of_the_size_is_what_images_in_memory_are(tmp_path, kind, channels, policy):
-    """Bit for bit, training and clean, with no crop: colour and grey files."""
+    """Bit for bit, training and clean, with no crop: color and gray files."""
     images = [photo(16, 16, i) for i in range(11)]
     files = {f"{i}.png": encode(image, "PNG") for i, image in enumerate(images)}
     files |= {
-        "grey.png": encode(images[0][..., 0], "PNG"),
+        "gray.png": encode(images[0][..., 0], "PNG"),
         "1.png": encode(Image.new("1", (16, 16), 1), "PNG"),
     }
     paths = put(tmp_path, files)
@@ -124,7 +124,7 @@ def test_jpegs_against_read_image_and_resize_crop(jpegs, kind, channels):
     """DALI's pixels are Pillow's, its box is the same; torch's filter rounds otherwise, once in each of two passes.
 
     Each is within 1/2 + 1/2 of the exact value (the second pass averages what the first one rounded): they differ by
-    2 at most. Grey takes the luma after the filter in place of before: 1/2 + 1/2 more.
+    2 at most. Gray takes the luma after the filter in place of before: 1/2 + 1/2 more.
     """
     root, paths = jpegs
     expected = np.stack([resize_crop(read_image(root / path, channels), 16) for path in paths])
@@ -178,9 +178,9 @@ def oriented(orientation: int) -> dict[str, object]:
 def odd_files() -> dict[str, tuple[bytes, bool]]:
     """Files of every kind, and whether DALI is to decode them."""
     rgb = Image.fromarray(photo(30, 44))
-    grey, clear = rgb.convert("L"), rgb.convert("RGBA")
-    clear.putalpha(grey)
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 201 + 99)
+    gray, clear = rgb.convert("L"), rgb.convert("RGBA")
+    clear.putalpha(gray)
+    wide = Image.fromarray(np.asarray(gray).astype(np.uint16) * 201 + 99)
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     found = {f"exif{i}.jpg": (encode(rgb, "JPEG", **oriented(i)), True) for i in range(1, 9)}
     found |= {
@@ -188,17 +188,17 @@ def odd_files() -> dict[str, tuple[bytes, bool]]:
         "xmp.jpg": (encode(rgb, "JPEG", xmp=xmp), True),
         "broken_exif.jpg": (encode(rgb, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), True),
         "no_exif.jpg": (encode(rgb, "JPEG", exif=b"Exif\0\0hello world"), True),
-        "grey.jpg": (encode(grey, "JPEG"), True),
+        "gray.jpg": (encode(gray, "JPEG"), True),
         "cmyk.jpg": (encode(rgb.convert("CMYK"), "JPEG"), False),
         "progressive.jpg": (encode(rgb, "JPEG", progressive=True), True),
         "rgb.jpg": (encode(rgb, "JPEG", keep_rgb=True), True),
-        "two.jpg": (encode(rgb, "MPO", save_all=True, append_images=[grey.convert("RGB")]), True),
+        "two.jpg": (encode(rgb, "MPO", save_all=True, append_images=[gray.convert("RGB")]), True),
         "a.png": (encode(rgb, "PNG"), True),
-        "grey.png": (encode(grey, "PNG"), True),
+        "gray.png": (encode(gray, "PNG"), True),
         "palette.png": (encode(rgb.quantize(40), "PNG"), True),
-        "bit.png": (encode(grey.convert("1"), "PNG"), True),
+        "bit.png": (encode(gray.convert("1"), "PNG"), True),
         "alpha.png": (encode(clear, "PNG"), False),
-        "grey_alpha.png": (encode(clear.convert("LA"), "PNG"), False),
+        "gray_alpha.png": (encode(clear.convert("LA"), "PNG"), False),
         "hole.png": (encode(rgb, "PNG", transparency=(1, 2, 3)), False),
         "palette_hole.png": (encode(rgb.quantize(40), "PNG", transparency=0), False),
         "wide.png": (encode(wide, "PNG"), False),

@@ -121,7 +121,7 @@ def test_split_refuses(labels, n_labels, n_classes, sentence):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (3, 9, 14)])
 @pytest.mark.parametrize("index", [[3, 0, 3, 6], [5], []])
-def test_clean_only_normalises(device, channels, height, width, index):
+def test_clean_only_normalizes(device, channels, height, width, index):
     images = random_images(7, height, width, channels)
     data = resident(images, device=device)
     batch = data.clean(torch.tensor(index, dtype=torch.int64, device=device))
@@ -139,7 +139,7 @@ def test_without_augmentation_a_batch_is_clean():
 
 
 def candidates(image: Tensor, crop: int, flips: tuple[bool, ...]) -> dict[tuple[bool, int, int], Tensor]:
-    """Every flip and crop of one normalised [C, H, W] image, by torch's own reflection padding."""
+    """Every flip and crop of one normalized [C, H, W] image, by torch's own reflection padding."""
     _, height, width = image.shape
     out = {}
     for flipped in flips:
@@ -232,7 +232,7 @@ def test_cutout_geometry(device, height, width, cutout):
 
 
 def test_cutout_comes_last():
-    """The hole is 0, which no normalised pixel is here; the rest is one flip and crop of the whole image."""
+    """The hole is 0, which no normalized pixel is here; the rest is one flip and crop of the whole image."""
     columns = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 16, 1).expand(1, 16, 16, 1).contiguous()
     data = resident(columns, flip=True, crop=3, cutout=6, mean=(0.9,), std=(0.1,))
     clean = data.clean(torch.zeros(1, dtype=torch.int64))[0]
@@ -274,7 +274,7 @@ def test_the_stored_images_stay_as_they_were():
     assert torch.equal(wide, before) and torch.equal(data.images, images)
 
 
-def test_no_host_synchronisation():
+def test_no_host_synchronization():
     """Fake tensors have no values: whatever asks for one (.item(), `if tensor`, nonzero) raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -285,7 +285,7 @@ def test_no_host_synchronisation():
 
 
 @pytest.mark.gpu
-def test_no_host_synchronisation_on_a_gpu():
+def test_no_host_synchronization_on_a_gpu():
     data = resident(random_images(4, 8, 8, 3), device="cuda", flip=True, crop=2, cutout=3)
     index = torch.zeros(5, dtype=torch.int64, device="cuda")
     data.augmented(index, seed=0, epoch=0)
@@ -614,16 +614,16 @@ def test_npz_labels_of_any_integer_type(dtype, tmp_path):
     assert data.train_labels[:6].tolist() == [2, 0, 1, 1, 0, 2] and data.test_labels.tolist() == [1] * 4
 
 
-def test_npz_with_the_truth_of_the_unlabelled(tmp_path):
+def test_npz_with_the_truth_of_the_unlabeled(tmp_path):
     data = load_npz(tmp_path, y_unlabeled=np.array([0, -1, 2, -1, 1]))
     assert data.train_labels[6:].tolist() == [0, -1, 2, -1, 1]
 
 
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1)])
-def test_npz_grey_images(shape, tmp_path):
-    grey = {key: np.asfortranarray(np.ones((n, *shape), np.uint8)) for key, n in
+def test_npz_gray_images(shape, tmp_path):
+    gray = {key: np.asfortranarray(np.ones((n, *shape), np.uint8)) for key, n in
             (("x_labeled", 6), ("x_unlabeled", 5), ("x_test", 4))}  # fmt: skip
-    data = load_npz(tmp_path, **grey)
+    data = load_npz(tmp_path, **gray)
     check(data, 3, [11, 8, 9, 1], [4, 8, 9, 1])
     assert data.mean == pytest.approx((1 / 255,)) and data.std == (1.0,)  # a constant channel
 
@@ -636,7 +636,7 @@ def u8(*shape: int) -> np.ndarray:
     ("changes", "sentence"),
     [
         ({"x_test": None, "y_test": None}, r"lacks x_test, y_test; it has x_labeled, y_labeled, x_unlabeled"),
-        ({"y_unlabelled": np.zeros(5, int)}, r"has y_unlabelled; known arrays are x_.* and y_unlabeled$"),
+        ({"y_unlabeled": np.zeros(5, int)}, r"has y_unlabeled; known arrays are x_.* and y_unlabeled$"),
         ({"x_test": np.array([None, 1, 2, 3])}, r"\.npz' at x_test: it holds Python objects$"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.float32)}, r"^x_labeled must be .* float32 \[6, 8, 9, 3\]"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.int8)}, r"^x_labeled must be uint8 .* int8 \[6, 8, 9, 3\]"),

@@ -86,7 +86,7 @@ def test_masks_are_independent_in_every_direction(p):
         assert means.abs().max() < 6 / math.sqrt(base.numel() / size)
     for name in ("layer", "pass", "seed"):
         assert abs((base * masks[name]).mean()) < bound, name
-    for axis in range(4):  # neighbours, and the ones behind them
+    for axis in range(4):  # neighbors, and the ones behind them
         for step in (1, 2, 8):
             a, b = base.narrow(axis, step, shape[axis] - step), base.narrow(axis, 0, shape[axis] - step)
             assert abs((a * b).mean()) < 1.2 * bound, (axis, step)

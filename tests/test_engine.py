@@ -75,7 +75,7 @@ def test_supervision_expands_the_positives_to_the_number_of_negatives() -> None:
     assert told.positives.tolist() == [0] * 6 and told.negatives.tolist() == [4, 5, 6, 7, 8, 9]
 
 
-def test_labelled_images_may_come_several_times() -> None:
+def test_labeled_images_may_come_several_times() -> None:
     found = labelling([1, 0], [5, -1], [[], [3]], 40)
     told = supervise(LABELS, LABELED, found, 40, repeat=3, device="cpu", generator=generator())
     assert told.positives.tolist() == [0, 1, 2, 3] * 3 + [4] and told.negatives.tolist() == [5]

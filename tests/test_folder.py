@@ -169,7 +169,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ("rm -r labeled", r"'{root}' must have the folders labeled/<class>/ and unlabeled/, it lacks labeled and has "
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
-        ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
+        ("mv labeled labeled", r"'{root}' must have .*, it lacks labeled and has 'labeled', 'test', 'unlabeled'"),
         ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
@@ -507,7 +507,7 @@ def test_paths_that_differ_in_case_are_said_but_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabelled"]
+    "word", ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabeled"]
 )
 def test_a_class_that_means_no_label_is_said(tmp_path, word):
     (note,) = small(tmp_path, "cat", "cat", "dog", word, word)

@@ -22,7 +22,7 @@ from ups_fast.data.image import ENOUGH
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # no two pixels alike, so that a turn shows
 
 
-def colours(height: int = 6, width: int = 8) -> np.ndarray:
+def colors(height: int = 6, width: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -30,8 +30,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, data: bytes, *more: bytes) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width: int, height: int, depth: int, color: int, data: bytes, *more: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(data))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + body + chunk(b"IEND", b"")
 
@@ -40,17 +40,17 @@ def png(width: int, height: int, depth: int, colour: int, data: bytes, *more: by
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "tif", "ppm", "webp"])
-def test_colours_come_back(tmp_path, kind):
+def test_colors_come_back(tmp_path, kind):
     file = tmp_path / f"a.{kind}"
-    Image.fromarray(colours()).save(file, **({"lossless": True} if kind == "webp" else {}))
+    Image.fromarray(colors()).save(file, **({"lossless": True} if kind == "webp" else {}))
     image = read_image(file, 3)
-    assert image.dtype == np.uint8 and image.flags.writeable and np.array_equal(image, colours())
-    grey = read_image(str(file), 1)
-    assert np.array_equal(grey[..., 0], np.array(Image.fromarray(colours()).convert("L")))
+    assert image.dtype == np.uint8 and image.flags.writeable and np.array_equal(image, colors())
+    gray = read_image(str(file), 1)
+    assert np.array_equal(gray[..., 0], np.array(Image.fromarray(colors()).convert("L")))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_comes_back(tmp_path, channels):
+def test_gray_comes_back(tmp_path, channels):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
     assert np.array_equal(read_image(tmp_path / "a.png", channels), np.stack([RAMP] * channels, 2))
 
@@ -87,7 +87,7 @@ def test_a_nonsense_orientation_and_broken_exif_leave_the_image_as_it_is(tmp_pat
         assert np.array_equal(read_image(tmp_path / name, 1)[..., 0], RAMP)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette", "transparent grey", "transparent colour"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette", "transparent gray", "transparent color"])
 def test_transparency_lies_on_white(tmp_path, mode):
     file, expected = tmp_path / "a.png", np.full((6, 8), 255)
     if mode in ("RGBA", "LA"):
@@ -103,7 +103,7 @@ def test_transparency_lies_on_white(tmp_path, mode):
         image.putpalette([10, 10, 10, 90, 90, 90, 200, 200, 200, 0, 0, 0])
         image.save(file, transparency=bytes([255, 255, 255, 0]))  # a palette of alphas
         expected = np.array([10, 90, 200, 255])[RAMP // 5 % 4]
-    elif mode == "transparent grey":
+    elif mode == "transparent gray":
         Image.fromarray(RAMP).save(file, transparency=15)
         expected = np.where(RAMP == 15, 255, RAMP)
     else:
@@ -137,11 +137,11 @@ def test_sixteen_bits_are_turned_too(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png", 1)[..., 0], np.rot90(RAMP, -1))
 
 
-def test_sixteen_bits_of_colour(tmp_path):
-    wide = colours().astype(">u2") * 257
+def test_sixteen_bits_of_color(tmp_path):
+    wide = colors().astype(">u2") * 257
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
     (tmp_path / "a.png").write_bytes(png(8, 6, 16, 2, rows))
-    assert np.array_equal(read_image(tmp_path / "a.png", 3), colours())
+    assert np.array_equal(read_image(tmp_path / "a.png", 3), colors())
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "pbm", "tif"])
@@ -210,7 +210,7 @@ def test_odd_names(tmp_path, name):
 
 def broken(tmp_path: Path, how: str) -> Path:
     file = tmp_path / "a.jpg"
-    Image.fromarray(colours(64, 64)).save(file, quality=95)
+    Image.fromarray(colors(64, 64)).save(file, quality=95)
     whole = file.read_bytes()
     if how == "truncated":
         file.write_bytes(whole[: len(whole) // 2])
@@ -223,7 +223,7 @@ def broken(tmp_path: Path, how: str) -> Path:
     elif how == "zeros":
         file.write_bytes(bytes(5000))
     elif how == "truncated png":
-        Image.fromarray(colours(64, 64)).save(file, format="PNG")
+        Image.fromarray(colors(64, 64)).save(file, format="PNG")
         file.write_bytes(file.read_bytes()[:4000])
     elif how == "postscript":  # Pillow would run Ghostscript
         file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
@@ -296,7 +296,7 @@ def test_every_prefix_and_many_flipped_bytes_are_read_or_refused(tmp_path):
     random = np.random.default_rng(0)
     file = tmp_path / "a"
     for kind in ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm"):
-        Image.fromarray(colours()).save(file, format=kind)
+        Image.fromarray(colors()).save(file, format=kind)
         whole = file.read_bytes()
         cases = [whole[:n] for n in range(0, len(whole), 1 + len(whole) // 25)]
         for _ in range(40):
@@ -351,7 +351,7 @@ def test_read_refuses_other_channels(tmp_path):
 @pytest.mark.parametrize("side", [1, 7, 33, 64])
 @pytest.mark.parametrize("size", [1, 8, 32, 50])
 def test_of_a_square_it_is_what_torchvision_does(channels, side, size):
-    image = colours(side, side)[..., :channels]
+    image = colors(side, side)[..., :channels]
     got = resize_crop(image, size)
     assert got.dtype == np.uint8 and got.shape == (size, size, channels)
     whole = Image.fromarray(image[..., 0] if channels == 1 else image)
@@ -366,8 +366,8 @@ def test_resize_crop_samples_the_middle_evenly(height, width, size):
     side = min(height, width)
     y, x = np.mgrid[:height, :width]
     image = np.rint(2.0 * y * 40 / height + 1.5 * x * 80 / width).astype(np.uint8)[..., None]
-    centre = (np.arange(size) + 0.5) * side / size - 0.5
-    rows, columns = centre + (height - side) // 2, centre + (width - side) // 2
+    center = (np.arange(size) + 0.5) * side / size - 0.5
+    rows, columns = center + (height - side) // 2, center + (width - side) // 2
     expected = 80 / height * rows[:, None] + 120 / width * columns
     border = max(1, -(-size // side))
     inner = np.s_[border:-border, border:-border]
@@ -379,7 +379,7 @@ def test_resize_crop_keeps_the_middle_and_what_fits():
     image[:, 10:20] = 200
     assert (resize_crop(image, 10) == 200).all()
     for width in (9, 12, 13):
-        view = colours(9, width)[:, ::-1]  # neither contiguous nor in order
+        view = colors(9, width)[:, ::-1]  # neither contiguous nor in order
         left = (width - 9) // 2
         assert np.array_equal(resize_crop(view, 9), view[:, left : left + 9])
         assert np.array_equal(resize_crop(view.swapaxes(0, 1), 9), view.swapaxes(0, 1)[left : left + 9])

@@ -236,7 +236,7 @@ def test_cnn13_is_its_definition():
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
 def test_switching_dropout_alone(name):
-    """What labelling does: dropout on, batch-norm in eval mode and untouched."""
+    """What labeling does: dropout on, batch-norm in eval mode and untouched."""
     torch.manual_seed(0)
     model = build(name, n_classes=3, channels=1, size=12, dropout=0.5).eval()
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -279,7 +279,7 @@ def test_batch_norm_settings(name):
         assert all((bn.bias == torch.tensor(shift)).all() and (bn.weight == 1).all() for bn in norms)
 
 
-def test_wrn_initialisation():
+def test_wrn_initialization():
     torch.manual_seed(0)
     model = build("wrn-10-2", **DEFAULTS)
     for module in model.modules():
@@ -361,12 +361,12 @@ def test_learns(name):
     torch.manual_seed(0)
     model = build(name, n_classes=4, channels=1, size=12, dropout=0.1)
     x, target = torch.randn(16, 1, 12, 12), torch.arange(16) % 4
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, nesterov=True)
     losses = []
     for _ in range(12):
         loss = F.cross_entropy(model(x), target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]

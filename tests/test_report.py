@@ -37,7 +37,7 @@ NASTY = [
 
 
 def case(n=300, n_classes=10, passes=10, n_rounds=3, seed=0, broken=0):
-    """Made-up logits, labelled by the specification; `broken` rows are NaN, 1 in 20 truths is moved."""
+    """Made-up logits, labeled by the specification; `broken` rows are NaN, 1 in 20 truths is moved."""
     g = torch.Generator().manual_seed(seed)
     truth = torch.randint(n_classes, (n,), generator=g)
     strength = 9 * torch.rand(n, 1, generator=g).sqrt()
@@ -240,7 +240,7 @@ def test_panels_show_the_numbers(cfg):
     assert heights(counts, "negative classes only") == [only_negative] * 3
     assert "all 300" in words(counts)
 
-    assert f"all unlabelled: ECE {rows[0]['ece']:.3f}" in words(calibration)
+    assert f"all unlabeled: ECE {rows[0]['ece']:.3f}" in words(calibration)
     assert f"selected: ECE {rows[0]['ece_selected']:.3f}" in words(calibration)
 
     points = np.stack([labelling.confidence.numpy(), labelling.std.numpy()], axis=1)
@@ -373,7 +373,7 @@ def test_own_arrays_give_the_run_its_name(cfg):
     figure = report.draw(rows, labelling, truth, cfg, 40)
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
-    assert figure.texts[1].get_text().startswith("40 labelled and 300 unlabelled images")
+    assert figure.texts[1].get_text().startswith("40 labeled and 300 unlabeled images")
 
 
 def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):
@@ -465,7 +465,7 @@ def test_the_sentence_says_what_came_of_it(page):
     share = 100 * float((labelling.label == truth)[labelling.positive].double().mean())
     assert "right on 90.0 % of the test images, +10.0 points from round 0" in page.text
     assert (
-        f"{positives:,} of 300 unlabelled images have a positive pseudo-label, {share:.1f} % of" in page.text
+        f"{positives:,} of 300 unlabeled images have a positive pseudo-label, {share:.1f} % of" in page.text
     )
 
 

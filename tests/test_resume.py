@@ -84,7 +84,7 @@ def limit_files(*args: Any) -> None:
 
 CALLS = {
     "train_step": step,
-    "mc_select": selection,  # once to test the network, then once per batch of labelling
+    "mc_select": selection,  # once to test the network, then once per batch of labeling
     "fsync": os,  # twice per file written
     "replace": os,  # once per file written
 }
@@ -194,8 +194,8 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
         ("fsync", 9, kill),  # a checkpoint is written but does not have its name yet
         ("replace", 6, kill),  # nor now
         ("fsync", 5, tear),  # a checkpoint is half written
-        ("mc_select", 3, kill),  # in the second batch of labelling
-        ("replace", 5, kill),  # labelled: the network is saved, the selection is not
+        ("mc_select", 3, kill),  # in the second batch of labeling
+        ("replace", 5, kill),  # labeled: the network is saved, the selection is not
         ("replace", 6, kill),  # both are, the checkpoint is not
         ("train_step", 4, kill),  # in the middle of an epoch of round 1
         ("replace", 7, kill),
@@ -212,7 +212,7 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
         ("fsync", 1, kill),  # before config.yaml is there
         ("replace", 2, kill),  # before split.npz is there
         ("train_step", 9, kill),  # before there is a checkpoint
-        ("mc_select", 2, kill),  # in labelling, with the checkpoint of the training's end
+        ("mc_select", 2, kill),  # in labeling, with the checkpoint of the training's end
         ("replace", 7, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
         ("train_step", 19, kill),  # in round 1, which starts again
     ],
@@ -250,7 +250,7 @@ def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "plan",
     [("train_step", 8, interrupt), ("train_step", 8, terminate), ("mc_select", 3, interrupt)],
-    ids=["SIGINT", "SIGTERM", "SIGINT in labelling"],
+    ids=["SIGINT", "SIGTERM", "SIGINT in labeling"],
 )
 def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"

@@ -34,7 +34,7 @@ from ups_fast.selection import label
 INF = math.inf
 
 
-def tiny_set(unlabelled_truth: bool = True) -> ImageSet:
+def tiny_set(unlabeled_truth: bool = True) -> ImageSet:
     """60 training and 30 test images of 8x8: three classes by the place of a bright band, under much noise."""
     labels = torch.arange(90) % 3
     images = torch.randint(0, 160, (90, 8, 8, 1), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def tiny_set(unlabelled_truth: bool = True) -> ImageSet:
     images = images.to(torch.uint8)
     train, test = labels[:60].clone(), labels[60:]
     given = None
-    if not unlabelled_truth:
+    if not unlabeled_truth:
         given = torch.arange(6)
         train[6:] = -1
     names = ["top", "middle", "bottom"]
@@ -150,7 +150,7 @@ def test_the_last_row_follows_from_the_saved_selection(finished: Finished) -> No
     assert not (negative.any(axis=1) & positive).any()
 
 
-def test_labelled_and_unlabelled_never_meet_and_all_unlabelled_are_labelled(finished: Finished) -> None:
+def test_labeled_and_unlabeled_never_meet_and_all_unlabeled_are_labeled(finished: Finished) -> None:
     _, result, _ = finished
     with np.load(result.folder / "split.npz") as split:
         labeled, unlabeled = split["labeled"], split["unlabeled"]
@@ -184,7 +184,7 @@ def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ups_fast.load_model(result.folder, best=True)
 
 
-def test_the_saved_network_is_the_one_that_labelled(finished: Finished) -> None:
+def test_the_saved_network_is_the_one_that_labeled(finished: Finished) -> None:
     cfg, result, _ = finished
     model, data = ups_fast.load_model(cfg.run_dir), tiny_set()
     assert (model.classes, model.channels, model.size) == (data.classes, 1, [8, 8])
@@ -218,7 +218,7 @@ def test_the_table_reads_well_without_a_terminal(finished: Finished) -> None:
     lines = text.splitlines()
     assert len(lines) == 7, f"four sentences, a header, a line per round, and none of them wrapped: {text}"
     assert lines.pop(1).startswith("classes (labeled + test images): 'top' 2 + 10, 'middle' 2 + 10,")
-    assert "6 labelled, 54 unlabelled, 30 test images" in lines[0] and lines[2].endswith(": a new run")
+    assert "6 labeled, 54 unlabeled, 30 test images" in lines[0] and lines[2].endswith(": a new run")
     assert lines[1].startswith("training step: eager, float32 (")
     assert len(lines[3]) == len(lines[4]) == len(lines[5]) <= 80
     assert f"{100 * result.rows[1]['test_acc']:.1f}%" in lines[5]
@@ -281,7 +281,7 @@ def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
     cfg = tiny_config(tmp_path / "run", seed=5, train__rounds=3)
     run(cfg)
     starts = [i for i, step in enumerate(spy.seen) if not step["momentum"]]
-    assert len(starts) == 3 and starts[:2] == [0, 12], "the optimiser is new in each round, and only there"
+    assert len(starts) == 3 and starts[:2] == [0, 12], "the optimizer is new in each round, and only there"
     for number, start in enumerate(starts):
         torch.manual_seed(derive(5, "init", number))
         fresh = build("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3)
@@ -526,7 +526,7 @@ def test_a_log_without_a_terminal_hears_of_long_rounds(
 
 def test_truth_may_be_unknown(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, data__n_labels=0, select__tau_p=0.5)
-    result, _ = run(cfg, tiny_set(unlabelled_truth=False))
+    result, _ = run(cfg, tiny_set(unlabeled_truth=False))
     assert result.labelling.index.tolist() == list(range(6, 60)) and (result.truth == -1).all()
     assert result.rows[0]["positives"] > 0
     for row in result.rows:
@@ -535,7 +535,7 @@ def test_truth_may_be_unknown(tmp_path: Path) -> None:
         assert 0 <= row["test_acc"] <= 1 and 0 <= row["test_ece"] <= 1
 
 
-def test_truth_of_unlabelled_samples_serves_reports_only(tmp_path: Path) -> None:
+def test_truth_of_unlabeled_samples_serves_reports_only(tmp_path: Path) -> None:
     data = tiny_set()
     run(tiny_config(tmp_path / "true", train__epochs=1), data)
     with np.load(tmp_path / "true" / "split.npz") as split:

@@ -1,4 +1,4 @@
-"""The labelling pass, the rules of selection and its report, against slow twins and hand-made numbers."""
+"""The labeling pass, the rules of selection and its report, against slow twins and hand-made numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_every_dropout_class_counts() -> None:
         assert module.training
 
 
-# The labelling pass.
+# The labeling pass.
 
 
 def test_label_is_p_full_passes_of_clean_images(net: nn.Module, images: ResidentImages) -> None:
@@ -236,7 +236,7 @@ def test_a_single_pass_is_deterministic_and_has_no_std(net: nn.Module, images: R
     assert equal(one, three)  # one pass has no std to hold against the kappas
 
 
-def test_no_unlabelled_samples(net: nn.Module, images: ResidentImages) -> None:
+def test_no_unlabeled_samples(net: nn.Module, images: ResidentImages) -> None:
     got = label(net, images, torch.arange(0), balanced=True)
     assert got.label.shape == (0,) and got.negative.shape == (0, 1) and got.positive.dtype == torch.bool
     numbers = report(got, None, 5)

@@ -173,10 +173,10 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
 def test_a_disk_that_is_taken_away_ends_the_run_with_a_sentence(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All labelled images, or more than half of all; once they are back the run goes on."""
+    """All labeled images, or more than half of all; once they are back the run goes on."""
     import shutil
 
-    for part, what in (("labeled", "all 12 labelled images"), ("unlabeled", "12 images")):
+    for part, what in (("labeled", "all 12 labeled images"), ("unlabeled", "12 images")):
         mine, away, run_dir = (tmp_path / part / name for name in ("images", "away", "run"))
         shutil.copytree(images, mine)
         arguments = words(mine, run_dir, "data.loader=plain")

@@ -265,7 +265,7 @@ def test_the_step_is_the_plain_loop() -> None:
         rows = tables.target[index], torch.arange(16) < 12, tables.negative[index]
         total = total + train_step(loss_function(model), optimizer, batch, keys, *rows)
         sums.append(total)
-    # The fused optimiser rounds in another order than the plain one: some 2^-24 of a weight in each step.
+    # The fused optimizer rounds in another order than the plain one: some 2^-24 of a weight in each step.
     assert torch.allclose(got, torch.stack(sums), rtol=1e-4)
     for a, b in zip(ours.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)

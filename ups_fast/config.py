@@ -44,7 +44,7 @@ class DataConfig:
     )
     n_labels: int = _key(
         0,
-        "How many labelled images to draw, the same number of each class; 0 for folder and npz.",
+        "How many labeled images to draw, the same number of each class; 0 for folder and npz.",
         within="[0, inf]",
     )
     size: int = _key(
@@ -52,9 +52,9 @@ class DataConfig:
         "For folder: the side to which images are scaled, by their shorter side, and cropped; else 0.",
         within="[0, 4096]",
     )
-    channels: int = _key(3, "For folder: 3 for colour, 1 for grey.", within="[1, 3]")
+    channels: int = _key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
     test_share: float = _key(
-        0.2, "For folder, without test images: the share of labelled ones held out to test.", within="(0, 1)"
+        0.2, "For folder, without test images: the share of labeled ones held out to test.", within="(0, 1)"
     )
     loader: str = _key(
         "auto",
@@ -97,7 +97,7 @@ class ModelConfig:
         "starts; empty means none.",
     )
     dropout: float = _key(
-        0.3, "Dropout rate; dropout is also what makes labelling passes differ.", within="[0, 1)"
+        0.3, "Dropout rate; dropout is also what makes labeling passes differ.", within="[0, 1)"
     )
     preact: str = _key(
         "fixed",
@@ -141,7 +141,7 @@ class TrainConfig:
     )
     repeat_labels: int = _key(
         1,
-        "The labelled images come so many times among the positives of later rounds; published 1.",
+        "The labeled images come so many times among the positives of later rounds; published 1.",
         within="[1, 1000]",
     )
     warmup_epochs: float = _key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
@@ -157,7 +157,7 @@ class EngineConfig:
     )
     precision: str = _key(
         "auto",
-        "Of convolutions and products in training; auto takes bfloat16 where the device has it. Labelling is always "
+        "Of convolutions and products in training; auto takes bfloat16 where the device has it. Labeling is always "
         "in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -181,7 +181,7 @@ class SelectConfig:
     )
     dropouts: int = _key(
         0,
-        "Only so many of the network's last dropout layers act in labelling passes: cheaper, and another method than "
+        "Only so many of the network's last dropout layers act in labeling passes: cheaper, and another method than "
         "the published one; 0 means all.",
         within="[0, 1000]",
     )
@@ -190,7 +190,7 @@ class SelectConfig:
     )
     batch_size: int = _key(
         0,
-        "Rows in a labelling batch, each an image in one pass; affects memory and speed alone. 0 chooses by device and "
+        "Rows in a labeling batch, each an image in one pass; affects memory and speed alone. 0 chooses by device and "
         "size: of 32x32 images 512 on a CPU, 8192 on a GPU.",
         within="[0, 1000000]",
     )
@@ -327,10 +327,10 @@ def validate(cfg: Config) -> None:
     data = cfg.data
     if data.name in ("npz", "folder") and data.n_labels:
         raise ValueError(
-            f"data.n_labels must be 0 for {data.name}, where the files say what is labelled, got {data.n_labels}"
+            f"data.n_labels must be 0 for {data.name}, where the files say what is labeled, got {data.n_labels}"
         )
     if data.name not in ("npz", "folder") and not data.n_labels:
-        raise ValueError(f"data.n_labels must say how many images of {data.name} are labelled, got 0")
+        raise ValueError(f"data.n_labels must say how many images of {data.name} are labeled, got 0")
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
     if data.resized_crop and (data.name != "folder" or data.loader == "resident"):

@@ -19,9 +19,9 @@ from ups_fast.selection import Labelling, label
 class Supervision:
     """What a round learns from: tables by sample, read on the device, and the lists that epochs draw from."""
 
-    target: Tensor  # int64 [N], true label of the labelled, pseudo-label of the positives, -1 of all others
+    target: Tensor  # int64 [N], true label of the labeled, pseudo-label of the positives, -1 of all others
     negative: Tensor  # int32 [N, ceil(C / 32)], packed negative classes; 0 where there are none
-    positives: Tensor  # int64 [n_pos] on the host: labelled + positives, expanded to at least n_neg
+    positives: Tensor  # int64 [n_pos] on the host: labeled + positives, expanded to at least n_neg
     negatives: Tensor  # int64 [n_neg] on the host: samples with a negative class that are not positive
 
 
@@ -31,11 +31,11 @@ def supervise(
     labelling: Labelling | None,  # on the host; None in round 0, which learns from the labels alone
     n_classes: int,
     *,
-    repeat: int = 1,  # the labelled images come so often among the positives of rounds that have others
+    repeat: int = 1,  # the labeled images come so often among the positives of rounds that have others
     device: torch.device | str,
     generator: torch.Generator,  # of the host; draws the top-up of the expanded list, once per round
 ) -> Supervision:
-    """The supervision of a round: true labels of the labelled part, pseudo-labels of the last labelling."""
+    """The supervision of a round: true labels of the labeled part, pseudo-labels of the last labeling."""
     target = torch.full_like(labels, -1)
     target[labeled] = labels[labeled]
     negative = torch.zeros(len(labels), (n_classes + 31) // 32, dtype=torch.int32)
@@ -140,7 +140,7 @@ def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0, cosine: floa
 
 
 class Evaluation(NamedTuple):
-    """A network on those of M labelled images that are not lost, on the host. Accuracy is the mean of `correct`."""
+    """A network on those of M labeled images that are not lost, on the host. Accuracy is the mean of `correct`."""
 
     index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
     confidence: Tensor  # float32 [m], NaN where a logit was NaN or infinite
@@ -156,7 +156,7 @@ def evaluate(
     batch_size: int = 512,
     forward: Callable[..., Tensor] | None = None,  # as of `label`
 ) -> Evaluation:
-    """One pass without dropout over all `images`, under the rule that labels the unlabelled ones."""
+    """One pass without dropout over all `images`, under the rule that labels the unlabeled ones."""
     index = torch.arange(len(images), device=images.device)
     inf = math.inf
     found = label(

@@ -153,14 +153,14 @@ def counter_dropout(
     layer: int = 0,
 ) -> Tensor:
     if torch.compiler.is_compiling() or not _has_kernels(x):
-        return reference.counter_dropout(x, keys, p=p, layer=layer)  # fuses with its neighbours
+        return reference.counter_dropout(x, keys, p=p, layer=layer)  # fuses with its neighbors
     reference.check_counter_dropout(x, keys, p, layer)
     return torch.ops.ups_fast.counter_dropout(x, keys, float(p), reference.plain(layer))
 
 
 def mish(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _has_kernels(x):
-        return reference.mish(x)  # fuses with its neighbours
+        return reference.mish(x)  # fuses with its neighbors
     reference.check_mish(x)
     return torch.ops.ups_fast.mish(x)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 ONE = (
     1 << 14
 )  # a jitter factor of 1: factors are multiples of 2^-14, for which Pillow's float32 blend is exact
-FILL = (125, 123, 114)  # colour of CutoutAbs: the mean of ImageNet
+FILL = (125, 123, 114)  # color of CutoutAbs: the mean of ImageNet
 WORDS = 72  # int32 of a row of the variants table
 
 # The operations, in the order of csrc/augment.h; those of one line are kinds of one kernel operation.
@@ -32,8 +32,8 @@ class Policy:
     flip       left to right with probability 1/2
     crop       reflect-pad by so many pixels on each side and crop back at random
     jitter     of brightness, contrast and saturation, in random order: factors of 1 - x .. 1 + x, x in [0, 1]
-    cutout     largest side of one square of zeros (after normalisation): a side of 1..cutout, `side // 2` pixels
-               each way from a centre anywhere, cut off at the border
+    cutout     largest side of one square of zeros (after normalization): a side of 1..cutout, `side // 2` pixels
+               each way from a center anywhere, cut off at the border
 
     Names and values, each operation as Pillow does it:
 
@@ -41,7 +41,7 @@ class Policy:
     AutoContrast          (0,)
     Equalize              (0,)
     Invert                (0,)
-    Rotate                degrees, counter-clockwise; nearest neighbour, black outside, as all that move
+    Rotate                degrees, counter-clockwise; nearest neighbor, black outside, as all that move
     Posterize             bits kept, 0..8; 0 is a black image
     Solarize              threshold: pixels of at least this are inverted
     SolarizeAdd           added first, cut off at 0 and 255; then Solarize with threshold 128
@@ -418,14 +418,14 @@ def gamma_levels(exponent: float) -> list[int]:
 
 
 def luma(red: int, green: int, blue: int) -> int:
-    """Pillow's conversion to grey."""
+    """Pillow's conversion to gray."""
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 def affine_matrix(name: str, value: float, height: int, width: int) -> list[int]:
     """Of an operation that moves pixels: output pixel (x, y) shows pixel (a0 x + a1 y + a2, a3 x + a4 y + a5) >> 16.
 
-    The same rounding to 16.16 fixed point as Pillow's, where a pixel's centre lies at + 0.5. A shift moves by whole
+    The same rounding to 16.16 fixed point as Pillow's, where a pixel's center lies at + 0.5. A shift moves by whole
     pixels, and turns by right angles are exact, as in Pillow.
     """
     if name == "TranslateX":
@@ -452,8 +452,8 @@ def affine_matrix(name: str, value: float, height: int, width: int) -> list[int]
     if matrix[1] == matrix[3] == 0:  # nothing but a shift
         return [65536, 0, 0, 0, 65536, 0]
     a0, a1, a2, a3, a4, a5 = matrix
-    centred = [a0, a1, a2 + a0 * 0.5 + a1 * 0.5, a3, a4, a5 + a3 * 0.5 + a4 * 0.5]
-    return [math.floor(number * 65536 + 0.5) for number in centred]
+    centered = [a0, a1, a2 + a0 * 0.5 + a1 * 0.5, a3, a4, a5 + a3 * 0.5 + a4 * 0.5]
+    return [math.floor(number * 65536 + 0.5) for number in centered]
 
 
 def _whole_shift(value: float, size: int) -> int:

@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
-            task = bar.add_task("labelling", total=len(paths), now="")
+            task = bar.add_task("labeling", total=len(paths), now="")
             write = label_table(file, HEAD)
             for answer in predict(predictor, paths, progress=lambda files: bar.advance(task, files)):
                 write(dict(zip(HEAD, [answer.path, *answer.row], strict=True)))

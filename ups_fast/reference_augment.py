@@ -1,7 +1,7 @@
 """The specification of `augment` and `augment_plan`: the published chain in Pillow and NumPy, image by image.
 
 Bit for bit what Pillow computes on x86-64 (tried: 9.5, 10.4, 12.0 and 13.0 agree). Two exceptions are ours: Posterize
-to 0 bits, which Pillow refuses since 13, and the colour of CutoutAbs on grey images.
+to 0 bits, which Pillow refuses since 13, and the color of CutoutAbs on gray images.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def replay(
     import numpy as np
     from PIL import Image
 
-    grey = image.shape[2] == 1
-    picture = Image.fromarray((image[:, :, 0] if grey else image).cpu().numpy())
+    gray = image.shape[2] == 1
+    picture = Image.fromarray((image[:, :, 0] if gray else image).cpu().numpy())
     for name, value, corner in plan.operations(row):
         picture = operate(picture, name, value, corner)
     picture = _flipped_and_cropped(picture, bool(plan.flip[row]), *plan.crop[row].tolist())
@@ -215,7 +215,7 @@ def replay(
     for what in JITTER_ORDERS[plan.jitter_order[row]]:
         picture = operate(picture, ("Brightness", "Contrast", "Color")[what], factors[what])
     pixels = torch.from_numpy(np.array(picture))
-    return pixels[:, :, None] if grey else pixels
+    return pixels[:, :, None] if gray else pixels
 
 
 def operate(picture: Image.Image, name: str, value: float, corner: tuple[int, int] = (0, 0)) -> Image.Image:

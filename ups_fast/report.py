@@ -1,6 +1,6 @@
 """What a run leaves for people: pseudo_labels.csv, report.png and report.html.
 
-All of it comes from the rows of the rounds and from the last labelling. Where the truth of unlabelled images
+All of it comes from the rows of the rounds and from the last labeling. Where the truth of unlabeled images
 is not known (-1), what would need it is left out, and the report says so.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]  # one mapping per round, as in metrics.jsonl
 
-# Blue and vermilion (Okabe and Ito) differ for every kind of colour vision, and in a grey print.
+# Blue and vermilion (Okabe and Ito) differ for every kind of color vision, and in a gray print.
 BLUE, VERMILION, GREEN, PALE = "#0072B2", "#D55E00", "#008F6B", "#C9D1D9"
 INK, MUTED, RULE = "#1F2933", "#616E7C", "#E4E7EB"
 DASHES = (0, (4, 3))
@@ -48,7 +48,7 @@ def write_pseudo_labels(
     first: int = 0,  # the training set's index that counts as 0
     names: Sequence[str] | None = None,  # [N] the file of each training image
 ) -> None:
-    """Writes one line per unlabelled sample, in columns:
+    """Writes one line per unlabeled sample, in columns:
 
     index       its place in the training set; of one's own arrays, in x_unlabeled
     label       number of the class, -1 where the network gave no finite answer or the image could not be read
@@ -180,7 +180,7 @@ def headline(rows: Rows, cfg: Config) -> str:
 
 def _subline(labelling: Labelling, cfg: Config, labeled: int) -> str:
     return (
-        f"{labeled:,} labelled and {len(labelling.index):,} unlabelled images, {cfg.model.name}, seed {cfg.seed}. "
+        f"{labeled:,} labeled and {len(labelling.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
         f"Round 0 learned from the labels alone."
     )
 
@@ -228,10 +228,10 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
         ("positive pseudo-labels", "positive_acc", GREEN, "--s"),
         ("negative pseudo-labels", "negative_acc", MUTED, ":^"),
     ]
-    for name, key, colour, line in curves:
+    for name, key, color, line in curves:
         points = [(row["round"], 100 * row[key]) for row in rows if row[key] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), line, color=colour, ms=5, lw=2, label=name)
+            axes.plot(*zip(*points, strict=True), line, color=color, ms=5, lw=2, label=name)
     low, high = axes.get_ylim()
     low = min(low, high - 4)  # no drama where there is one round
     # Room for the numbers below the first and last point, and for half a marker at 100.
@@ -245,7 +245,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     _by_round(axes, rows)
 
 
-def _draw_counts(axes: Axes, rows: Rows, unlabelled: int, *, all_known: bool) -> None:
+def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rounds = [row["round"] for row in rows]
@@ -258,23 +258,23 @@ def _draw_counts(axes: Axes, rows: Rows, unlabelled: int, *, all_known: bool) ->
     else:
         axes.bar(rounds, positives, 0.7, color=BLUE, label="positive")
     axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label="negative classes only")
-    axes.axhline(unlabelled, color=INK, lw=1, ls=DASHES)
-    _title(axes, "What was selected", "Unlabelled images that the next round would learn from")
+    axes.axhline(unlabeled, color=INK, lw=1, ls=DASHES)
+    _title(axes, "What was selected", "Unlabeled images that the next round would learn from")
     _legend(axes)
     _by_round(axes, rows)
-    _note(axes, f"all {unlabelled:,}", (axes.get_xlim()[1], unlabelled), (0, 3), ha="right")
-    axes.set_ylim(0, 1.1 * max(unlabelled, 1))
+    _note(axes, f"all {unlabeled:,}", (axes.get_xlim()[1], unlabeled), (0, 3), ha="right")
+    axes.set_ylim(0, 1.1 * max(unlabeled, 1))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _bins(row: Mapping[str, Any], labelling: Labelling, truth: Tensor) -> dict[str, Reliability]:
-    """How far confidence is deserved, by groups of images: of unlabelled ones, or else of test images."""
+    """How far confidence is deserved, by groups of images: of unlabeled ones, or else of test images."""
     if not (truth >= 0).any():
         found = row.get("test_bins") or {}
         names = {"all": "all test images", "selected": "selected"}
         return {names[key]: Reliability(*torch.tensor(found[key]).T) for key in names if found.get(key)}
-    groups = {"all unlabelled": torch.ones_like(labelling.positive), "selected": labelling.positive}
+    groups = {"all unlabeled": torch.ones_like(labelling.positive), "selected": labelling.positive}
     judged = {name: each & (truth >= 0) & (labelling.label >= 0) for name, each in groups.items()}
     correct = labelling.label == truth
     return {
@@ -327,9 +327,9 @@ def _draw_plane(axes: Axes, labelling: Labelling, truth: Tensor, cfg: Config) ->
         ("correct", known & correct, BLUE, "o", 9, 0.45),
         ("wrong", known & ~correct, VERMILION, "X", 22, 0.9),
     ]
-    for name, members, colour, marker, size, alpha in groups:
+    for name, members, color, marker, size, alpha in groups:
         if members.any():
-            dots: Any = {"color": colour, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
+            dots: Any = {"color": color, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
             axes.scatter(x[members], y[members], size, label=name, **dots)
     sampled = len(drawn) < len(finite)
     points = f"{MOST_POINTS:,} of {len(finite):,} images" if sampled else "One point per image"
@@ -368,7 +368,7 @@ pre { background: var(--tint); padding: 1rem; border-radius: 8px; overflow-x: au
 _READING = """
 <li><b>Accuracy by round:</b> where the method works, the test curve climbs above its first point,
  which stands for the labels alone.</li>
-<li><b>What was selected:</b> bars should grow towards the dashed line, which is all unlabelled images,
+<li><b>What was selected:</b> bars should grow towards the dashed line, which is all unlabeled images,
  and hardly show wrong ones.</li>
 <li><b>Is the confidence deserved?</b> Points on the diagonal keep their promise, below it the network is too
  sure of itself; the expected calibration error (ECE) is the mean distance.</li>
@@ -395,7 +395,7 @@ def _page(
     wrong = rows[-1].get("test_mistakes") or []
     pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
     confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
-    confused += _table(["is", "labelled as", "images"], pairs) + "\n" if wrong else ""
+    confused += _table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -428,8 +428,8 @@ def _page(
 
 
 def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> str:
-    last, unlabelled = rows[-1], len(labelling.index)
-    kept = f"{last['positives']:,} of {unlabelled:,} unlabelled images have a positive pseudo-label"
+    last, unlabeled = rows[-1], len(labelling.index)
+    kept = f"{last['positives']:,} of {unlabeled:,} unlabeled images have a positive pseudo-label"
     if last["positive_acc"] is not None:
         kept += f", {_percent(last['positive_acc'])} of them correct"
     told = f"{last['negative_samples']:,} others have negative ones"
@@ -437,10 +437,10 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> st
         told += f", {_percent(last['negative_acc'])} of which are correct"
     known = int((truth >= 0).sum())
     if known == 0:
-        told += "; the truth of the unlabelled images is not known, so these cannot be judged"
+        told += "; the truth of the unlabeled images is not known, so these cannot be judged"
         if guess := test_guess(last):
             told += f". {guess}"
-    elif known < unlabelled:
+    elif known < unlabeled:
         told += f"; judged by the {known:,} images whose truth is known"
     if last["test_acc"] is None:
         return f"No test image could be read. {kept}; {told}. {_doubts(labelling, cfg)}"

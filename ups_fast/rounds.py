@@ -1,4 +1,4 @@
-"""The rounds of UPS: train anew, label all that is unlabelled, select, repeat; from wherever a run stood."""
+"""The rounds of UPS: train anew, label all that is unlabeled, select, repeat; from wherever a run stood."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class _Run:
         if state.labelling:
             self._write_selection(state.labelling)
         self._say(
-            f"{self.data.name}: {len(state.labeled):,} labelled, {len(state.unlabeled):,} unlabelled, "
+            f"{self.data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, "
             f"{len(self.data.test_labels):,} test images; {self.cfg.model.name} on {self.device}"
         )
         labeled = class_counts(self.data.train_labels[state.labeled], len(self.data.classes))
@@ -298,7 +298,7 @@ class _Run:
         self.progress.remove_task(bar)
 
     def finish_round(self) -> None:
-        """Tests the network, labels all that is unlabelled, writes the round's files, last the checkpoint."""
+        """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         state, data = self.state, self.data
         size = self._labelling_batch()
         with self._outside():
@@ -307,7 +307,7 @@ class _Run:
             )
         self._check_answers(test.label)
         labelling = self._label(
-            "labelling",
+            "labeling",
             self.train_images,
             state.unlabeled,
             balanced=state.round < self.cfg.select.balance_rounds,
@@ -317,7 +317,7 @@ class _Run:
         guess = {}
         if not (self._truth() >= 0).any():
             index = torch.arange(len(data.test_labels))
-            guess = on_test(self._label("labelling test images", self.test_images, index), data.test_labels)
+            guess = on_test(self._label("labeling test images", self.test_images, index), data.test_labels)
         accuracy = or_none(test.correct.double().mean())
         before = [row["test_acc"] or 0 for row in state.rows]
         with self._outside():
@@ -379,7 +379,7 @@ class _Run:
         labeled = sum(i in lost for i in self.state.labeled.tolist())
         some = next(iter([*lost.values(), *test_lost.values()]))
         if labeled == len(self.state.labeled) or 2 * len(lost) > len(self.train_images):
-            what = f"all {labeled:,} labelled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
+            what = f"all {labeled:,} labeled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
             raise ValueError(
                 f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Once they are "
                 "back, the same command goes on"
@@ -520,7 +520,7 @@ class _Run:
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
-        """Counts what is done in it as neither training nor labelling: it keeps a GPU waiting."""
+        """Counts what is done in it as neither training nor labeling: it keeps a GPU waiting."""
         start = time.monotonic()
         yield
         self.state.outside += time.monotonic() - start

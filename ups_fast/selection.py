@@ -1,4 +1,4 @@
-"""Pseudo-labels: the labelling pass, the selection, the class balance, and the numbers to report about them.
+"""Pseudo-labels: the labeling pass, the selection, the class balance, and the numbers to report about them.
 
 Each rule is one function: P passes over clean images, dropout alone being active (`label`, `passes_over`), the
 thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
@@ -28,7 +28,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Labelling:
-    """What a round's network says of the U unlabelled samples, after selection. All on one device."""
+    """What a round's network says of the U unlabeled samples, after selection. All on one device."""
 
     index: Tensor  # int64 [U], into the training set
     label: Tensor  # int64 [U], -1 where there is none: a logit was NaN or infinite, or the image is lost
@@ -220,7 +220,7 @@ def on_test(
     labelling: Labelling,  # of test images, on the host
     truth: Tensor,  # int64 [U]
 ) -> dict[str, Any]:
-    """What the selection does to images whose truth is known: a guess where that of the unlabelled is not.
+    """What the selection does to images whose truth is known: a guess where that of the unlabeled is not.
 
     By their names in metrics.jsonl: test_positives, test_positive_acc (None where there is none), and test_bins:
     reliability of "all" and of the "selected", each bin that is not empty as [count, confidence, accuracy].
@@ -280,7 +280,7 @@ def report(
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
     n_classes: int,
 ) -> dict[str, Any]:
-    """The numbers of a labelling by their names in metrics.jsonl; accuracies are over samples of known truth.
+    """The numbers of a labeling by their names in metrics.jsonl; accuracies are over samples of known truth.
 
     positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that truly is not the
     class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by

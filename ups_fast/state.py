@@ -29,7 +29,7 @@ class Checkpoint:
     epoch: int = 0  # epochs of the round done
     step: int = 0  # steps of the epoch done
     seconds: float = 0.0  # spent on the round so far
-    outside: float = 0.0  # of these, on neither steps nor labelling
+    outside: float = 0.0  # of these, on neither steps nor labeling
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
@@ -207,7 +207,7 @@ def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int
     if not all(_row_fits(row, n_classes) for row in state.rows):
         return "rows"
     if state.labelling and (wrong := _impossible(Labelling(**state.labelling), fresh.unlabeled, n_classes)):
-        return f"labelling ({wrong})"
+        return f"labeling ({wrong})"
     if state.momentum is None and (state.model is not None) != (warm_start and state.round > 0):
         return "model, which is there only while a round is trained, or before it by train.warm_start,"
     if state.model is not None and (wrong := misfit(state.model, model.state_dict())):
@@ -218,7 +218,7 @@ def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int
 
 
 def _impossible(found: Labelling, unlabeled: Tensor, n_classes: int) -> str:
-    """What a labelling of these samples cannot hold; "" if there is nothing."""
+    """What a labeling of these samples cannot hold; "" if there is nothing."""
     words, none = (n_classes + 31) // 32, found.label < 0
     if not torch.equal(found.index, unlabeled):
         return "index is not that of the unlabeled images"

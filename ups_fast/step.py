@@ -86,7 +86,7 @@ def train_step(
     positive: Tensor,  # bool [B]
     negative: Tensor,  # int32 [B, ceil(C / 32)]
 ) -> Tensor:  # float32 [], on the device
-    """One step of the optimiser. Never waits for the device."""
+    """One step of the optimizer. Never waits for the device."""
     loss = loss_of(images, keys, target, positive, negative)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -95,7 +95,7 @@ def train_step(
 
 
 class TrainStep:
-    """The step of a run: augment, forward, backward, optimiser, sum of the losses, on a batch of sample ids.
+    """The step of a run: augment, forward, backward, optimizer, sum of the losses, on a batch of sample ids.
 
     All that it reads or writes keeps its place in memory, and `start` begins a round in place: so a CUDA graph can
     repeat the step, and no round but one with another batch size compiles or captures anything again.

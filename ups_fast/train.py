@@ -104,7 +104,7 @@ def _train(cfg: config.Config) -> None:
     table = result.folder / "pseudo_labels.csv"
     lost = [f"could not be read any more, and teaches nothing: {sentence}" for sentence in result.lost]
     try:
-        # Of one's own arrays the labelled images come first in the training set.
+        # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.labelling, data.classes, first=first, names=data.names)
         labels = data.train_labels[split_of(cfg, data)[0]]
@@ -131,7 +131,7 @@ def _train(cfg: config.Config) -> None:
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:
-        console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labelling")
+        console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labeling")
     if advice := report.advice(result.rows, cfg):
         console.print(advice)
     console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")

@@ -1,6 +1,6 @@
-// augment and augment_plan on the CPU: uint8 images in, gathered, augmented as math/pixels.inl says and normalised.
+// augment and augment_plan on the CPU: uint8 images in, gathered, augmented as math/pixels.inl says and normalized.
 //
-// Never materialised: the gathered or the augmented bytes of a batch. A thread works through its images one by one,
+// Never materialized: the gathered or the augmented bytes of a batch. A thread works through its images one by one,
 // with two copies of one in its cache.
 #include <algorithm>
 #include <cstdint>

@@ -1,6 +1,6 @@
 // counter_dropout on the CPU: y = x / (1 - p) where an element is kept, 0 elsewhere; its own gradient, too.
 //
-// Never materialised: the mask, which is computed again wherever it is needed. Rows are shared out among threads.
+// Never materialized: the mask, which is computed again wherever it is needed. Rows are shared out among threads.
 #include <cstdint>
 
 #include <torch/csrc/stable/library.h>

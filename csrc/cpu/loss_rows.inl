@@ -55,7 +55,7 @@ class LossRow {
         not_p(p + k_count),
         w(not_p + k_count) {}
 
-  // Reads logits [C]: p, 1 - p, rest and their normaliser.
+  // Reads logits [C]: p, 1 - p, rest and their normalizer.
   void read(const S* logits) {
     V highest = splat<T>(-INFINITY);  // never NaN: a NaN logit loses every comparison and is found below
     for (int64_t k = 0; k < k_count; ++k) {

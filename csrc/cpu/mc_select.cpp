@@ -4,7 +4,7 @@
 //   positive: mean_p[label] >= tau_p and M2_p[label] < kappa_p^2 (P - 1)
 //   negative: mean_q[c] < tau_n and M2_q[c] < kappa_n^2 (P - 1) and c != label
 //
-// Never materialised: probabilities, means or stds of all rows. A thread works through its rows in blocks of one
+// Never materialized: probabilities, means or stds of all rows. A thread works through its rows in blocks of one
 // vector's width (few classes) or one row (many), with P * C exponentials in cache and each logit read once from
 // memory.
 #include <algorithm>

@@ -1,6 +1,6 @@
 // mish and its backward on the CPU, elementwise in float32 (float64 for float64).
 //
-// Never materialised: anything but the result; the backward computes the exponential again from x.
+// Never materialized: anything but the result; the backward computes the exponential again from x.
 #include <cstdint>
 
 #include <torch/csrc/stable/library.h>

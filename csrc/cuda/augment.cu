@@ -1,7 +1,7 @@
-// augment: uint8 images in, gathered, augmented as math/pixels.inl says, normalised and written channels last.
+// augment: uint8 images in, gathered, augmented as math/pixels.inl says, normalized and written channels last.
 //
-// Never materialised: the gathered or the augmented bytes of a batch. Mapping: a block per image, which stays in shared
-// memory (two copies) from the gather to the normalisation, or, where it is too large (some 190x190 pixels in colour on
+// Never materialized: the gathered or the augmented bytes of a batch. Mapping: a block per image, which stays in shared
+// memory (two copies) from the gather to the normalization, or, where it is too large (some 190x190 pixels in color on
 // an H100), in global memory that the block has for itself; a thread works on every so many pixels of it. What is
 // drawn is drawn here, one thread for each operation. augment_plan: a thread per image.
 #include <cstdint>
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256)
   for (int64_t b = blockIdx.x; b < images; b += gridDim.x) {
     const bool fits = a.index[b] >= 0 && a.index[b] < a.N &&
                       (a.plan == nullptr || plan_fits(a, a.plan + b * plan_words(a.settings.n_ops)));
-    if (!fits) __trap();  // as torch's indexing does: an error that the next synchronisation reports
+    if (!fits) __trap();  // as torch's indexing does: an error that the next synchronization reports
     augment_image(canvas_in<C>(memory, team, a), a, b);
   }
 }

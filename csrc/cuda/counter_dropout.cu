@@ -1,6 +1,6 @@
 // counter_dropout: y = x / (1 - p) where an element is kept, 0 elsewhere; its own gradient, too.
 //
-// Never materialised: the mask, which is computed again wherever it is needed. Mapping: a thread takes every so many
+// Never materialized: the mask, which is computed again wherever it is needed. Mapping: a thread takes every so many
 // elements of the flat memory, so that loads and stores are consecutive in either layout.
 #include <cstdint>
 

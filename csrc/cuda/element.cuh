@@ -44,7 +44,7 @@ struct WordOf<16> {
 // What a slot past the last class holds: it loses every maximum and its exponential is 0.
 constexpr float kNoLogit = -FLT_MAX;
 
-// The logits of kWidth neighbours, of which the first `count` exist (none if it is negative); kNoLogit for the others.
+// The logits of kWidth neighbors, of which the first `count` exist (none if it is negative); kNoLogit for the others.
 // kAligned: `from` is aligned to all of them together, and all or none exist.
 template <int kWidth, bool kAligned, class T>
 __device__ __forceinline__ void load_chunk(const T* from, int count, float* z) {

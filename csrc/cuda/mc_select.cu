@@ -222,7 +222,7 @@ __device__ __forceinline__ void write_bytes(bool* row /* [C] */, int c, int clas
 }
 
 // Writes the flags of a lane's chunks, the first of which starts at class c, the others kLanes chunks on each. All
-// lanes must reach this, those without a row too: neighbours that share a word of bits put it together.
+// lanes must reach this, those without a row too: neighbors that share a word of bits put it together.
 template <int kLanes, int kWidth, class T, int kChunks>
 __device__ __forceinline__ void write_negative(const McSelectArgs<T>& a, int64_t row, bool row_exists, int c,
                                                const unsigned (&flags)[kChunks]) {
@@ -443,7 +443,7 @@ McSelectKernel<T> mc_select_kernel(int variant) {
   });
 }
 
-// Whether every chunk of `width` neighbours can be one load.
+// Whether every chunk of `width` neighbors can be one load.
 template <class T>
 bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, int64_t classes, int width) {
   return classes % width == 0 && row_stride % width == 0 && pass_stride % width == 0 &&

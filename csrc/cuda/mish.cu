@@ -1,6 +1,6 @@
 // mish and its backward, elementwise in float32 (float64 for float64).
 //
-// Never materialised: anything but the result; the backward computes the exponential again from x. Mapping: a thread
+// Never materialized: anything but the result; the backward computes the exponential again from x. Mapping: a thread
 // takes every so many elements of the flat memory, so that loads and stores are consecutive in any layout.
 #include <cmath>
 #include <cstdint>

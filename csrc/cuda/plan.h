@@ -18,7 +18,7 @@ struct LaunchPlan {
   int shared = 0;  // bytes of shared memory whose size is chosen at launch
 };
 
-// mc_select: a lane keeps `chunks` chunks of `width` neighbouring classes in registers over all passes, and a chunk is
+// mc_select: a lane keeps `chunks` chunks of `width` neighboring classes in registers over all passes, and a chunk is
 // one load. The arithmetic on a class (18 instructions a pass) weighs more than its load, so a row should fill its
 // lanes: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over classes instead.
 struct McSelectVariant {

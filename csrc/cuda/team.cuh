@@ -23,7 +23,7 @@ __device__ __forceinline__ V shuffle_xor(V value, int offset) {
 
 constexpr int kWholeBlock = 1024;  // a team of any number of warps
 
-// kLanes neighbouring threads: a power of two up to a warp; or more than a warp, and then the team is the whole block.
+// kLanes neighboring threads: a power of two up to a warp; or more than a warp, and then the team is the whole block.
 //
 // `reduce` must be reached by every thread of the block together, with an `op` whose result does not depend on the
 // order of its two arguments. Every lane then gets the same bits, whatever the order in which warps run: lanes meet

@@ -1,7 +1,7 @@
 // The augmentation of one image by a team: the threads of a block, or one thread of a CPU. No include guard, as in
 // row_math.inl.
 //
-//   gather -> the drawn operations -> flip and reflect crop -> jitter -> normalise, with a hole
+//   gather -> the drawn operations -> flip and reflect crop -> jitter -> normalize, with a hole
 //
 // Every step gives Pillow's result bit for bit. The arithmetic is integer but for one line of auto_contrast: what
 // Pillow computes in floating point is either as exact in integers (the jitter, by the choice of its factors) or comes
@@ -47,7 +47,7 @@ UPS_HD Canvas<C, Team> canvas_in(uint8_t* memory, const Team& team, const DrawAr
   return {team, a.H, a.W, memory, spare, reinterpret_cast<int32_t*>(counts), lookup, reinterpret_cast<int32_t*>(plan)};
 }
 
-// Grey as Pillow's conversion to mode "L": ITU-R 601-2 luma.
+// Gray as Pillow's conversion to mode "L": ITU-R 601-2 luma.
 template <int C>
 UPS_HD int luma(const uint8_t* pixel) {
   return C == 1 ? pixel[0] : (pixel[0] * 19595 + pixel[1] * 38470 + pixel[2] * 7471 + 0x8000) >> 16;
@@ -67,7 +67,7 @@ UPS_HD void look_up(const Canvas<C, Team>& c, const uint8_t* table, int stride) 
   c.team.sync();
 }
 
-// The mean of the grey values, rounded to nearest, halves up.
+// The mean of the gray values, rounded to nearest, halves up.
 template <int C, class Team>
 UPS_HD int mean_luma(const Canvas<C, Team>& c) {
   c.team.each(1, [&](int) { c.counts[0] = 0; });
@@ -142,7 +142,7 @@ UPS_HD void equalize(const Canvas<C, Team>& c) {
   look_up(c, c.lookup, 256);
 }
 
-// Nearest neighbour, black outside: pixel (y, x) shows (a3 x + a4 y + a5, a0 x + a1 y + a2), 16.16 fixed point.
+// Nearest neighbor, black outside: pixel (y, x) shows (a3 x + a4 y + a5, a0 x + a1 y + a2), 16.16 fixed point.
 template <int C, class Team>
 UPS_HD void affine(Canvas<C, Team>& c, const int32_t* a) {
   const int a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3], a4 = a[4], a5 = a[5], H = c.H, W = c.W;
@@ -158,7 +158,7 @@ UPS_HD void affine(Canvas<C, Team>& c, const int32_t* a) {
   c.swap();
 }
 
-// Away from grey or towards it, as `table` [256, 256] blends.
+// Away from gray or towards it, as `table` [256, 256] blends.
 template <int C, class Team>
 UPS_HD void color(const Canvas<C, Team>& c, const uint8_t* table) {
   c.each_pixel([=](uint8_t* pixel) {
@@ -168,7 +168,7 @@ UPS_HD void color(const Canvas<C, Team>& c, const uint8_t* table) {
   c.team.sync();
 }
 
-// Away from the smoothed image or towards it: the mean of the 3x3 neighbours, the centre counted five times. The border
+// Away from the smoothed image or towards it: the mean of the 3x3 neighbors, the center counted five times. The border
 // is not smoothed.
 template <int C, class Team>
 UPS_HD void sharpness(Canvas<C, Team>& c, const uint8_t* table) {
@@ -192,16 +192,16 @@ UPS_HD void sharpness(Canvas<C, Team>& c, const uint8_t* table) {
   c.swap();
 }
 
-// A square of one colour.
+// A square of one color.
 template <int C, class Team>
 UPS_HD void fill(const Canvas<C, Team>& c, const Variant& v, const PlannedOp& op) {
   const int reach = v.value[1], W = c.W, top = op.top, left = op.left;
   const int bottom = top + reach < c.H ? top + reach + 1 : c.H, right = left + reach < W ? left + reach + 1 : W;
   uint8_t* const image = c.image;
-  const int32_t* const colour = v.value + 2;
+  const int32_t* const color = v.value + 2;
   c.team.each_pixel(bottom - top, right - left, [=](int y, int x) {
     uint8_t* const pixel = image + ((top + y) * W + left + x) * C;
-    for (int channel = 0; channel < C; ++channel) pixel[channel] = static_cast<uint8_t>(colour[channel]);
+    for (int channel = 0; channel < C; ++channel) pixel[channel] = static_cast<uint8_t>(color[channel]);
   });
   c.team.sync();
 }
@@ -260,8 +260,8 @@ UPS_HD void jitter(const Canvas<C, Team>& c, const PlannedFrame& frame) {
     if (factor == kOne) continue;
     if (what == kSaturation) {
       c.each_pixel([=](uint8_t* pixel) {
-        const int grey = luma<C>(pixel);
-        for (int channel = 0; channel < C; ++channel) pixel[channel] = blend(grey, pixel[channel], factor);
+        const int gray = luma<C>(pixel);
+        for (int channel = 0; channel < C; ++channel) pixel[channel] = blend(gray, pixel[channel], factor);
       });
       c.team.sync();
     } else {

@@ -33,7 +33,7 @@ _MISSING = {
         "unlabeled",
     ),
     *(
-        "unlabelled",
+        "unlabeled",
         "unassigned",
         "missing",
         "empty",

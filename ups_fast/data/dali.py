@@ -42,7 +42,7 @@ def header_for_dali(encoded: bytes, name: str) -> Header | None:
 
     JPEG, MPO   gray or RGB, with all scans. CMYK may be inverted, and a GPU has no decoder for it
     PNG         of at most 8 bits, without transparency (DALI drops alpha, here it lies on white; of 16 bits Pillow
-                keeps the upper 8 in colour) and without EXIF or XMP data, which may follow the pixels
+                keeps the upper 8 in color) and without EXIF or XMP data, which may follow the pixels
     WebP        without transparency
 
     None of them is larger than 256 MiB when it is decoded.
@@ -167,9 +167,9 @@ class DaliImages(FileImages):
         (images,) = pipeline.run(encoded=encoded, start=start, shape=shape)
         places = [out[file.row] for file in files]
         if self._stream is not None:
-            colours = torch.from_dlpack(images.as_tensor())
-            last = colours[:, -1, -1].tolist()
-            for place, image in zip(places, colours if self.channels == 3 else _grey(colours), strict=True):
+            colors = torch.from_dlpack(images.as_tensor())
+            last = colors[:, -1, -1].tolist()
+            for place, image in zip(places, colors if self.channels == 3 else _gray(colors), strict=True):
                 place.copy_(image)
         else:
             decoded = [np.asarray(images[k]) for k in range(len(files))]
@@ -180,7 +180,7 @@ class DaliImages(FileImages):
             for box, place in zip(decoded, colored, strict=True):
                 _put(box, place)
             if self.channels == 1:
-                for place, image in zip(places, _grey(torch.stack(colored)), strict=True):
+                for place, image in zip(places, _gray(torch.stack(colored)), strict=True):
                     np.copyto(place.numpy(), image.numpy())
         for file, place in zip(files, places, strict=True):
             if file.header.orientation > 1:
@@ -271,7 +271,7 @@ def _cut(image: np.ndarray, box: Box) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def _grey(images: Tensor) -> Tensor:  # uint8 [..., 3] to [..., 1]
+def _gray(images: Tensor) -> Tensor:  # uint8 [..., 3] to [..., 1]
     return ((images.int() * _LUMA.to(images.device)).sum(-1, keepdim=True) + (1 << 15) >> 16).byte()
 
 

@@ -1,4 +1,4 @@
-"""Images that live on the device as uint8; a batch is gathered, augmented and normalised there by one op.
+"""Images that live on the device as uint8; a batch is gathered, augmented and normalized there by one op.
 
 For a device without kernels (a GPU, where nvcc was missing at build time) they live on the host, and batches are
 copied: the op's reference goes through Pillow image by image.
@@ -53,7 +53,7 @@ class ResidentImages:
         self,
         index: Tensor,  # [B] int64, on the device
     ) -> Tensor:  # [B, C, H, W] float32, channels_last
-        """Normalises, nothing else: (pixel / 255 - mean) / std."""
+        """Normalizes, nothing else: (pixel / 255 - mean) / std."""
         return self._read(index, POLICIES["none"], 0, 0)
 
     def clean_batches(

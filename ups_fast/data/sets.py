@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class ImageSet:
     """A data set in memory, on the CPU.
 
-    train_labels are the truth: they give the labelled part its labels and serve reports on the rest.
-    `labeled` holds the labelled indices into train where the data set itself decides them (npz), else None.
+    train_labels are the truth: they give the labeled part its labels and serve reports on the rest.
+    `labeled` holds the labeled indices into train where the data set itself decides them (npz), else None.
     """
 
     name: str
@@ -66,7 +66,7 @@ def load_set(name: str, root: str) -> ImageSet:
                    them) or as torchvision stores them; otherwise downloaded
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
                    [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1) and, where the
-                   truth of unlabelled images is known, y_unlabeled (-1: unknown for this image)
+                   truth of unlabeled images is known, y_unlabeled (-1: unknown for this image)
 
     Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
     """

@@ -41,7 +41,7 @@ class FileImages:
 
     root, paths   the files, [N]; a sample id is a position in `paths`
     size          height and width of the batches, S
-    channels      1 (grey) or 3 (RGB)
+    channels      1 (gray) or 3 (RGB)
     mean, std     per channel, of pixels in [0, 1]; std above 0
     policy        what is done to the images of `training`, once they are [S, S, C]
     resized_crop  range of the share of the area that a training image shows, within (0, 1], scaled to [S, S] whatever
@@ -53,7 +53,7 @@ class FileImages:
     images        uint8 [N, H, W, C] in place of the files: then root is None and paths are empty
     lost          ids of files that are known to be gone, each with a sentence
 
-    Files that are gone or damaged never stop a run: such an image is black before it is normalised, and before its
+    Files that are gone or damaged never stop a run: such an image is black before it is normalized, and before its
     batch is handed out `lost` has its id, so that nobody learns from it. Raises ValueError or TypeError that names the
     argument.
     """
@@ -134,7 +134,7 @@ class FileImages:
     ) -> Iterator[
         Tensor
     ]:  # each [batch_size, C, S, S] float32, channels_last, on the device; the last may be short
-        """The middle of each image, normalised: (pixel / 255 - mean) / std."""
+        """The middle of each image, normalized: (pixel / 255 - mean) / std."""
         if index.dim() != 1 or batch_size < 1:
             raise ValueError(
                 f"index must be [n] and batch_size at least 1, got {list(index.shape)}, {batch_size}"
@@ -173,7 +173,7 @@ class FileImages:
     def _finished(
         self, batch: Tensor, ids: Tensor, draw: Tensor, seed: int, policy: Policy, out: Tensor | None = None
     ) -> Tensor:
-        """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalised."""
+        """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalized."""
         if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early
             batch.record_stream(torch.cuda.current_stream(batch.device))
         batch, ids, draw = (x.to(self.home, non_blocking=True) for x in (batch, ids, draw))

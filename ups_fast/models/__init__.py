@@ -28,7 +28,7 @@ def build(
     bn_momentum: float = 0.1,
     weights: str = "",
 ) -> Network:
-    """A freshly initialised network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
+    """A freshly initialized network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
     name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
                  images "torchvision:NAME" or "timm:NAME", an image classifier of that library, see `Backbone`

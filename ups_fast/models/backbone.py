@@ -32,11 +32,11 @@ class Backbone(Network):
     size     (height, width); transformers may take no other, convolutional networks all larger ones too
     dropout  of each of these Dropouts, in [0, 1)
     weights  file of pretrained weights in the library's own names: .safetensors, or what torch.save made of a
-             state_dict; "" for none, then the library's initialisation from the global torch generator. A
+             state_dict; "" for none, then the library's initialization from the global torch generator. A
              classifier of another number of classes, or none, is replaced by a new one, with a warning.
 
     With one channel the first convolution has the sum of the kernels of red, green and blue: the network is that
-    for three channels, fed three copies of the grey image. Activations and normalisation are the library's: preact,
+    for three channels, fed three copies of the gray image. Activations and normalization are the library's: preact,
     activation and bn_momentum do not apply.
     Raises ValueError, one sentence, for a name, size or file that does not work, or a library that is missing.
     """

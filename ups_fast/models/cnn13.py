@@ -12,7 +12,7 @@ class CNN13(Network):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 12.
 
     3x [128], pool, dropout, 3x [256], pool, dropout, 512 (3x3, no padding), 256 and 128 (1x1), mean, linear.
-    Weight norm on every convolution and on the linear layer; PyTorch's initialisation.
+    Weight norm on every convolution and on the linear layer; PyTorch's initialization.
     The convolutions keep biases that batch-norm makes idle: the published 3.13 M parameters count them.
     """
 

@@ -104,6 +104,9 @@ inline Tensor plain(const Tensor& x) {
 // of empty_like in dimensions of one element.
 inline Tensor new_elementwise(const Tensor& x) {
   const int64_t d = x.dim();
+  bool any_one = x.numel() == 0;
+  for (int64_t i = 0; i < d; ++i) any_one = any_one || x.size(i) == 1;
+  if (!any_one) return torch::stable::empty_like(x);  // the usual case, and the fastest call
   if (is_contiguous(x)) {
     int64_t shape[64];
     for (int64_t i = 0; i < d; ++i) shape[i] = x.size(i);

@@ -311,7 +311,9 @@ def plain(number: int) -> int:
 
 def is_integer(x: object) -> TypeGuard[int]:
     """Whether x is an integer of Python, NumPy or a tracer, and not a bool."""
-    return isinstance(x, (int, numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
+    return type(x) is int or (
+        isinstance(x, (int, numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
+    )
 
 
 def check_counter(name: str, value: int | Tensor, bits: int, index: Tensor, *, each: bool = False) -> None:
@@ -340,15 +342,18 @@ def _check_channels(name: str, values: Sequence[float] | Tensor, channels: int) 
         values = values.tolist()
     elif hasattr(values, "tolist"):  # of NumPy
         values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+    if not isinstance(values, (tuple, list)) and (
+        not isinstance(values, Sequence) or isinstance(values, str)
+    ):
         raise TypeError(f"{wanted}, got {values!r}")
-    if not all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in values):
+    if [
+        x for x in values if type(x) is not float and (isinstance(x, bool) or not isinstance(x, numbers.Real))
+    ]:
         raise TypeError(f"{wanted}, got {values!r}")
-    if len(values) != channels or not all(-3e38 < x < 3e38 for x in values):
+    if len(values) != channels or [x for x in values if not -3e38 < x < 3e38]:
         raise ValueError(f"{wanted}, got {values!r}")
-    return tuple(
-        [math.copysign(x, x) for x in values]
-    )  # float(x), but for Dynamo, to which it is a number and no symbol
+    # As float(x), but Dynamo takes what comes for a number and not for a symbol.
+    return tuple([math.copysign(x, x) for x in values])
 
 
 def check_augment(
@@ -379,7 +384,7 @@ def check_augment(
     if index.device != images.device:
         raise ValueError(f"index must be on the device of images, {images.device}, got {index.device}")
     means, stds = _check_channels("mean", mean, channels), _check_channels("std", std, channels)
-    if not all(x >= 2**-126 for x in stds):  # what float32 holds
+    if min(stds) < 2**-126:  # what float32 holds
         raise ValueError(f"std must be above 0, got {stds}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")

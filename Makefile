@@ -24,11 +24,14 @@ setup: .venv/ready
 train: setup
 	$(BIN)/python -m ups_fast.train configs/digits.yaml
 
+# A process for each core, of one thread each. A file of tests stays in one process, as its fixtures are expensive.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PARALLEL) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) -m slow
 
 bench: setup
 	$(STRICT) $(BIN)/python -m pytest $(BENCHMARKS)

@@ -235,7 +235,7 @@ def rows(content: Content) -> Iterator[tuple[str, Content]]:
         yield f"row with {more}", {**content, "rows": [{**row, **more}]}
 
 
-@pytest.mark.parametrize("mutations", [parts, tensors, numbers, rows])
+@pytest.mark.parametrize("mutations", [parts, pytest.param(tensors, marks=pytest.mark.slow), numbers, rows])
 def test_no_mutation_is_believed(
     mutations: Callable[[Content], Iterator[tuple[str, Content]]],
     job: rounds._Run,
@@ -302,6 +302,7 @@ def test_a_trained_network_knows_what_belongs_to_it(job: rounds._Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_mutated_network_is_believed(job: rounds._Run, tmp_path: Path) -> None:
     file = job.folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)

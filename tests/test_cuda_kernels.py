@@ -633,8 +633,12 @@ def both_gradients(f, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach(), exact.grad, own.grad
 
 
-def assert_close(got: Tensor, truth: Tensor, reference_value: Tensor, roundings: int = 2) -> None:
-    """An error of at most twice the reference's own in its type, or so many roundings of the largest value."""
+def assert_close(got: Tensor, truth: Tensor, reference_value: Tensor, roundings: int = 3) -> None:
+    """An error of at most twice the reference's own in its type, or so many roundings of the largest value.
+
+    Three: of the exponential, which each math library rounds in its own way, of the sum over the classes, which the
+    reference forms in another order, and of the last product.
+    """
     error, allowed = ((x.double() - truth).abs().amax() for x in (got, reference_value))
     # In float64 the truth has an error of its own, from 1 - p near p = 1.
     rounding = truth.abs().amax() * (1e-11 if got.dtype == torch.float64 else torch.finfo(got.dtype).eps)
@@ -685,7 +689,7 @@ def check_ups_loss(kernels: Kernels, z: Tensor, *rows: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "c"), [(7, 3), (40, 10), (12, 33), (5, 200), (3, 1025)])
 def test_losses_with_weights_soft_targets_and_smoothing(kernels, n, c, dtype):
-    """A product with the weight and one with the target more: four roundings."""
+    """A product with the weight and one with the target more: five roundings."""
     z, target, positive, negative = batch(n, c, dtype=dtype, seed=n)
     g = torch.Generator().manual_seed(c)
     weight = torch.rand(n, dtype=scalar_type(z), generator=g)
@@ -704,9 +708,9 @@ def test_losses_with_weights_soft_targets_and_smoothing(kernels, n, c, dtype):
 
         truth, d_truth, d_reference = both_gradients(f, z)
         loss, scale = kernels.ups_loss(z, y, positive, mask, reduction=code, **options)
-        assert_close(loss, truth, f(z), roundings=4)
+        assert_close(loss, truth, f(z), roundings=5)
         d_logits = kernels.ups_loss_backward(one.expand_as(loss), z, y, positive, mask, scale, **options)
-        assert_close(d_logits, d_truth, d_reference, roundings=4)
+        assert_close(d_logits, d_truth, d_reference, roundings=5)
     for code, reduction in enumerate(("none", "mean", "sum", "batchmean")):
 
         def f(x, reduction=reduction):
@@ -714,9 +718,9 @@ def test_losses_with_weights_soft_targets_and_smoothing(kernels, n, c, dtype):
 
         truth, d_truth, d_reference = both_gradients(f, z)
         loss, scale = kernels.nce_loss(z, negative, code, weight)
-        assert_close(loss, truth, f(z), roundings=4)
+        assert_close(loss, truth, f(z), roundings=5)
         d_logits = kernels.nce_loss_backward(one.expand_as(loss), z, negative, scale, weight)
-        assert_close(d_logits, d_truth, d_reference, roundings=4)
+        assert_close(d_logits, d_truth, d_reference, roundings=5)
 
 
 def test_losses_of_weight_0_are_those_of_no_row(kernels):
@@ -940,6 +944,7 @@ def test_a_write_past_the_end_shows(kernels):
         results.check()
 
 
+@pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(request):
     """Exact heap blocks for every buffer, in a process of its own; and the controls are caught."""
     probe = [*CXX, *SANITIZERS, "-x", "c++", "-", "-o", os.devnull]

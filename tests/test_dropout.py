@@ -211,6 +211,7 @@ def test_derivatives():
     torch.library.opcheck(torch.ops.ups_fast.counter_dropout, (x, keys, 0.4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_compiled_is_equal(memory_format):
     x = values((6, 8, 5, 5)).to(memory_format=memory_format).requires_grad_()

@@ -246,6 +246,7 @@ def test_autocast():
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_whole(packed):
     logits, target, positive, negative = batch(32, 10)
@@ -284,7 +285,7 @@ def test_second_derivative_is_refused():
         d_logits.sum().backward()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_forward_mode_and_torch_func_agree_with_the_reference(dtype, compiled):
     logits, target, positive, negative = batch(9, 5, dtype=dtype)

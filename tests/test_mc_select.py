@@ -286,6 +286,7 @@ def test_opcheck(shape, packed):
     )
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     compiled = torch.compile(lambda z: ups_fast.mc_select(z * 2).negative.sum(), fullgraph=True)
     z = logits_of(10, 40, 10)

@@ -101,6 +101,7 @@ def test_derivatives():
     torch.library.opcheck(torch.ops.ups_fast.mish_backward, (torch.randn_like(x), x.detach()))
 
 
+@pytest.mark.slow
 def test_compiled_is_near():
     x = torch.randn(6, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     compiled = torch.compile(lambda x: (mish(x * 2) + 1).square().sum(dim=(1, 2, 3)), fullgraph=True)

@@ -327,6 +327,7 @@ def test_channels_last(name):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
 def test_compiles_without_a_graph_break(name):
     torch.manual_seed(0)
@@ -355,7 +356,7 @@ def test_same_seed_same_weights():
     assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", pytest.param("cnn13", marks=pytest.mark.slow)])
 def test_learns(name):
     """A few steps take the loss of a fixed batch down: nothing is detached or wired wrong."""
     torch.manual_seed(0)

@@ -128,6 +128,7 @@ def test_an_answer_depends_on_the_image_alone(folder: Path, images: Path) -> Non
     assert np.array_equal(copy, predictor.read(paths[0])) and copy.shape == (8, 8, 1)
 
 
+@pytest.mark.slow
 def test_standard_output_and_no_reader(folder: Path, images: Path) -> None:
     command = [sys.executable, "-m", "ups_fast.predict", str(folder), str(images / "test")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -104,6 +104,7 @@ def sabotage(call: str, n: int, what: Callable[..., None]) -> None:
 
 
 Plan = tuple[str, int, Callable[..., None]]
+SLOW = pytest.mark.slow
 
 
 def child(folder: Path, plan: Plan | None, changes: dict[str, Any]) -> None:
@@ -211,10 +212,10 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
     [
         ("fsync", 1, kill),  # before config.yaml is there
         ("replace", 2, kill),  # before split.npz is there
-        ("train_step", 9, kill),  # before there is a checkpoint
+        pytest.param(("train_step", 9, kill), marks=SLOW),  # before there is a checkpoint
         ("mc_select", 2, kill),  # in labeling, with the checkpoint of the training's end
         ("replace", 7, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
-        ("train_step", 19, kill),  # in round 1, which starts again
+        pytest.param(("train_step", 19, kill), marks=SLOW),  # in round 1, which starts again
     ],
     ids=lambda plan: f"{plan[0]}-{plan[1]}",
 )
@@ -225,7 +226,9 @@ def test_killed_with_few_checkpoints(plan: Plan, tmp_path: Path, uninterrupted: 
     assert_same_run(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("n", [15, 16, 18])  # at the end of round 0, at the start of round 1 and later
+@pytest.mark.parametrize(
+    "n", [pytest.param(15, marks=SLOW), 16, pytest.param(18, marks=SLOW)]
+)  # at the end of round 0, at the start of round 1 and later
 def test_killed_around_a_warm_start(n: int, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     warm = {"train__warm_start": True, "train__repeat_labels": 3, "checkpoint_seconds": ALWAYS}
@@ -249,7 +252,11 @@ def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "plan",
-    [("train_step", 8, interrupt), ("train_step", 8, terminate), ("mc_select", 3, interrupt)],
+    [
+        ("train_step", 8, interrupt),
+        pytest.param(("train_step", 8, terminate), marks=SLOW),
+        ("mc_select", 3, interrupt),
+    ],
     ids=["SIGINT", "SIGTERM", "SIGINT in labeling"],
 )
 def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: Path) -> None:

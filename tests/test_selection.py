@@ -208,6 +208,7 @@ def test_a_network_has_only_so_many_dropouts(net: nn.Module, images: ResidentIma
             label(net, images, torch.arange(23), dropouts=dropouts)
 
 
+@pytest.mark.slow
 def test_compiled_labels_are_the_eager_ones_and_nothing_compiles_twice() -> None:
     torch.manual_seed(0)
     images = resident(torch.randint(0, 256, (23, 8, 8, 1)).byte())

@@ -73,10 +73,8 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SLOW = [pytest.param(3, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("at", [9, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 9, 11])
 def test_a_killed_run_ends_as_if_nothing_was(at: int, images: Path, plain: Path, tmp_path: Path) -> None:
     arguments = words(images, tmp_path / "run", "data.loader=plain", "data.resized_crop=0.6")
     assert run(arguments, kill_at=at) == -signal.SIGKILL
@@ -129,7 +127,7 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["no_label"] == 1
 
 
-@pytest.mark.parametrize("loader", ["plain", "resident"])
+@pytest.mark.parametrize("loader", [pytest.param("plain", marks=pytest.mark.slow), "resident"])
 def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     loader: str,
     images: Path,

@@ -95,6 +95,7 @@ def losses(
     return torch.stack(found).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("wrn-10-1", 50), ("cnn13", 8)])
 def test_compiled_steps_are_the_eager_ones(name: str, steps: int) -> None:
     """With the same dropout, so they drift apart by rounding alone.
@@ -117,6 +118,7 @@ def test_bfloat16_steps_are_near_the_float32_ones() -> None:
     assert 0 < (half - full).abs().max() < 4 * 2**-6
 
 
+@pytest.mark.slow
 def test_a_new_round_compiles_nothing() -> None:
     """The network starts anew in place; only another batch size is another shape."""
     torch._dynamo.reset()
@@ -138,6 +140,7 @@ def test_a_new_round_compiles_nothing() -> None:
             loss_of(torch.randn(7, 1, 8, 8), torch.zeros(7, dtype=torch.int32), *torch.zeros(3, 7).unbind())
 
 
+@pytest.mark.slow
 def test_nine_networks_compile_in_one_process() -> None:
     """What torch compiled of one piece of code it keeps together, and it refuses a ninth version."""
     for depth in range(9):

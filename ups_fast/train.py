@@ -101,7 +101,7 @@ def _train(cfg: config.Config) -> None:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
-    lost = [f"cannot be read any more and is no longer trained on: {sentence}" for sentence in result.lost]
+    lost = [f"no longer trained on: {sentence}" for sentence in result.lost]
     try:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)

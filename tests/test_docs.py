@@ -208,7 +208,7 @@ def test_factors_are_those_of_the_record(name):
 
 def test_spelling_is_american():
     files = [*PAGES, *ROOT.glob("configs/**/*.yaml"), *ROOT.glob("examples/*")]
-    british = r"labell|color|\bgray|(?:normal|optim|initial|general)is|neighbor|center\b|behavior|favor"
+    british = r"labell|colour|\bgrey|(?:normal|optim|initial|general)is|neighbour|centre\b|behaviour|favour"
     for file in files:
         found = re.findall(rf"\w*(?:{british})\w*", file.read_text(), re.IGNORECASE)
         allowed = ("optimism", "generalist")

@@ -122,7 +122,7 @@ def test_batch_mix_says_what_is_unusual() -> None:
     few = batch_mix(40, 0, 64)
     assert (few.pos_bs, few.steps) == (64, 1) and "40" in few.note and "64" in few.note
     unused = batch_mix(1000, 3, 64)
-    assert unused.nl_bs == 0 and "negative samples (3)" in unused.note
+    assert unused.nl_bs == 0 and "3 negative samples" in unused.note
     assert batch_mix(0, 50, 10) == Mix(0, 10, 5, ""), "negatives alone make whole batches"
     with pytest.raises(ValueError, match="n_pos=0"):
         batch_mix(0, 0, 64)

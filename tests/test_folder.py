@@ -169,8 +169,8 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ("rm -r labeled", r"'{root}' must have the folders labeled/<class>/ and unlabeled/, it lacks labeled and has "
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
-        ("mv labeled labeled", r"'{root}' must have .*, it lacks labeled and has 'labeled', 'test', 'unlabeled'"),
-        ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
+        ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
+        ("rm unlabeled/*", r"'{root}' has no unlabeled images, and UPS needs some"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
         ("rm -r labeled/cat test/cat", r"'{root}' must have labeled images of at least two classes, got only 'dog'"),
@@ -403,7 +403,7 @@ def test_a_csv_file_without_split_has_a_share_held_out(tmp_path):
             r"none of the 2 files that '.*' lists is there, the first looked for is '.*/q\.png'",
         ),
         ("path,label\nA.PNG,x\nr.png,y\n", r"none of .*: 'A\.PNG' differs from 'a\.png' in upper and lower case"),
-        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabeled images: .*"),
+        ("path,label\na.png,x\nb.png,y\n", r"'.*' has no unlabeled images, and UPS needs some"),
         ("path,label,split\na.png,x\nb.png,y\nc.png,z,test\nd.png\n", r"the test images of '.*' have class 'z', .*"),
         ('path,label\n"a.png,x\n', r"'.*' must be a CSV file in UTF-8: .*"),
         (b"path,label\n\xff\xfe.png,x\n", r"'.*' must be a CSV file in UTF-8: .*"),
@@ -507,7 +507,8 @@ def test_paths_that_differ_in_case_are_said_but_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabeled"]
+    "word",
+    ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabeled", "Unlabelled"],
 )
 def test_a_class_that_means_no_label_is_said(tmp_path, word):
     (note,) = small(tmp_path, "cat", "cat", "dog", word, word)
@@ -567,7 +568,7 @@ def test_other_classes_are_not_said_to_look_alike(tmp_path, names):
 def test_a_typing_error_is_said(tmp_path):
     horses, zebras, levels = ["horse"] * 20, ["zebra"] * 19, ["level 2"] * 20
     assert small(tmp_path, *zebras, "zebre", *horses, "hoarse", *levels, "level 1", "zebu", "abc") == [
-        f"class {rare!r} (1 image) differs from {name!r} (20) in one letter: if it is a typing error, mend it"
+        f"class {rare!r} (1 image) differs from {name!r} (20) in one letter: if it is a typing error, correct it"
         for rare, name in (("hoarse", "horse"), ("zebre", "zebra"))
     ]
 

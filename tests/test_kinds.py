@@ -490,11 +490,11 @@ def test_images_of_one_color_and_of_12_bits_are_counted(tmp_path):
     folder = folder_of_odd_ones(tmp_path / "data")
     plain = (
         "3 images are of a single color (1 labeled, 2 unlabeled), such as 'labeled/a/0.png': "
-        "look whether that is what they should be"
+        "check whether they should be"
     )
     coarse = (
         "1 file has more than 8 bits a channel but no value above 4,095, such as 'unlabeled/3.png': "
-        "read as viewers show them they are nearly black, with at most 17 levels. Scale 12 bits up to 16 first"
+        "as in a viewer they are nearly black, with at most 17 levels. Scale 12 bits up to 16 first"
     )
     cache = tmp_path / "cache"
     for _ in range(2):  # the second time most files are known

@@ -254,7 +254,8 @@ def test_new_unlabeled_files_are_said_and_left(tmp_path: Path) -> None:
     data, _ = start(root, run_dir)
     assert fingerprint(data) == line and data.names is not None and "unlabeled/new.bmp" not in data.names
     assert [note for note in data.notes if "new" in note] == [
-        "1 unlabeled file is new, such as 'unlabeled/new.bmp': the run goes on without, and a new run_dir would use all"
+        "1 unlabeled file is new, such as 'unlabeled/new.bmp': the run goes on without it. "
+        "Choose another run_dir to use all files"
     ]
 
 

@@ -71,7 +71,7 @@ def test_a_folder_becomes_a_run(folder: Path, images: Path) -> None:
     assert "torn.jpg" in page and "light &amp; bright" in page and "About the data" in page
     (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert row["test_acc"] == 1.0 and row["positive_acc"] is None
-    assert f"The same thresholds take {row['test_positives']} of 6 test images" in page
+    assert f"The same thresholds select {row['test_positives']} of 6 test images" in page
 
 
 def test_the_same_command_again_changes_nothing(folder: Path, images: Path, capsys) -> None:
@@ -99,7 +99,7 @@ def test_labels_of_files_folders_and_patterns(
     assert "1 with an error" in capsys.readouterr().err
     monkeypatch.chdir(evil)
     assert predict.main([str(folder), "*.png", ".", "--out", str(tmp_path / "evil.csv")]) == 0
-    assert "1 file passed over for the suffix: 1 '.heic'" in capsys.readouterr().err
+    assert "1 file ignored for the suffix: 1 '.heic'" in capsys.readouterr().err
     assert [row["path"] for row in table(tmp_path / "evil.csv")] == ["'=1+1.png", "./=1+1.png"]
     rows = table(out)
     assert list(rows[0]) == HEAD and len(rows) == 6 + 5 + 1

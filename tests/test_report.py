@@ -257,9 +257,9 @@ def test_unknown_truth_leaves_gaps_that_are_named(cfg):
     truth = torch.full_like(truth, -1)
     accuracy, counts, calibration, plane = panels(labelling, truth, rows_of(labelling, truth, 10, 3), cfg)
     assert [line.get_label() for line in accuracy.lines] == ["test set"]
-    assert "the truth of the pseudo-labels is not known" in words(accuracy)
+    assert "The true classes of unlabeled images are not known" in words(accuracy)
     assert heights(counts, "positive") == [int(labelling.positive.sum())] * 3 and "wrong" not in words(counts)
-    assert "No label can be judged" in words(calibration) and "ECE" not in words(calibration)
+    assert "No label can be checked" in words(calibration) and "ECE" not in words(calibration)
     assert len(offsets(plane, "truth unknown")) == 300
     assert len(offsets(plane, "correct")) == len(offsets(plane, "wrong")) == 0
 
@@ -278,12 +278,14 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     assert f"selected: ECE {expected['ece_selected']:.3f}" in words(calibration)
     _, page = report.write_report(tmp_path, rows, labelling, unknown, cfg, ["x"] * 10)
     share = f"{100 * expected['positive_acc']:.1f} % of them with the right label"
-    taken = f"The same thresholds take {expected['positives']} of 297 test images, {share}"
+    taken = f"The same thresholds select {expected['positives']} of 297 test images, {share}"
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
     assert report.test_guess(rows_of(labelling, truth, 10, 1)[0]) == ""
     nothing = {**found, **on_test(no_samples(test), test_truth[:0])}
-    assert report.test_guess(nothing).startswith("The same thresholds take 0 of 0 test images: a guess")
-    assert "No label can be judged" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
+    assert report.test_guess(nothing).startswith(
+        "The same thresholds select 0 of 0 test images. This estimates"
+    )
+    assert "No label can be checked" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
 
 
 def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
@@ -301,14 +303,14 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
     labelling, truth, rows = case(n_rounds=4)
     assert report.advice(rows, cfg) == "" and report.advice(rows[:1], cfg) == ""
     rows = [{**row, "test_acc": acc} for row, acc in zip(rows, (0.8, 0.85, 0.85, 0.7), strict=True)]
-    assert "the last round is worse than round 0" in report.advice(rows, cfg)
+    assert "The last round is worse than round 0" in report.advice(rows, cfg)
     assert "warm_start" in report.advice(rows, cfg) and "data.ops" in report.advice(rows, cfg)
     said = replace(
         cfg, train=replace(cfg.train, warm_start=True, repeat_labels=4), data=replace(cfg.data, ops="ups")
     )
     said.select = replace(cfg.select, balance_rounds=100)
     assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
-    assert "best.safetensors is the network of round 2 (85.0 %)" in report.advice(rows, cfg)
+    assert "best.safetensors holds the network of round 2 (85.0 %)" in report.advice(rows, cfg)
     _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):
@@ -470,7 +472,8 @@ def test_the_sentence_says_what_came_of_it(page):
 
 
 @pytest.mark.parametrize(
-    ("known", "said"), [(0, "is not known, so these cannot be judged"), (120, "judged by the 120 images")]
+    ("known", "said"),
+    [(0, "are not known, so these labels cannot be checked"), (120, "(checked on the 120 images")],
 )
 def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
     labelling, truth, _ = case()

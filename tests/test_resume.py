@@ -474,7 +474,7 @@ def test_a_finished_run_makes_its_files_again_but_for_the_network(
     rounds.run(settings(folder, checkpoint_seconds=RARELY), tiny_set(), console=console)
     for name in lost[:-1]:
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
-    assert "model.safetensors is gone, and only a new run can make it again" in console.file.getvalue()
+    assert "model.safetensors is gone. Only a new run can make it again" in console.file.getvalue()
 
 
 def test_another_config(killed: Path, tmp_path: Path) -> None:

@@ -413,13 +413,13 @@ def test_empty_groups(tmp_path: Path, changes: dict[str, float]) -> None:
     if "select__tau_n" in changes:
         assert (last["negatives"], last["negative_acc"], last["negative_samples"]) == (0, None, 0)
     if len(changes) == 3:
-        assert "round 1: too few samples (6) for a batch of 20" in text
+        assert "round 1: 6 samples are fewer than a batch of 20" in text
     assert "-" in next(line for line in text.splitlines() if line.startswith("    1 "))
 
 
 def test_fewer_labels_than_a_batch_and_no_place_for_negatives(tmp_path: Path, spy: Spy) -> None:
     _, text = run(tiny_config(tmp_path, train__rounds=1, train__first_epochs=4, train__first_batch_size=50))
-    assert "round 0: too few samples (6) for a batch of 50" in text
+    assert "round 0: 6 samples are fewer than a batch of 50" in text
     assert len(spy.seen) == 4 and all(len(step["target"]) == 50 for step in spy.seen)
 
 
@@ -444,7 +444,7 @@ def test_a_single_pass_without_uncertainty(tmp_path: Path) -> None:
 def test_a_network_that_explodes_ends_the_round_and_is_not_saved(lr: float, tmp_path: Path) -> None:
     with pytest.raises(
         rounds.Diverged,
-        match=rf"in round 0, epoch \d+: .*; lower train.lr, which is {re.escape(f'{lr:g}')}, in",
+        match=rf"in round 0, epoch \d+: .*; lower train.lr, which is {re.escape(f'{lr:g}')}, and choose another",
     ):
         run(tiny_config(tmp_path, train__lr=lr, train__first_epochs=200, checkpoint_seconds=0.0))
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "best.safetensors").exists()

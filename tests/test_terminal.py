@@ -86,7 +86,7 @@ class Broken(io.StringIO):
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),
         (
             OSError(errno.ENOSPC, "No space left"),
-            "standard output could not be written (No space left): the rest of it is lost\n",
+            "standard output could not be written (No space left): the rest of it is missing\n",
         ),
         (ValueError("I/O operation on closed file"), ""),
     ],
@@ -191,7 +191,7 @@ def test_a_run_outlives_its_terminal(how, tmp_path):
     assert (folder / "report.html").exists() and b"\x1b" not in done.stdout
     if how == "| cat":
         assert b"\\u7532\\u866b K\\xe4fer \\x1b[2J" in done.stdout
-    wanted = b"standard output could not be written (No space left on device): the rest of it is lost\n"
+    wanted = b"standard output could not be written (No space left on device): the rest of it is missing\n"
     assert done.stderr == (wanted if "full" in how else b"")
 
 

@@ -40,47 +40,53 @@ class DataConfig:
     )
     root: str = _key(
         "data",
-        "Folder of the data set, or where to download it; for npz the .npz file itself, for folder also a CSV file.",
+        "Where the data set is, or where to download it. For npz the .npz file, for folder a folder or a CSV file.",
     )
     n_labels: int = _key(
         0,
-        "How many labeled images to draw, the same number of each class; 0 for folder and npz.",
+        "Number of labeled images to draw, equally many of each class. 0 for folder and npz, whose files decide.",
         within="[0, inf]",
     )
     size: int = _key(
         0,
-        "For folder: the side to which images are scaled, by their shorter side, and cropped; else 0.",
+        "For folder: the shorter side is scaled to this length and the middle of the longer one is kept. Else 0.",
         within="[0, 4096]",
     )
     channels: int = _key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
     test_share: float = _key(
-        0.2, "For folder, without test images: the share of labeled ones held out to test.", within="(0, 1)"
+        0.2,
+        "For folder without test images: the share of labeled images that is held out to test.",
+        within="(0, 1)",
     )
     loader: str = _key(
         "auto",
-        "Where images come from. resident: all in memory, on the device; dali, plain: from their files batch by batch, "
-        "decoded by NVIDIA DALI or by Pillow; auto decides by what fits, and says why.",
+        "Where images live. resident: all in memory, on the device. dali, plain: in their files, decoded batch by "
+        "batch by NVIDIA DALI or Pillow. auto: in memory if they fit into half of it.",
         choices=("auto", "resident", "dali", "plain"),
     )
     resized_crop: float = _key(
         0.0,
-        "For folder: train on random parts of images, of at least this share of the area, scaled to data.size; 0 is "
-        "off. Such images are read from their files.",
+        "For folder: train on random parts of the images, each at least this share of the area. Reads from files. 0 "
+        "is off.",
         within="[0, 1]",
     )
-    flip: bool = _key(False, "Mirror half of the training images left to right.")
-    crop: int = _key(0, "Pad by this many mirrored pixels and crop at random; 0 is off.", within="[0, 2047]")
+    flip: bool = _key(False, "Mirrors half of the training images left to right.")
+    crop: int = _key(
+        0,
+        "Shifts images at random by up to this many pixels. Mirrored pixels fill the gap. 0 is off.",
+        within="[0, 2047]",
+    )
     ops: str = _key(
         "",
-        "RandAugment's operations: published, ups (the same, never a black image), or names, each with the values "
-        "of which it draws one, such as 'TranslateX -1 0 1, Rotate -9 9'; empty is off.",
+        "RandAugment's operations: published, ups (the same, but never a black image), or your own, each with the "
+        "values to draw from: 'TranslateX -1 0 1, Rotate -9 9'. Empty is off.",
     )
-    n_ops: int = _key(3, "So many of data.ops are drawn for each training image.", within="[0, 64]")
+    n_ops: int = _key(3, "Number of operations of data.ops that each training image gets.", within="[0, 64]")
     jitter: float = _key(
-        0.0, "Brightness, contrast and saturation change by factors of up to 1 -+ this.", within="[0, 1]"
+        0.0, "Scales brightness, contrast and saturation by factors of 1 - this to 1 + this.", within="[0, 1]"
     )
     cutout: int = _key(
-        0, "Blank out a square of at most this side in each training image; 0 is off.", within="[0, 2048]"
+        0, "Blanks out a square of at most this side in each training image. 0 is off.", within="[0, 2048]"
     )
 
 
@@ -88,60 +94,63 @@ class DataConfig:
 class ModelConfig:
     name: str = _key(
         "wrn-28-2",
-        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13; for real images torchvision:NAME or timm:NAME, "
-        "such as torchvision:resnet50.",
+        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
+        "timm:NAME, such as torchvision:resnet50.",
     )
     weights: str = _key(
         "",
-        "File of pretrained weights, .safetensors or .pth, with which every round of a torchvision or timm network "
-        "starts; empty means none.",
+        "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
+        "from it. Empty: none.",
     )
     dropout: float = _key(
-        0.3, "Dropout rate; dropout is also what makes labeling passes differ.", within="[0, 1)"
+        0.3, "Dropout rate. Dropout also makes the labeling passes differ.", within="[0, 1)"
     )
     preact: str = _key(
         "fixed",
-        "Input of the first convolution of WRN stages 2 and 3: published is the raw one, as in the UPS code, "
-        "fixed the activated one.",
+        "Input of the first convolution of WRN stages 2 and 3. published: not activated, as in the UPS code. fixed: "
+        "activated.",
         choices=("published", "fixed"),
     )
-    activation: str = _key("mish", "Activation of a WRN; cnn13 has its own.", choices=("mish", "leaky_relu"))
+    activation: str = _key("mish", "Activation of a WRN. cnn13 has its own.", choices=("mish", "leaky_relu"))
     bn_momentum: float = _key(
         0.1,
-        "Momentum of batch-norm's statistics; the published WRN has 0.001, too slow for short runs.",
+        "Momentum of batch-norm's statistics. The published WRN has 0.001, which is too slow for short runs.",
         within="(0, 1]",
     )
 
 
 @dataclass
 class TrainConfig:
-    rounds: int = _key(6, "Rounds in all; round 0 learns from the labels alone.", within="[1, 10000]")
+    rounds: int = _key(
+        6, "Number of rounds. Round 0 trains on the labeled images alone.", within="[1, 10000]"
+    )
     epochs: int = _key(30, "Epochs in each round.", within="[1, 1000000]")
     batch_size: int = _key(128, "Images in a batch.", within="[1, 1000000]")
-    first_epochs: int = _key(0, "Epochs in round 0; 0 means as many as train.epochs.", within="[0, 1000000]")
+    first_epochs: int = _key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
     first_batch_size: int = _key(
-        0, "Images in a batch of round 0; 0 means as train.batch_size.", within="[0, 1000000]"
+        0, "Images in a batch of round 0. 0: train.batch_size.", within="[0, 1000000]"
     )
     lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
     later_lr: float = _key(
         0.0,
-        "Highest learning rate of the rounds after the first, which warm starts want lower; 0 means as train.lr.",
+        "Highest learning rate of later rounds. Give a lower one with train.warm_start. 0: train.lr.",
         within="[0, 1000]",
     )
     momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
-    weight_decay: float = _key(5e-4, "Weight decay of SGD; the published runs have 0.", within="[0, inf)")
+    weight_decay: float = _key(5e-4, "Weight decay of SGD. The published runs have 0.", within="[0, inf)")
     cosine: float = _key(
         7 / 16,
-        "The learning rate falls as cos(cosine pi t), t from 0 to 1: published 0.4375, to 0.195 of it; 0.5, to 0.",
+        "The rate is lr * cos(cosine * pi * t), where t goes from 0 to 1 in a round. 0.4375 (published) decays to 19.5 "
+        "% of lr, 0.5 to 0.",
         within="(0, 0.5]",
     )
     warm_start: bool = _key(
         False,
-        "Rounds after the first go on from the last round's weights; in the published method every round starts anew.",
+        "Later rounds go on from the last weights. In the published method each round starts from new ones.",
     )
     repeat_labels: int = _key(
         1,
-        "The labeled images come so many times among the positives of later rounds; published 1.",
+        "How often each labeled image occurs among the positives of later rounds. Published: 1.",
         within="[1, 1000]",
     )
     warmup_epochs: float = _key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
@@ -151,47 +160,55 @@ class TrainConfig:
 class EngineConfig:
     step: str = _key(
         "auto",
-        "The training step: eager; compile, by torch.compile, which takes a minute first; graph, the same and the "
-        "whole step as one CUDA graph; auto decides by the device and says why.",
+        "How a training step runs. eager: op by op. compile: by torch.compile, which first takes a minute. graph: "
+        "compiled, as one CUDA graph. auto: graph on a GPU, eager on a CPU, and it says why.",
         choices=("auto", "eager", "compile", "graph"),
     )
     precision: str = _key(
         "auto",
-        "Of convolutions and products in training; auto takes bfloat16 where the device has it. Labeling is always "
-        "in float32.",
+        "Precision of convolutions and matrix products in training. auto: bfloat16 where the device has it. Labeling "
+        "always runs in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
 
 
 @dataclass
 class SelectConfig:
-    tau_p: float = _key(0.70, "Positive label: mean probability of the class at least this.", within="[0, 1]")
-    tau_n: float = _key(0.05, "Negative label: mean probability of the class below this.", within="[0, 1]")
+    tau_p: float = _key(0.70, "A positive label has at least this mean probability.", within="[0, 1]")
+    tau_n: float = _key(
+        0.05, "A negative class has less than this mean probability, at select.temp_nl.", within="[0, 1]"
+    )
     kappa_p: float = _key(
-        0.05, "Positive label: standard deviation over the passes below this.", within="[0, inf]"
+        0.05, "A positive label has less than this standard deviation over the passes.", within="[0, inf]"
     )
     kappa_n: float = _key(
-        0.005, "Negative label: standard deviation over the passes below this.", within="[0, inf]"
+        0.005,
+        "A negative class has less than this standard deviation over the passes, at select.temp_nl.",
+        within="[0, inf]",
     )
-    temp_nl: float = _key(2.0, "Softmax temperature for negative labels.", within="[0.001, 1000]")
+    temp_nl: float = _key(
+        2.0,
+        "Softmax temperature of the probabilities that decide on negative classes.",
+        within="[0.001, 1000]",
+    )
     passes: int = _key(
         10,
-        "Passes with dropout over each image; 1 switches uncertainty off, and the kappas are not used.",
+        "Passes with dropout over each image. 1 turns uncertainty off: confidence alone decides.",
         within="[1, 10000]",
     )
     dropouts: int = _key(
         0,
-        "Only so many of the network's last dropout layers act in labeling passes: cheaper, and another method than "
-        "the published one; 0 means all.",
+        "Number of dropout layers that act in labeling, counted from the last. Few are cheaper, but not the published "
+        "method. 0: all.",
         within="[0, 1000]",
     )
     balance_rounds: int = _key(
-        0, "How many of the first rounds cut their positives to equal numbers per class.", within="[0, inf]"
+        0, "Number of first rounds that keep equal numbers of positives per class.", within="[0, inf]"
     )
     batch_size: int = _key(
         0,
-        "Rows in a labeling batch, each an image in one pass; affects memory and speed alone. 0 chooses by device and "
-        "size: of 32x32 images 512 on a CPU, 8192 on a GPU.",
+        "Rows in a labeling batch: images times passes. Changes memory and speed, not the method. 0: by device and "
+        "image size, 512 on a CPU and 8192 on a GPU for 32x32.",
         within="[0, 1000000]",
     )
 
@@ -200,23 +217,23 @@ class SelectConfig:
 class Config:
     recipe: str = _key(
         "none",
-        "Settings to start from, before the file's own: paper, the published ones, or fast, ours for small budgets; "
-        "none: the defaults.",
+        "Settings to start from, which the file then changes. none: the defaults. paper: the published ones. fast: "
+        "ours for small budgets.",
         choices=("none", "paper", "fast"),
     )
-    seed: int = _key(0, "Number from which all randomness of the run derives.", within="[0, inf]")
-    run_dir: str = _key(
-        "", "Folder for everything the run writes; empty means runs/<name of the config file>."
+    seed: int = _key(0, "All randomness of the run derives from this number.", within="[0, inf]")
+    run_dir: str = _key("", "Folder for all files of the run. Empty: runs/<name of the config file>.")
+    device: str = _key(
+        "auto", "Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."
     )
-    device: str = _key("auto", "Where to compute: auto (cuda if there is one), cpu, cuda or cuda:N.")
     threads: int = _key(
         0,
-        "CPU threads; 0 leaves it to torch. Tiny images want 1: more only wait for each other.",
+        "CPU threads. 0: torch decides. For tiny images 1 is often fastest.",
         within="[0, 1024]",
     )
     checkpoint_seconds: float = _key(
         30.0,
-        "Save at least this often, so that a killed run goes on; 0 saves after every step.",
+        "Seconds between saves: a killed run repeats at most this much training. 0 saves after every step.",
         within="[0, inf)",
     )
     data: DataConfig = field(default_factory=DataConfig)
@@ -312,12 +329,12 @@ def validate(cfg: Config) -> None:
     if select.tau_n > select.tau_p:
         raise ValueError(
             f"select.tau_n must not exceed select.tau_p, got tau_n={select.tau_n} and tau_p={select.tau_p}: "
-            "a class would be both likely enough to be the label and unlikely enough not to be"
+            "else one class could be label and negative class at once"
         )
     if select.passes > 1 and cfg.model.dropout == 0:
         raise ValueError(
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
-            "equal (for no uncertainty set select.passes=1)"
+            "equal (to do without uncertainty set select.passes=1)"
         )
     shortest = min(train.epochs, train.first_epochs or train.epochs)
     if train.warmup_epochs > shortest:

@@ -89,11 +89,11 @@ def batch_mix(n_pos: int, n_neg: int, batch_size: int) -> Mix:
     notes = []
     if n_neg and not nl_bs:
         notes.append(
-            f"too few negative samples ({n_neg}) for a place in a batch of {batch_size}: unused, no harm"
+            f"{n_neg} negative samples are too few for a place in a batch of {batch_size} and are not used"
         )
     if total < batch_size:
         notes.append(
-            f"too few samples ({total}) for a batch of {batch_size}: one batch an epoch, with repeats"
+            f"{total} samples are fewer than a batch of {batch_size}: each epoch is one batch with repeats"
         )
     return Mix(batch_size - nl_bs, nl_bs, max(1, total // batch_size), "; ".join(notes))
 

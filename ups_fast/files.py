@@ -171,7 +171,7 @@ def _lock(descriptor: int, path: Path) -> str:
             why = f"its file system has no locks ({error.strerror})"
     return (
         f"run_dir={path.parent} cannot be locked, as {why}. The run goes on. Start no second process in this folder: "
-        "both would spoil it"
+        "the two would overwrite each other's files"
     )
 
 

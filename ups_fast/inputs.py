@@ -82,7 +82,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             with blame("data.root"):
                 folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
             if (tests := len(folder.test)) < FEW_TESTS:
-                note = f"only {tests:,} test images: one more or less right is {100 / tests:.1f} points of accuracy"
+                note = f"only {tests:,} test images: each of them is {100 / tests:.1f} points of accuracy"
                 folder = replace(folder, notes=[*folder.notes, note])
         needed = len(folder.paths) * size * size * channels
         why = _why_not_in_memory(cfg, needed, memory(device) // 2)

@@ -47,11 +47,11 @@ HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "e
 DESCRIPTION = """\
 Label image files with the network of a finished run.
 
-RUN is the run's folder; IMAGES are files, folders (with all images in them) or
-patterns such as 'photos/*.jpg'. The table has a row for each file: the label's
-number and name, its confidence and standard deviation over the run's dropout
-passes, whether it is positive by the run's thresholds, which classes the image
-surely is not, and what is wrong with a file that could not be read."""
+RUN is the folder of the run. IMAGES are files, folders with images at any depth,
+or patterns such as 'photos/*.jpg'. The table has a row for each file: number and
+name of its label, confidence and standard deviation over the run's dropout
+passes, 1 if the label passes the run's thresholds, the classes that the image
+surely is not, and an error for a file that cannot be read."""
 REMEDY = "end other programs, or use --device cpu"
 
 
@@ -238,11 +238,13 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder, such as runs/digits")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
-    parser.add_argument("--out", default="-", help="the table to write, a new file; default: standard output")
+    parser.add_argument(
+        "--out", default="-", help="the table to write. It must be a new file. Default: standard output"
+    )
     parser.add_argument(
         "--best",
         action="store_true",
-        help="by the network of the round whose test accuracy was highest, not the last",
+        help="use the network of the round with the highest test accuracy instead of the last one",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
@@ -261,10 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find(args.images, passed)
         if passed:
             files = f"{passed.total():,} file{'s' * (passed.total() != 1)}"
-            console.print(f"{files} passed over for the suffix: {suffixes(passed)}")
+            console.print(f"{files} ignored for the suffix: {suffixes(passed)}")
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
-            console.print(f"{args.run} is not finished: this is the network of {predictor.unfinished}")
+            console.print(f"{args.run} is not finished: its network has {predictor.unfinished}")
         with _table(args.out) as file, progress_bar(console) as bar:
             task = bar.add_task("labeling", total=len(paths), now="")
             write = label_table(file, HEAD)

@@ -181,7 +181,7 @@ def headline(rows: Rows, cfg: Config) -> str:
 def _subline(labelling: Labelling, cfg: Config, labeled: int) -> str:
     return (
         f"{labeled:,} labeled and {len(labelling.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
-        f"Round 0 learned from the labels alone."
+        f"Round 0 trained on the labeled images alone."
     )
 
 
@@ -239,7 +239,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     for row in [row for row in (rows[0], rows[-1])[: len(rows)] if row["test_acc"] is not None]:
         value = 100 * row["test_acc"]
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
-    unknown = "" if any_known else "; the truth of the pseudo-labels is not known"
+    unknown = "" if any_known else ". The true classes of unlabeled images are not known"
     _title(axes, "Accuracy by round", f"Correct answers in percent{unknown}")
     _legend(axes)
     _by_round(axes, rows)
@@ -259,7 +259,7 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool) -> 
         axes.bar(rounds, positives, 0.7, color=BLUE, label="positive")
     axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label="negative classes only")
     axes.axhline(unlabeled, color=INK, lw=1, ls=DASHES)
-    _title(axes, "What was selected", "Unlabeled images that the next round would learn from")
+    _title(axes, "What was selected", "Unlabeled images that a next round would train on")
     _legend(axes)
     _by_round(axes, rows)
     _note(axes, f"all {unlabeled:,}", (axes.get_xlim()[1], unlabeled), (0, 3), ha="right")
@@ -293,10 +293,10 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
         axes.plot(x, y, lw=0.8, alpha=0.5, color=how["color"])  # thin: a bin may hold one image
         axes.scatter(x, y, 15 + 200 * count / count.sum(), lw=0, zorder=3, clip_on=False, **how)
         axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
-    _title(axes, "Is the confidence deserved?", "On the dashed line it is; larger points are more images")
+    _title(axes, "Is the confidence right?", "It is on the dashed line. Larger points are more images")
     _legend(axes)
     if not groups:
-        axes.text(0.5, 0.5, "No label can be judged", ha="center", color=MUTED, backgroundcolor="white")
+        axes.text(0.5, 0.5, "No label can be checked", ha="center", color=MUTED, backgroundcolor="white")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     axes.grid(color=RULE)
 
@@ -333,7 +333,7 @@ def _draw_plane(axes: Axes, labelling: Labelling, truth: Tensor, cfg: Config) ->
             axes.scatter(x[members], y[members], size, label=name, **dots)
     sampled = len(drawn) < len(finite)
     points = f"{MOST_POINTS:,} of {len(finite):,} images" if sampled else "One point per image"
-    _title(axes, "Confidence and uncertainty", f"{points}; the tinted corner passes both limits")
+    _title(axes, "Confidence and uncertainty", f"{points}. The tinted corner passes both limits")
     _legend(axes)
     axes.set(xlim=(left, 1.02), ylim=(0, top))
     spread = "std over the passes" if cfg.select.passes > 1 else "std: 0, as there is one pass"
@@ -366,14 +366,14 @@ pre { background: var(--tint); padding: 1rem; border-radius: 8px; overflow-x: au
 """
 
 _READING = """
-<li><b>Accuracy by round:</b> where the method works, the test curve climbs above its first point,
- which stands for the labels alone.</li>
-<li><b>What was selected:</b> bars should grow towards the dashed line, which is all unlabeled images,
- and hardly show wrong ones.</li>
-<li><b>Is the confidence deserved?</b> Points on the diagonal keep their promise, below it the network is too
- sure of itself; the expected calibration error (ECE) is the mean distance.</li>
-<li><b>Confidence and uncertainty:</b> wrong labels should lie outside the tinted corner, for those inside it
- are taught as true, but for what the class balance leaves out.</li>
+<li><b>Accuracy by round:</b> the first point is the network trained on the labels alone. Where pseudo-labels help,
+ the test curve rises above it.</li>
+<li><b>What was selected:</b> the dashed line is all unlabeled images. Good bars grow towards it and show few wrong
+ labels.</li>
+<li><b>Is the confidence right?</b> On the diagonal, confidence equals accuracy. Below it the network is
+ overconfident. The expected calibration error (ECE) is the mean distance.</li>
+<li><b>Confidence and uncertainty:</b> labels in the tinted corner pass both limits and are trained on, except for
+ those that the class balance leaves out. Few of them should be wrong.</li>
 """
 
 
@@ -416,8 +416,8 @@ def _page(
 <h2>Rounds</h2>
 {_table(*_round_table(rows))}
 <h2>Classes, last round</h2>
-<p class="muted">Recall is the share of a class's images that get its label; correct is the share of right ones among
- the positive pseudo-labels of a class.</p>
+<p class="muted">Recall is the share of a class's images that get its label. Correct is the share of a class's
+ positive pseudo-labels that are right.</p>
 {_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
 <pre>{settings}</pre>
@@ -437,11 +437,11 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> st
         told += f", {_percent(last['negative_acc'])} of which are correct"
     known = int((truth >= 0).sum())
     if known == 0:
-        told += "; the truth of the unlabeled images is not known, so these cannot be judged"
+        told += ". The true classes of the unlabeled images are not known, so these labels cannot be checked"
         if guess := test_guess(last):
             told += f". {guess}"
     elif known < unlabeled:
-        told += f"; judged by the {known:,} images whose truth is known"
+        told += f" (checked on the {known:,} images whose true class is known)"
     if last["test_acc"] is None:
         return f"No test image could be read. {kept}; {told}. {_doubts(labelling, cfg)}"
     step = ""
@@ -478,7 +478,7 @@ def advice(rows: Rows, cfg: Config) -> str:
     if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
         return ""
     return (
-        f"On the test images the last round is worse than round 0. {BEST} is the network of round {best['round']} "
+        f"The last round is worse than round 0 on the test images. {BEST} holds the network of round {best['round']} "
         f"({_percent(best['test_acc'])}). What may help: {', '.join(help_)}."
     )
 
@@ -493,8 +493,8 @@ def test_guess(row: Mapping[str, Any]) -> str:
         low, high = interval(row["test_positive_acc"], count)
         share = f"{_percent(row['test_positive_acc'])} of them with the right label"
         right = f", {share} (95 % interval {_percent(low)} to {_percent(high)})"
-    took = f"The same thresholds take {count:,} of {of_all:,} test images{right}"
-    return f"{took}: a guess at how good the pseudo-labels are"
+    took = f"The same thresholds select {count:,} of {of_all:,} test images{right}"
+    return f"{took}. This estimates how good the pseudo-labels are"
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:

@@ -218,14 +218,12 @@ class _Run:
             if found.torch_version != torch.__version__:
                 self._say(
                     f"the run was saved by torch {found.torch_version} and goes on with torch {torch.__version__}: "
-                    "its last bits may differ from those of a run under one version"
+                    "the results may differ in their last bits"
                 )
             at = f"going on from round {state.round}, epoch {state.epoch}"
         self._say(f"{self.folder}: {at}")
         if state.round == rounds and not (self.folder / MODEL).exists():
-            self._say(
-                f"{MODEL} is gone, and only a new run can make it again: choose another run_dir for that"
-            )
+            self._say(f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
         self._say(HEADER)
         for row in state.rows:
             self._say(table_line(row))
@@ -353,12 +351,12 @@ class _Run:
         each, lost = row["per_class_positives"], self.train_images.lost
         none = [repr(name) for name, n in zip(self.data.classes, each, strict=True) if not n]
         if not row["positives"] and not row["negatives"]:
-            yield "nothing was selected; more epochs, or a lower select.tau_p, may help"
+            yield "nothing was selected. More epochs or a lower select.tau_p may help"
         elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
             yield (
                 f"nearly all positives are of class {self.data.classes[each.index(max(each))]!r}. If the images are "
-                "not, the network has not learned to tell them apart: train.first_epochs may be too few, or train.lr "
-                "too high"
+                "not, the network does not tell the classes apart yet: more train.first_epochs or a lower train.lr may "
+                "help"
             )
         elif row["positives"] > 20 and none:
             yield (
@@ -367,7 +365,7 @@ class _Run:
                 + f" and {len(none) - 3:,} more" * (len(none) > 3)
             )
         if no_label := row["no_label"] - sum(i in lost for i in self.state.unlabeled.tolist()):
-            yield f"{no_label:,} samples have NaN or infinite logits"
+            yield f"{no_label:,} images have no label: their logits are NaN or infinite"
 
     def _check_lost(self) -> None:
         """Says when files are gone, and when twice as many are; raises ValueError where what is left is too little."""
@@ -381,13 +379,13 @@ class _Run:
         if labeled == len(self.state.labeled) or 2 * len(lost) > len(self.train_images):
             what = f"all {labeled:,} labeled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
             raise ValueError(
-                f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Once they are "
-                "back, the same command goes on"
+                f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Put them "
+                "back, and the same command goes on"
             )
         if found >= 2 * self.told_lost:
             self.told_lost = found
-            files = f"{found:,} file{'s' * (found > 1)}"
-            self._say(f"{files} cannot be read any more, and teach nothing, such as {some}")
+            files, are = f"{found:,} file{'s' * (found > 1)}", "is" if found == 1 else "are"
+            self._say(f"{files} cannot be read any more and {are} no longer trained on, such as {some}")
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round
@@ -510,7 +508,7 @@ class _Run:
         also = f" (here train.{key})" if key != "lr" else ""
         return Diverged(
             f"training diverged in round {state.round}, epoch {state.epoch}: {what}; lower train.lr{also}, which is "
-            f"{rate:g}, in another run_dir (a run keeps its config, and {self.folder} what was good before)"
+            f"{rate:g}, and choose another run_dir ({self.folder} keeps its config and its last good state)"
         )
 
     def _end_if_asked(self) -> None:

@@ -68,7 +68,7 @@ class Stream:
         except OSError as error:
             swallow(self.stream)
             if error.errno != errno.EPIPE and self.stream is not sys.stderr:
-                complain(f"{self.name} could not be written ({error.strerror}): the rest of it is lost")
+                complain(f"{self.name} could not be written ({error.strerror}): the rest of it is missing")
             self.stream = None
 
 

@@ -28,10 +28,9 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
 DESCRIPTION = """\
 Train a classifier from few labels and many unlabeled images by UPS.
 
-CONFIG is a YAML file, such as configs/digits.yaml; key=value changes one of its
-keys, such as seed=1 or train.rounds=3. A run that was stopped goes on when the
-same command is given again. A finished run goes on when train.rounds is
-raised."""
+CONFIG is a YAML file, such as configs/digits.yaml. key=value changes one of its
+keys, such as seed=1 or train.rounds=3. A stopped run goes on when you give the
+same command again. A finished run goes on when you raise train.rounds."""
 REMEDY = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
 
 
@@ -102,7 +101,7 @@ def _train(cfg: config.Config) -> None:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
-    lost = [f"could not be read any more, and teaches nothing: {sentence}" for sentence in result.lost]
+    lost = [f"no longer trained on: {sentence}" for sentence in result.lost]
     try:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
@@ -121,7 +120,7 @@ def _train(cfg: config.Config) -> None:
             notes=[*data.notes, *data.damaged, *lost],
         )
     except (ValueError, OSError) as error:
-        again = "once that is mended, the same command makes the report without training again"
+        again = "fix that, and the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
     if guess := report.test_guess(result.rows[-1]):
@@ -131,10 +130,10 @@ def _train(cfg: config.Config) -> None:
     seconds = sum(row["seconds"] for row in result.rows)
     outside = sum(row["outside"] * row["seconds"] for row in result.rows) / seconds
     if seconds > 10:
-        console.print(f"{seconds:.0f} s, of which {outside:.1%} went to neither training steps nor labeling")
+        console.print(f"{seconds:.0f} s, {outside:.1%} of them outside of training steps and labeling")
     if advice := report.advice(result.rows, cfg):
         console.print(advice)
-    console.print(f"{page} shows it, {png} is its picture, {table} has every pseudo-label")
+    console.print(f"report: {page} (its picture alone: {png}); pseudo-labels: {table}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _MISSING = {
         "unlabeled",
     ),
     *(
-        "unlabeled",
+        "unlabelled",
         "unassigned",
         "missing",
         "empty",
@@ -79,7 +79,7 @@ def lookalikes(counts: Mapping[str, int]) -> list[str]:
     typos = sorted(_typos(counts, {name for names in groups for name in names}))
     notes += [
         f"class {rare!r} ({_images(counts[rare])}) differs from {name!r} ({counts[name]:,}) in one letter: "
-        "if it is a typing error, mend it"
+        "if it is a typing error, correct it"
         for rare, name in typos[:5]
     ]
     if more := max(0, len(groups) - 5) + max(0, len(typos) - 5):
@@ -140,7 +140,7 @@ def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:
         return ""
     return (
         f"the labels are uneven: {labeled[most]:,} of class {classes[most]!r}, {labeled[least]:,} of class "
-        f"{classes[least]!r}. Look at the recall of each class: the accuracy hides what happens to small ones"
+        f"{classes[least]!r}. Look at the recall of each class, because the accuracy hides the small ones"
     )
 
 

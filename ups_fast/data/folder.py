@@ -287,7 +287,7 @@ def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> l
         some = ", ".join(map(repr, strange[:5]))
         problems.append(f"the test images of {where!r} have class {some}, of which no image is labeled")
     if not any(part == UNLABELED for part, _ in rows.values()):
-        problems.append(f"{where!r} has no unlabeled images: without them there is nothing to learn from")
+        problems.append(f"{where!r} has no unlabeled images, and UPS needs some")
     if tested and (untested := [name for name in classes if name not in set(tested)]):
         notes.append(f"no test image is of class {', '.join(map(repr, untested[:5]))}")
     notes += lookalikes({name: counts[name] for name in in_order(counts)})
@@ -322,7 +322,7 @@ def _held_out(
         )
     notes.append(
         f"there are no test images, so {len(index):,} of the {int((label >= 0).sum()):,} labeled ones "
-        f"({share:.0%} of each class, drawn by seed {seed}) are held out to test, and not learned from"
+        f"({share:.0%} of each class, drawn by seed {seed}) are held out to test and not trained on"
     )
     if single:
         some = ", ".join(map(repr, single[:5]))

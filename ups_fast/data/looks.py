@@ -36,12 +36,12 @@ def notes_on_looks(
         are = "image is" if len(plain) == 1 else "images are"
         notes.append(
             f"{len(plain):,} {are} of a single color ({where}), such as {name(plain[0])}: "
-            "look whether that is what they should be"
+            "check whether they should be"
         )
     if coarse := sorted(i for i, looks in odd.items() if COARSE in looks):
         have = "file has" if len(coarse) == 1 else "files have"
         notes.append(
             f"{len(coarse):,} {have} more than 8 bits a channel but no value above 4,095, such as {name(coarse[0])}: "
-            "read as viewers show them they are nearly black, with at most 17 levels. Scale 12 bits up to 16 first"
+            "as in a viewer they are nearly black, with at most 17 levels. Scale 12 bits up to 16 first"
         )
     return notes

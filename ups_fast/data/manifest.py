@@ -223,7 +223,7 @@ def compare(
     if new:
         note = (
             f"{_many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
-            "the run goes on without, and a new run_dir would use all"
+            f"the run goes on without {'it' if len(new) == 1 else 'them'}. Choose another run_dir to use all files"
         )
     return found, Now(gone, note)
 

@@ -65,7 +65,7 @@ def test_round(benchmark, tmp_path, device, labels, unlabeled, epochs, name):
     Ours is `ups_fast.rounds.run` with all that a user gets: it also tests the network, and writes checkpoint, curves
     and tables. Each run compiles its training step where `auto` does; the first, not timed, fills the cache.
     """
-    for package in ("omegaconf", "safetensors", "tensorboard", "rich"):
+    for package in ("yaml", "safetensors", "tensorboard", "rich"):
         pytest.importorskip(package, reason=f"{package} is not installed: ours cannot run")
     size = 128
     images = pixels(labels + unlabeled)

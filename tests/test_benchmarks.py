@@ -101,7 +101,7 @@ def test_the_table_in_the_repository_is_of_its_records(tmp_path):
 
 WITHOUT = """
 import sys
-for name in ("omegaconf", "safetensors", "sklearn", "tensorboard", "torchmetrics", "kornia"):
+for name in ("yaml", "safetensors", "sklearn", "tensorboard", "torchmetrics", "kornia"):
     sys.modules[name] = None
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:timeout", *sys.argv[1:]]))

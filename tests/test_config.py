@@ -13,9 +13,8 @@ from pathlib import Path
 import fuzz_config
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from ups_fast import config
+from ups_fast import config, config_file
 from ups_fast.config import KEYS, Config, load, pick_device, validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -115,8 +114,18 @@ def test_last_word_wins_and_dotted_keys_may_stand_in_a_file(write):
 def test_a_resolved_config_reads_back_the_same(base, tmp_path):
     cfg = load(base, ["select.kappa_p=inf", "run_dir=010", "model.dropout=0.25", "seed=123456789012345678"])
     again = tmp_path / "again.yaml"
-    again.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    again.write_text(config_file.write(asdict(cfg)))
     assert asdict(load(again)) == asdict(cfg)
+
+
+TEXTS = ["08", "09:30", "1e5", "1_0", "y", "on", "- a", "a: b", "a #b", " x", "\x1b[0m", "\udcff\n", "\u2028"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *fuzz_config.SCALARS])
+def test_text_that_is_written_is_read_back(text):
+    """Also what looks like something else: a folder may be called 08, 09:30 or null."""
+    tree = {"a": text, "b": {"c": [text]}}
+    assert "\0" in text or config_file.parse(config_file.write(tree)) == tree
 
 
 # What is refused ----------------------------------------------------------------------------------

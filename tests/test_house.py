@@ -36,7 +36,18 @@ ORDER = [
     "train",
     "predict",
 ]
-BASE = {"seeds", "machine", "terminal", "config", "files", "fullgraph", "models", "data"}
+BASE = {
+    "seeds",
+    "machine",
+    "terminal",
+    "config",
+    "config_file",
+    "words",
+    "files",
+    "fullgraph",
+    "models",
+    "data",
+}
 EITHER = {"state", "checkpoint", "display", "report"}  # below inputs, rounds and train; above the base
 
 
@@ -85,7 +96,7 @@ def test_reference_and_ops_need_only_torch():
     assert rooms()["policy"] == set() and rooms()["reference_augment"] == {"policy"}
     code = """
 import sys
-for name in ("omegaconf", "rich", "tensorboard", "matplotlib", "sklearn", "torchvision", "safetensors", "yaml", "PIL"):
+for name in ("rich", "tensorboard", "matplotlib", "sklearn", "torchvision", "safetensors", "yaml", "PIL"):
     sys.modules[name] = None
 import torch, ups_fast
 assert ups_fast.mc_select(torch.zeros(2, 3, 4)).label.tolist() == [0, 0, 0]

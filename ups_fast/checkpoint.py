@@ -17,10 +17,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
 from torch import nn
 
+from ups_fast import config_file
 from ups_fast.config import KEYS, ModelConfig, pick_device
 from ups_fast.files import (
     NotDense,
@@ -39,6 +38,7 @@ from ups_fast.files import (
 )
 from ups_fast.models import Network, build
 from ups_fast.state import Checkpoint, alone, among
+from ups_fast.words import shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
 MODEL = "model.safetensors"  # the network of the last round
@@ -91,7 +91,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
         if known.exists():
             _check_config(known, config)
         else:
-            write_atomic(known, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+            write_atomic(known, config_file.write(config).encode())
         with writing(folder):
             remove_leftovers(folder, RUN_FILES)
         yield warning
@@ -114,19 +114,12 @@ def _no_run(folder: Path) -> RunFolderError:
 def read_config(path: Path) -> dict[Any, Any]:
     """A run's config.yaml as nested plain values. Raises RunFolderError, one sentence, where it is none."""
     try:
-        text = read_bytes(path, MOST_CONFIG).decode()
-        depth = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if (
-                isinstance(event, yaml.AliasEvent) or depth > 5
-            ):  # either may take time and memory without bound
-                raise ValueError("it has references, or groups in groups in groups")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        tree = config_file.parse(read_bytes(path, MOST_CONFIG).decode())
     except RunFolderError:
         raise
     except Exception as error:  # whatever a stranger's bytes may cause
         raise RunFolderError(f"{path} is damaged: {_line(error)}") from error
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RunFolderError(f"{path} is damaged: it is not a mapping of keys to values")
     return tree
@@ -143,7 +136,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     if not here.keys() & there.keys():
         raise _no_run(path.parent)
     differing = [
-        f"{_said(key)} is {_said(here.get(key, 'absent'))} and was {_said(there.get(key, 'absent'))}"
+        f"{shown(key)} is {shown(here.get(key, 'absent'))} and was {shown(there.get(key, 'absent'))}"
         for key in {**here, **there}
         if key not in FREE_KEYS and here.get(key) != there.get(key)
     ]
@@ -153,14 +146,6 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"run_dir={path.parent} belongs to a run with another config: {', '.join(differing[:5])}{more}; "
             "choose another run_dir, or delete that folder to start over"
         )
-
-
-def _said(value: Any) -> str:
-    """A value in a sentence: what a stranger's file holds may be long, or move the cursor."""
-    if type(value) is int and abs(value) > 10**20:
-        return "a huge number"  # whose digits Python may refuse to write
-    text = str(value)
-    return text if len(text) <= 200 and text.isprintable() else ascii(text)[:200]
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,7 +188,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise RunFolderError(f"{path} is not a checkpoint of ups_fast; move it away to start over")
     if made_by[1] != VERSION:
         raise RunFolderError(
-            f"{path} has version {_said(made_by[1])}, but this ups_fast reads version {VERSION}: go on with the "
+            f"{path} has version {shown(made_by[1])}, but this ups_fast reads version {VERSION}: go on with the "
             "ups_fast that began the run, or choose another run_dir"
         )
     if wrong := alone(content):
@@ -290,7 +275,7 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
         raise
     except Exception as error:  # whatever a stranger's bytes may cause
         why = f"its metadata lack {error}" if isinstance(error, KeyError) else _line(error)
-        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {_said(why)}") from error
+        raise RunFolderError(f"{path} is damaged or no network of ups_fast: {shown(why)}") from error
     return model.to(device).eval()
 
 

@@ -16,7 +16,7 @@ from ups_fast.ops import has_kernels
 from ups_fast.terminal import Stream, complain, printable
 
 # Packages of the extra `train`, as they are imported: what every run needs, and what only some data sets do.
-ALWAYS = ("omegaconf", "yaml", "rich", "tensorboard", "matplotlib", "PIL", "safetensors")
+ALWAYS = ("yaml", "rich", "tensorboard", "matplotlib", "PIL", "safetensors")
 SOMETIMES = ("sklearn", "torchvision", "scipy")
 _MEMORY = re.compile(
     r"out of memory|DefaultCPUAllocator|bad_alloc|ALLOC_FAILED|not enough memory|cannot allocate memory", re.I

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
+from ups_fast import config_file
+from ups_fast.words import said, shown
+
 if TYPE_CHECKING:
     import torch
 
 RECIPES = Path(__file__).parent / "recipes"
-LARGEST = 2**20  # bytes of a config file: one that is larger is something else
-MOST_BITS = 14_000  # of an integer: Python writes no number of more than 4,300 digits
-DEEPEST = 20  # lists and mappings within each other
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "folder")
 
 
@@ -308,7 +307,7 @@ def _at_home(key: str, path: str) -> str:
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError(
-            f"{key} must begin with a home folder that is there, got {_said(path)} (for a name with ~ write ./~)"
+            f"{key} must begin with a home folder that is there, got {said(path)} (for a name with ~ write ./~)"
         )
     return found
 
@@ -320,10 +319,10 @@ def validate(cfg: Config) -> None:
         if key.choices and value not in key.choices:
             raise ValueError(
                 f"{name} must be one of {', '.join(key.choices)}, "
-                f"got {_said(value)}{_hint(value, key.choices)}"
+                f"got {said(value)}{_hint(value, key.choices)}"
             )
         if key.within and not _inside(value, key.within):
-            raise ValueError(f"{name} must be {_words(key.within)}, got {_said(value)}")
+            raise ValueError(f"{name} must be {_words(key.within)}, got {said(value)}")
 
     select, train = cfg.select, cfg.train
     if select.tau_n > select.tau_p:
@@ -403,32 +402,10 @@ def help_text(width: int = 80) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """The YAML file as {dotted key: value}."""
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
-        raise FileNotFoundError(f"there is no config file {path}{hint}")
-    if path.is_dir():
-        raise ValueError("a config must be a file, and this is a folder")
-    try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"a config must have at most {LARGEST:,} bytes, and this file has more")
-        tree = _value(content.decode("utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"this file cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"this is not a readable config: it is no text in UTF-8 ({error.reason})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"this is not valid YAML: {_yaml_words(error)}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        got = "a list" if isinstance(tree, list) else _said(str(tree))
-        raise ValueError(f"a config must be a mapping of keys to values, got {got}")
     flat: dict[str, Any] = {}
-    for key, value in _flatten(tree):
+    for key, value in _flatten(config_file.read(path)):
         if key in flat:
-            raise ValueError(f"{_said(key)[1:-1]} is given twice")
+            raise ValueError(f"{shown(key)} is given twice")
         flat[key] = value
     return flat
 
@@ -446,104 +423,15 @@ def _parse(word: str) -> tuple[str, Any]:
     """One "key=value" word of the command line."""
     name, equals, raw = word.partition("=")
     if not equals:
-        raise ValueError(f"expected key=value, got {_said(word)}{_hint(name, KEYS)}")
+        raise ValueError(f"expected key=value, got {said(word)}{_hint(name, KEYS)}")
     if name in KEYS and KEYS[name].type is str:
         return name, raw  # text stands as it was typed: run_dir=010 is not the number 8
     try:
-        return name, _value(raw)
+        return name, config_file.parse(raw)
     except yaml.YAMLError:
         return name, raw  # the check of the type says what is wrong with it
     except ValueError as error:
-        raise ValueError(f"{_said(name)[1:-1]}: {error}") from None
-
-
-def _value(text: str) -> Any:
-    """YAML as plain values: None, bool, int, float, str, and lists and dicts of them with keys as they were written.
-
-    Dates stay text. Raises yaml.YAMLError, or ValueError for what YAML knows and a config does not, or what YAML reads
-    as nobody means it.
-    """
-    depth, plain = 0, set()
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is built from it
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"a config must not nest deeper than {DEEPEST} lists and mappings")
-        if isinstance(event, yaml.ScalarEvent):
-            if event.anchor:
-                plain.add(event.anchor)
-            if event.style is None and re.fullmatch(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)", event.value):
-                # YAML reads 010 as the octal 8 and 12:30 as the sexagesimal 750.
-                raise ValueError(
-                    f"a number must have no leading zeros or colons, got {_said(event.value)} "
-                    "(where it is meant as text, put it in quotes)"
-                )
-        elif isinstance(event, yaml.AliasEvent) and event.anchor not in plain:
-            raise ValueError(f"an alias must stand for a single value, got *{_said(event.anchor)[1:-1]}")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    return None if root is None else _plain(root)
-
-
-_TAG = "tag:yaml.org,2002:"
-
-
-def _plain(node: yaml.Node) -> Any:
-    kind = node.tag.removeprefix(_TAG)
-    if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return [_plain(each) for each in node.value]
-    if isinstance(node, yaml.MappingNode) and kind == "map":
-        result: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}null":
-                got = "nothing" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                raise ValueError(f"this is not a readable config: a key must be a word, got {got}")
-            if key.value in result:
-                raise ValueError(f"this is not valid YAML: duplicate key {_said(key.value)}")
-            result[key.value] = _plain(value)
-        return result
-    if not isinstance(node, yaml.ScalarNode):
-        kind = ""
-    if kind in ("str", "timestamp", "merge", "value"):
-        return node.value
-    try:
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}[
-                node.value.lower()
-            ]
-        if kind == "int":
-            return _integer(node.value)
-        if kind == "float":
-            return _float(node.value)
-    except (ValueError, KeyError):
-        raise ValueError(f"{_said(node.value)} cannot be read as {_said(kind)[1:-1]}") from None
-    raise ValueError(
-        f"this is not valid YAML of a config, which has plain values alone: got the tag {_said(node.tag)}"
-    )
-
-
-def _integer(text: str) -> int:
-    digits = text.replace("_", "").lower()
-    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-f]+|0b[01]+)", digits):
-        raise ValueError
-    number = int(digits, 0)
-    if number.bit_length() > MOST_BITS:
-        raise ValueError
-    return number
-
-
-def _float(text: str) -> float:
-    number = text.replace("_", "").lower()
-    if not re.fullmatch(
-        r"[-+]?([0-9]+\.?[0-9]*(e[-+]?[0-9]+)?|\.[0-9]+(e[-+]?[0-9]+)?|\.?inf|infinity|\.?nan)", number
-    ):
-        raise ValueError
-    return float(number.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _yaml_words(error: yaml.YAMLError) -> str:
-    words = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
-    return words if len(words) <= 300 else f"{words[:297]}..."
+        raise ValueError(f"{shown(name)}: {error}") from None
 
 
 def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
@@ -551,21 +439,21 @@ def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
         if name in _GROUPS:
             member = next(key for key in KEYS if key.startswith(f"{name}."))
             raise ValueError(
-                f"{name} is a group of keys, such as {member}, and has no value itself, got {_said(value)}"
+                f"{name} is a group of keys, such as {member}, and has no value itself, got {said(value)}"
             )
         if name not in KEYS:
-            raise ValueError(f"unknown key {_said(name)}{_hint(name, [*KEYS, *_GROUPS])}")
+            raise ValueError(f"unknown key {said(name)}{_hint(name, [*KEYS, *_GROUPS])}")
         kind = KEYS[name].type
         if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{name} must not hold a NUL character, got {_said(value)}")
+            raise ValueError(f"{name} must not hold a NUL character, got {said(value)}")
         if isinstance(value, str) and ("${" in value or value == "???"):
             raise ValueError(
-                f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {_said(value)}"
+                f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {said(value)}"
             )
         try:
             typed = _typed(kind, value)
         except (ValueError, OverflowError):
-            got = "nothing" if value is None else _said(value)
+            got = "nothing" if value is None else said(value)
             raise ValueError(f"{name} must be {_NOUN[kind]}, got {got}") from None
         group, _, last = name.rpartition(".")
         setattr(getattr(cfg, group) if group else cfg, last, typed)
@@ -575,18 +463,16 @@ def _typed(kind: type, value: Any) -> Any:
     """The value as a key of this type takes it: 1 and 0 may be true and false, "3" is 3, but 8 is no text."""
     word = isinstance(value, str)
     if kind is str and word:
-        value.encode(
-            "utf-8", "surrogateescape"
-        )  # half a character, as no file's name has it, is a ValueError
+        value.encode("utf-8", "surrogateescape")  # ValueError for half a character, as no file's name has it
         return value
     if kind is bool and (isinstance(value, (bool, int, float)) and value in (0, 1)):
         return bool(value)
     if kind is bool and word and value in _BOOL_WORDS:
         return value in ("true", "yes", "on")
     if kind is int and (word or type(value) is int):
-        return _integer(value) if word else value
+        return config_file.integer(value) if word else value
     if kind is float and (word or type(value) in (int, float)):
-        return _float(value) if word else float(value)
+        return config_file.decimal(value) if word else float(value)
     raise ValueError
 
 
@@ -596,12 +482,6 @@ def _hint(name: str, valid: Iterable[str]) -> str:
     names |= {key: key for key in valid}
     near = difflib.get_close_matches(name[:100], names, n=1)
     return f" (did you mean {names[near[0]]}?)" if near else ""
-
-
-def _said(value: Any) -> str:
-    """A value in a sentence."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _get(cfg: Config, name: str) -> Any:
@@ -632,5 +512,5 @@ def _words(interval: str) -> str:
 def _device_parts(name: str) -> tuple[str, int | None]:
     kind, colon, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {_said(name)}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {said(name)}")
     return kind, int(index) if colon else None

@@ -11,14 +11,15 @@ import html
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from ups_fast import config_file
 from ups_fast.checkpoint import BEST
 from ups_fast.config import Config
 from ups_fast.data.cells import csv_line, write_cell
@@ -389,7 +390,7 @@ def _page(
 ) -> str:
     """The whole of report.html: one file without links to others."""
     title = html.escape(headline(rows, cfg))
-    settings = html.escape(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    settings = html.escape(config_file.write(asdict(cfg)))
     picture = base64.b64encode(image).decode()
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     wrong = rows[-1].get("test_mistakes") or []

@@ -1,0 +1,27 @@
+"""Counts and values as they stand in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MOST = 100  # characters of a value
+
+
+def many(n: int, what: str) -> str:
+    """Such as "1 file" or "2,000 files"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def said(value: Any) -> str:
+    """A value as Python writes it, text in quotes; of a long one the beginning, and nothing that moves a cursor."""
+    return _cut(ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value))
+
+
+def shown(value: Any) -> str:
+    """Likewise, text without quotes."""
+    text = str(value)
+    return _cut(text if text.isprintable() else ascii(text)[1:-1])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST else f"{text[: MOST - 3]}..."

@@ -294,7 +294,7 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
         axes.plot(x, y, lw=0.8, alpha=0.5, color=how["color"])  # thin: a bin may hold one image
         axes.scatter(x, y, 15 + 200 * count / count.sum(), lw=0, zorder=3, clip_on=False, **how)
         axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
-    _title(axes, "Is the confidence right?", "It is on the dashed line. Larger points are more images")
+    _title(axes, "Is the confidence right?", "Perfect on the dashed line. Larger points are more images")
     _legend(axes)
     if not groups:
         axes.text(0.5, 0.5, "No label can be checked", ha="center", color=MUTED, backgroundcolor="white")

@@ -636,7 +636,7 @@ def u8(*shape: int) -> np.ndarray:
     ("changes", "sentence"),
     [
         ({"x_test": None, "y_test": None}, r"lacks x_test, y_test; it has x_labeled, y_labeled, x_unlabeled"),
-        ({"y_unlabeled": np.zeros(5, int)}, r"has y_unlabeled; known arrays are x_.* and y_unlabeled$"),
+        ({"y_unlabelled": np.zeros(5, int)}, r"has y_unlabelled; known arrays are x_.* and y_unlabeled$"),
         ({"x_test": np.array([None, 1, 2, 3])}, r"\.npz' at x_test: it holds Python objects$"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.float32)}, r"^x_labeled must be .* float32 \[6, 8, 9, 3\]"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.int8)}, r"^x_labeled must be uint8 .* int8 \[6, 8, 9, 3\]"),

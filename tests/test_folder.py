@@ -73,6 +73,13 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
     assert parts(again) == parts(folder)
 
 
+def test_a_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    """A config says ./~name for it, and nothing takes that for a home folder again."""
+    put_all(tmp_path / "~nobody's")
+    monkeypatch.chdir(tmp_path)
+    assert scan("./~nobody's").root == Path("~nobody's")
+
+
 def test_nested_hidden_and_foreign_files(tmp_path):
     put_all(tmp_path)
     put(tmp_path, "labeled/cat/a/b/c/deep.JPeG", "unlabeled/x/y.TIFF", "unlabeled/z.WebP")
@@ -169,7 +176,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ("rm -r labeled", r"'{root}' must have the folders labeled/<class>/ and unlabeled/, it lacks labeled and has "
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
-        ("mv labeled labeled", r"'{root}' must have .*, it lacks labeled and has 'labeled', 'test', 'unlabeled'"),
+        ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
         ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
@@ -507,7 +514,8 @@ def test_paths_that_differ_in_case_are_said_but_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabeled"]
+    "word",
+    ["nan", "NaN", "NA", "N/A", "NULL", "None", "-1", "?", "unknown", "#N/A", "Unlabeled", "unlabelled"],
 )
 def test_a_class_that_means_no_label_is_said(tmp_path, word):
     (note,) = small(tmp_path, "cat", "cat", "dog", word, word)

@@ -73,6 +73,13 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
     assert parts(again) == parts(folder)
 
 
+def test_a_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    """A config says ./~name for it, and nothing takes that for a home folder again."""
+    put_all(tmp_path / "~nobody's")
+    monkeypatch.chdir(tmp_path)
+    assert scan("./~nobody's").root == Path("~nobody's")
+
+
 def test_nested_hidden_and_foreign_files(tmp_path):
     put_all(tmp_path)
     put(tmp_path, "labeled/cat/a/b/c/deep.JPeG", "unlabeled/x/y.TIFF", "unlabeled/z.WebP")

@@ -33,7 +33,7 @@ from ups_fast.data import (
 )
 from ups_fast.data.manifest import Changed, Manifest, array_record, compare, notes_on_equal_arrays, take
 from ups_fast.display import progress_bar
-from ups_fast.files import read_bytes, write_arrays, write_atomic
+from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops
 from ups_fast.seeds import derive
@@ -63,8 +63,8 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
         data = load_set(cfg.data.name, cfg.data.root)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
-    home, root = Path(cfg.run_dir).resolve(), Path(cfg.data.root).expanduser().resolve()
-    if home == root or root in home.parents:
+    run_dir, root = Path(cfg.run_dir).resolve(), home(cfg.data.root).resolve()
+    if run_dir == root or root in run_dir.parents:
         raise ValueError(
             f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
         )
@@ -120,7 +120,7 @@ def _known_files(cfg: Config) -> Manifest | None:
 
 def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]) -> tuple[Folder, list[int]]:
     """The run's files as they are now, and which of them are gone."""
-    place = Path(cfg.data.root).expanduser()
+    place = home(cfg.data.root)
     base = place if place.is_dir() else place.parent
     try:
         found, now = compare(

@@ -13,9 +13,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-ONE = (
-    1 << 14
-)  # a jitter factor of 1: factors are multiples of 2^-14, for which Pillow's float32 blend is exact
+# A jitter factor of 1: factors are multiples of 2^-14, for which Pillow's float32 blend is exact.
+ONE = 1 << 14
 FILL = (125, 123, 114)  # color of CutoutAbs: the mean of ImageNet
 WORDS = 72  # int32 of a row of the variants table
 
@@ -112,10 +111,8 @@ OPERATIONS = {
     "CutoutPublished": (0, 1e4),
 }
 PUBLISHED = tuple(OPERATIONS)[:16]
-SQUARES = {
-    "CutoutAbs": 0,
-    "CutoutPublished": 1,
-}  # the center lies so many pixels or more from the top and left
+# The center lies so many pixels or more from the top and left.
+SQUARES = {"CutoutAbs": 0, "CutoutPublished": 1}
 _RANGES = {  # of the published RandAugment, from magnitude 0 to 30; where it has a sign, either is as likely
     "Rotate": (0, 30, True),
     "Posterize": (0, 4, False),

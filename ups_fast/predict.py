@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TextIO, cast
 import numpy as np
 import torch
 
-from ups_fast import command, machine
+from ups_fast import command
 from ups_fast.terminal import Shown, complain, hold_the_first_three, swallow
 
 try:
@@ -34,10 +34,12 @@ try:
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, read_bytes
+    from ups_fast.modules import mc_dropout
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection
     from ups_fast.report import label_rows, label_table
-    from ups_fast.selection import labelling_rows, mc_dropout, passes_over, skipped
+    from ups_fast.selection import labelling_rows, passes_over, skipped
+    from ups_fast.words import many
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
         sys.exit(command.interrupted_early(error))
@@ -130,7 +132,7 @@ def predict(
         except DamagedImage as error:
             return str(error)
 
-    each = zip(paths, in_order(read, paths, threads or machine.cores()), strict=True)
+    each = zip(paths, in_order(read, paths, threads or None), strict=True)
     while chunk := list(islice(each, predictor.rows)):
         images = [image for _, image in chunk if not isinstance(image, str)]
         rows = iter(_rows(predictor(np.stack(images)), predictor.classes) if images else [])
@@ -262,8 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         passed: Counter[str] = Counter()
         paths = find(args.images, passed)
         if passed:
-            files = f"{passed.total():,} file{'s' * (passed.total() != 1)}"
-            console.print(f"{files} ignored for the suffix: {suffixes(passed)}")
+            console.print(f"{many(passed.total(), 'file')} ignored for the suffix: {suffixes(passed)}")
         predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: its network has {predictor.unfinished}")
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.out != "-":
         wrong = f", {damaged:,} with an error" if damaged else ""
-        complain(f"{done:,} row{'s' * (done != 1)}{wrong} in {out}")
+        complain(f"{many(done, 'row')}{wrong} in {out}")
     return 0
 
 

@@ -67,6 +67,7 @@ from ups_fast.selection import (
 )
 from ups_fast.state import Checkpoint
 from ups_fast.step import TrainStep, plan_step
+from ups_fast.words import many
 
 # Of the number by which an image's augmentation is drawn; above them, how often it came before.
 EPOCH_BITS = 20
@@ -384,8 +385,10 @@ class _Run:
             )
         if found >= 2 * self.told_lost:
             self.told_lost = found
-            files, are = f"{found:,} file{'s' * (found > 1)}", "is" if found == 1 else "are"
-            self._say(f"{files} cannot be read any more and {are} no longer trained on, such as {some}")
+            are = "is" if found == 1 else "are"
+            self._say(
+                f"{many(found, 'file')} cannot be read any more and {are} no longer trained on, such as {some}"
+            )
 
     def result(self) -> Result:
         assert self.state.labelling is not None  # a config has at least one round
@@ -487,9 +490,8 @@ class _Run:
             **{f"momentum of {k}": v for k, v in self.step.momentum.items()},
         }
         floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        finite = torch.stack(
-            [tensor.isfinite().all() for tensor in floats.values()]
-        ).tolist()  # one wait for all
+        each = [tensor.isfinite().all() for tensor in floats.values()]
+        finite = torch.stack(each).tolist()  # one wait for all
         if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
             raise self._diverged(f"{len(bad)} of {len(floats)} weights are NaN or infinite, such as {bad[0]}")
 

@@ -11,48 +11,21 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
+from ups_fast.words import many
+
 CONSOLE = 20  # classes that the console lists; the report lists all
 UNEVEN = 5  # times as many labeled images in one class as in another: worth a sentence
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?|[+-]?\.[0-9]+")
 # What spreadsheets, data frames and people write where they have no label.
 _MISSING = {
-    *(
-        "nan",
-        "na",
-        "n/a",
-        "n.a.",
-        "<na>",
-        "#n/a",
-        "nat",
-        "null",
-        "nil",
-        "none",
-        "undefined",
-        "unknown",
-        "unlabeled",
-    ),
-    *(
-        "unlabelled",
-        "unassigned",
-        "missing",
-        "empty",
-        "blank",
-        "tbd",
-        "todo",
-        "-",
-        "--",
-        "?",
-        "??",
-        "???",
-        "-1",
-        "-1.0",
-    ),
-    *("#ref!", "#value!", "#name?", "#null!"),
-}
+    *("nan", "na", "n/a", "n.a.", "<na>", "#n/a", "nat", "null", "nil", "none", "undefined", "unknown", "missing"),
+    *("unlabeled", "unlabelled", "unassigned", "empty", "blank", "tbd", "todo", "-", "--", "?", "??", "???"),
+    *("-1", "-1.0", "#ref!", "#value!", "#name?", "#null!"),
+}  # fmt: skip
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def class_order(names: Iterable[str]) -> list[str]:
     """Ascending without repeats: as numbers where all of them are numbers, else as text."""
     each = set(names)
     if each and all(map(_NUMBER.fullmatch, each)):
@@ -63,8 +36,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 def lookalikes(counts: Mapping[str, int]) -> list[str]:
     """Sentences on classes that may be a mistake; `counts` are the labeled and test images of each."""
     notes = [
-        f"{_images(n)} {'is' if n == 1 else 'are'} of class {name!r}: if that means no label, leave the label empty "
-        "(in folders: move the images to unlabeled/)"
+        f"{many(n, 'image')} {'is' if n == 1 else 'are'} of class {name!r}: if that means no label, leave the "
+        "label empty (in folders: move the images to unlabeled/)"
         for name, n in counts.items()
         if _folded(name) in _MISSING
     ]
@@ -78,7 +51,7 @@ def lookalikes(counts: Mapping[str, int]) -> list[str]:
     ]
     typos = sorted(_typos(counts, {name for names in groups for name in names}))
     notes += [
-        f"class {rare!r} ({_images(counts[rare])}) differs from {name!r} ({counts[name]:,}) in one letter: "
+        f"class {rare!r} ({many(counts[rare], 'image')}) differs from {name!r} ({counts[name]:,}) in one letter: "
         "if it is a typing error, correct it"
         for rare, name in typos[:5]
     ]
@@ -151,10 +124,6 @@ def suffixes(counts: Counter[str], most: int = 5) -> str:
     return (
         ", ".join(f"{n:,} {repr(suffix) if suffix else 'without one'}" for suffix, n in first[:most]) + more
     )
-
-
-def _images(n: int) -> str:
-    return f"{n:,} image{'s' * (n != 1)}"
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-Stamp = tuple[
-    int, int, int, int
-]  # size, times of change of content and of entry in ns, inode: kept by what stays
+from ups_fast.words import many
+
+# Size, times of change of content and of entry in ns, inode: kept by what stays.
+Stamp = tuple[int, int, int, int]
 GONE: Stamp = (-1, -1, -1, -1)
 _HEAD = 1 << 16  # bytes of a file that are compared before all of it
 
@@ -99,9 +100,7 @@ def notes_on_equal_images(
         pairs = [(first[content[i]], i) for i in some.tolist()]
         if pairs := [(j, i) for j, i in pairs if not apart or label[i] != label[j]]:
             j, i = pairs[0]
-            notes.append(
-                f"{len(pairs):,} {what}{'s' * (len(pairs) > 1)} {so} (such as {name(i)} and {name(j)})"
-            )
+            notes.append(f"{many(len(pairs), what)} {so} (such as {name(i)} and {name(j)})")
 
     known = np.union1d(labeled, test)
     note("test image", test, labeled, "equal to labeled ones: the test accuracy will look too good")

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.classes import in_order, lookalikes, suffixes
+from ups_fast.data.classes import class_order, lookalikes, suffixes
 from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
 from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, Row, Rows, read_table
+from ups_fast.files import home
 from ups_fast.seeds import derive
+from ups_fast.words import many
 
 _NOBODYS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what systems leave beside people's images
 
@@ -53,7 +55,7 @@ def listing(root: str | Path) -> Listing:
 
     Raises ValueError with one sentence where `root` is not there, or is no such folder or table.
     """
-    place = Path(root).expanduser()
+    place = home(root)
     notes: list[str] = []
     problems: list[str] = []
     if os.path.isdir(place):
@@ -82,7 +84,7 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be above 0 and below 1, got {test_share}")
-    where, found = str(Path(root).expanduser()), listing(root)
+    where, found = str(home(root)), listing(root)
     if found.problems:
         raise ValueError(found.problems[0])
     rows, classes, notes = found.rows, found.classes, list(found.notes)
@@ -131,14 +133,10 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
         place[index[keep[index]]] for index in (folder.labeled, folder.unlabeled, folder.test)
     )
     paths = [path for path, kept in zip(folder.paths, keep.tolist(), strict=True) if kept]
-    note = f"{_many(len(damaged), 'damaged file')} left out, such as {damaged[min(damaged)]}"
+    note = f"{many(len(damaged), 'damaged file')} left out, such as {damaged[min(damaged)]}"
     notes = [*folder.notes, note]
     label, classes = folder.label[keep], folder.classes
     return Folder(folder.root, paths, label, labeled, unlabeled, test, classes, notes, folder.listing)
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -197,16 +195,16 @@ def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
             )
         stray += stray_here
     if stray:
-        notes.append(f"{_many(len(stray), 'image')} outside of any class left out, the first: {stray[0]!r}")
+        notes.append(f"{many(len(stray), 'image')} outside of any class left out, the first: {stray[0]!r}")
     if ignored:
-        notes.append(f"{_many(ignored.total(), 'file')} ignored for the suffix: {suffixes(ignored)}")
+        notes.append(f"{many(ignored.total(), 'file')} ignored for the suffix: {suffixes(ignored)}")
     return rows
 
 
 def _unread(place: str, unread: Counter[str]) -> str:
     """What to do with files of suffixes that are not read."""
     return (
-        f"{place!r} has {_many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); convert "
+        f"{place!r} has {many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); convert "
         "them to JPEG or PNG"
     )
 
@@ -235,8 +233,8 @@ def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]
 
     A real folder is read once, under its own name before that of a link, and none that holds root/part itself.
     """
-    home, above = Path(os.path.realpath(root / part)), Path(os.path.realpath((root / part).parent))
-    seen = {_identity(folder) for folder in (*home.parents, above, *above.parents)}
+    real_part, above = Path(os.path.realpath(root / part)), Path(os.path.realpath((root / part).parent))
+    seen = {_identity(folder) for folder in (*real_part.parents, above, *above.parents)}
     found: list[str] = []
     real, links = [part], list[str]()
     while real or links:
@@ -276,7 +274,7 @@ def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> l
     """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
     counts = Counter(name for part, name in rows.values() if part != UNLABELED)
     classes, tested = (
-        in_order(name for part, name in rows.values() if part == wanted) for wanted in (LABELED, TEST)
+        class_order(name for part, name in rows.values() if part == wanted) for wanted in (LABELED, TEST)
     )
     if len(classes) < 2:
         got = f"only {classes[0]!r}" if classes else "none"
@@ -290,7 +288,7 @@ def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> l
         problems.append(f"{where!r} has no unlabeled images, and UPS needs some")
     if tested and (untested := [name for name in classes if name not in set(tested)]):
         notes.append(f"no test image is of class {', '.join(map(repr, untested[:5]))}")
-    notes += lookalikes({name: counts[name] for name in in_order(counts)})
+    notes += lookalikes({name: counts[name] for name in class_order(counts)})
     return classes
 
 

@@ -16,15 +16,8 @@ if TYPE_CHECKING:
 
 _WHITE = 255
 _FEW = 4095  # values of wider numbers that leave most of the 8 bits unused: 12 bits in a file of 16
-_STORED = {
-    "1": 1,
-    "L": 1,
-    "P": 1,
-    "I;16": 2,
-    "I;16B": 2,
-    "I;16L": 2,
-    "I;16N": 2,
-}  # bytes a pixel; others take 4
+# Bytes a pixel; others take 4.
+_STORED = {"1": 1, "L": 1, "P": 1, **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), 2)}
 _KEPT = {"WEBP": 8, "AVIF": 16, "JPEG2000": 32}  # bytes a pixel that a decoder holds until its file is closed
 _ROWS = 1 << 20  # pixels that are made narrow at once
 

@@ -1,8 +1,8 @@
 """What a run remembers of its data: by it a run notices every change of labels, parts, classes and pixels.
 
 Of a folder or a table that is the list of its files, each with its label and a hash of its bytes (`Manifest`): on every
-start the folder or table is read again and compared. Of arrays it is a hash and a label for each image (`ArrayRecord`).
-`fingerprint` is both in a line, for the checkpoint.
+start the folder or table is read again and compared. Of arrays it is a hash and a label for each image
+(`array_record`). `fingerprint` is both in a line, for the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.classes import in_order
+from ups_fast.data.classes import class_order
 from ups_fast.data.equal import GONE, Stamp, file_digest, notes_on_equal_images, row_digests, stamp
 from ups_fast.data.folder import Folder, Listing
-from ups_fast.data.reading import _threads
-from ups_fast.data.reading import in_order as run_in_order
+from ups_fast.data.reading import in_order
 from ups_fast.data.sets import ImageSet
 from ups_fast.data.table import LABELED, TEST, UNLABELED, Row
 from ups_fast.files import read_bytes
+from ups_fast.words import many
 
 FORMAT = "ups_fast files 2"
 Progress = Callable[[int, int], object]  # files done, files in all
@@ -121,7 +121,7 @@ class Manifest:
             ),
             "classes": all(type(name) is str and name for name in self.classes)
             and len(self.classes) > 1
-            and self.classes == in_order(self.classes) == in_order(names),
+            and self.classes == class_order(self.classes) == class_order(names),
             "labels": all(type(c) is int for c in self.label)
             and all((c == -1) == (ends[1] <= i < ends[2]) for i, c in enumerate(self.label))
             and -1 <= min(self.label) <= max(self.label) < len(self.classes),
@@ -174,7 +174,7 @@ def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress
 
 def _digests(names: Sequence[str], threads: int | None, progress: Progress) -> list[str]:
     found = []
-    for digest in run_in_order(file_digest, names, _threads(threads)):
+    for digest in in_order(file_digest, names, threads):
         found.append(digest)
         progress(len(found), len(names))
     return found
@@ -222,7 +222,7 @@ def compare(
     note = ""
     if new:
         note = (
-            f"{_many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
+            f"{many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
             f"the run goes on without {'it' if len(new) == 1 else 'them'}. Choose another run_dir to use all files"
         )
     return found, Now(gone, note)
@@ -295,17 +295,13 @@ class _Changes:
 
     def said(self) -> str:
         return "; ".join(
-            f"{_many(n, 'file')} {kind[0].format(kind[1] if n == 1 else kind[2])} (such as {self.first[kind]})"
+            f"{many(n, 'file')} {kind[0].format(kind[1] if n == 1 else kind[2])} (such as {self.first[kind]})"
             for kind, n in self.count.items()
         )
 
 
 def _said(row: Row) -> str:
     return {LABELED: repr(row[1]), TEST: f"test image of {row[1]!r}"}.get(row[0], "unlabeled")
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 # --- arrays -------------------------------------------------------------------------------------------------

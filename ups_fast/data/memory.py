@@ -19,9 +19,8 @@ class Budget:
     def __init__(self, total: int) -> None:
         self.total = total
         self._held = 0
-        self._waiting: deque[object] = (
-            deque()
-        )  # in the order of asking, so that a large image is not passed for ever
+        # In the order of asking, so that a large image is not passed for ever.
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextmanager

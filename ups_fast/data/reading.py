@@ -19,7 +19,7 @@ from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, picture, resize_crop
 from ups_fast.data.looks import COARSE, PLAIN, is_plain, notes_on_looks, plain_rows
-from ups_fast.data.sets import ImageSet, _moments
+from ups_fast.data.sets import ImageSet, moments
 from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 
@@ -54,7 +54,6 @@ def check(
 
     Raises ValueError as `leave_out` does, or if `cache` is a file of something else.
     """
-    threads = _threads(threads)
     good = {} if cache is None else _remembered(Path(cache))
     stamps = {path: list(stamp(_file(folder, i))) for i, path in enumerate(folder.paths)}
     stamps = {path: each for path, each in stamps.items() if tuple(each) != GONE}
@@ -153,7 +152,7 @@ def as_image_set(
     damaged: dict[int, str] = {}
     odd: dict[int, list[str]] = {}
     places = order.tolist()
-    reasons = in_order(lambda item: read(*item), enumerate(places), _threads(threads))
+    reasons = in_order(lambda item: read(*item), enumerate(places), threads)
     for done, (i, why) in enumerate(zip(places, reasons, strict=True), 1):
         if why is not None:
             damaged[i] = why
@@ -169,7 +168,7 @@ def as_image_set(
             pixels[row] = pixels[old]
     train = torch.cat([left.labeled, left.unlabeled])
     train_images = images[: len(train)]
-    mean, std = _moments(train_images)
+    mean, std = moments(train_images)
     rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
     n = len(train)
     data = ImageSet(
@@ -214,10 +213,10 @@ def as_file_set(
         except DamagedImage:  # since it was checked: it does not stop the run
             return None
 
-    found = [image for image in in_order(read, some, _threads(threads)) if image is not None]
+    found = [image for image in in_order(read, some, threads) if image is not None]
     if not found:
         raise ValueError(f"none of {len(some):,} images of {str(folder.root)!r} can be read any more")
-    mean, std = _moments(torch.stack(found))
+    mean, std = moments(torch.stack(found))
     return ImageSet(
         "folder",
         folder.classes,
@@ -255,14 +254,14 @@ def _listed(folder: Folder, damaged: dict[int, str]) -> list[Damaged]:
     return [Damaged(folder.paths[i], damaged[i]) for i in sorted(damaged)]
 
 
-def _threads(threads: int | None) -> int:
+def in_order(function: Callable[[A], B], items: Iterable[A], threads: int | None) -> Iterator[B]:
+    """function(item) of each item, in order; only a few are under way or waiting, however many there are.
+
+    threads  at least 1; None: one for each core
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return threads or cores()
-
-
-def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """function(item) of each item, in order; only a few are under way or waiting, however many there are."""
+    threads = threads or cores()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

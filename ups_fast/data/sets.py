@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.split import stratified_split
+from ups_fast.files import home
 from ups_fast.machine import memory_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_set(name: str, root: str) -> ImageSet:
     }
     if name not in readers:
         raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")
-    return _looked_at(readers[name](Path(root).expanduser()))
+    return _looked_at(readers[name](home(root)))
 
 
 def _looked_at(data: ImageSet) -> ImageSet:
@@ -99,7 +100,7 @@ def _looked_at(data: ImageSet) -> ImageSet:
     return replace(data, notes=(*data.notes, *notes_on_looks({i: [PLAIN] for i in rows}, parts, name)))
 
 
-def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
+def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
     """Mean and std per channel of pixels in [0, 1], from exact sums. A constant channel gets std 1."""
     n = images[..., 0].numel()
     total = torch.zeros(images.shape[-1], dtype=torch.int64)
@@ -131,7 +132,7 @@ def _digits(root: Path) -> ImageSet:
     images = torch.from_numpy(pixels).unsqueeze(-1)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     test, train = stratified_split(labels, _DIGITS_TEST_IMAGES, 10, _DIGITS_TEST_SEED)
-    mean, std = _moments(images[train])
+    mean, std = moments(images[train])
     classes = [str(c) for c in range(10)]
     return ImageSet("digits", classes, images[train], labels[train], images[test], labels[test], mean, std)
 
@@ -191,7 +192,7 @@ def _svhn(root: Path) -> ImageSet:
     train_images, test_images = (
         torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1))) for part in (train, test)
     )
-    mean, std = _moments(train_images)
+    mean, std = moments(train_images)
     data = ImageSet(
         "svhn",
         [str(c) for c in range(10)],
@@ -231,7 +232,7 @@ def _fashion_mnist(root: Path) -> ImageSet:
     folder, raw = (
         root,
         root / "FashionMNIST" / "raw",
-    )  # torchvision believes files that it finds unzipped there
+    )  # where torchvision believes files that it finds unzipped
     if all((raw / file).is_file() for file in _FASHION_FILES):
         folder = raw
     elif not any(_idx_path(root, file) for file in _FASHION_FILES):
@@ -246,7 +247,7 @@ def _fashion_mnist(root: Path) -> ImageSet:
         _read_idx(folder, file) for file in _FASHION_FILES
     )
     train_images, test_images = train_images.unsqueeze(-1), test_images.unsqueeze(-1)
-    mean, std = _moments(train_images)
+    mean, std = moments(train_images)
     data = ImageSet(
         "fashion_mnist",
         list(_FASHION_CLASSES),
@@ -353,7 +354,7 @@ def _npz(path: Path) -> ImageSet:
             raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
 
     train_images = torch.cat([x_labeled, x_unlabeled])
-    mean, std = _moments(train_images)
+    mean, std = moments(train_images)
     return ImageSet(
         "npz",
         [str(c) for c in range(n_classes)],

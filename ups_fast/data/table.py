@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_fast.data.cells import read_cell
+from ups_fast.words import many
 
 PARTS = LABELED, UNLABELED, TEST = "labeled", "unlabeled", "test"
 
@@ -64,20 +65,16 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     if rows and not tree.found:
         first = os.path.join(file.parent, next(iter(rows)))
         problems.append(
-            f"none of the {_many(len(rows), 'file')} that {where} lists is there, the first looked for is {first!r}"
+            f"none of the {many(len(rows), 'file')} that {where} lists is there, the first looked for is {first!r}"
             + tree.other_case
         )
     elif tree.other_case:
         notes.append(
-            f"{_many(tree.missing, 'file')} that {where} lists {_is(tree.missing)} not there{tree.other_case}"
+            f"{many(tree.missing, 'file')} that {where} lists {_is(tree.missing)} not there{tree.other_case}"
         )
     if repeated:
-        notes.append(f"{_many(repeated, 'row')} of {where} repeated others and were left out")
+        notes.append(f"{many(repeated, 'row')} of {where} repeated others and were left out")
     return rows
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _is(n: int) -> str:

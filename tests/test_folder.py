@@ -735,13 +735,17 @@ def test_an_interrupted_check_remembers_what_it_did(tmp_path, reads):
     assert len(reads) == 6
 
 
-@pytest.mark.parametrize("content", ["", '{"ups_fast": "files that can be read"', "cut", "list"])
+@pytest.mark.parametrize("content", ["", '{"ups_fast": "files that can be read"', "cut", "list", "deep"])
 def test_a_cache_that_was_cut_is_written_anew(tmp_path, reads, content):
     put_all(tmp_path / "data")
     folder, cache = scan(tmp_path / "data"), tmp_path / "checked.json"
     check(folder, cache=cache)
     whole = cache.read_text()
-    cache.write_text({"cut": whole[:-20], "list": whole[:48] + "[]}"}.get(content, content))
+    cache.write_text(
+        {"cut": whole[:-20], "list": whole[:48] + "[]}", "deep": whole[:48] + "[" * 200_000}.get(
+            content, content
+        )
+    )
     reads.clear()
     check(folder, cache=cache)
     assert len(reads) == 16 and cache.read_text() == whole

@@ -55,7 +55,7 @@ def table_of(root: Path) -> Path:
     return root / "labels.csv"
 
 
-def start(root: Path, run_dir: Path, loader: str = "plain") -> tuple[ImageSet, str]:
+def start(root: Path, run_dir: Path, loader: str = "plain", channels: int = 3) -> tuple[ImageSet, str]:
     """One start of a run, up to its training, and what it says."""
     cfg = Config(run_dir=str(run_dir))
     cfg.data.name, cfg.data.root, cfg.data.size, cfg.data.loader, cfg.threads = (
@@ -65,6 +65,7 @@ def start(root: Path, run_dir: Path, loader: str = "plain") -> tuple[ImageSet, s
         loader,
         1,
     )
+    cfg.data.channels = channels
     text = io.StringIO()
     data = load_data(cfg, CPU, Console(file=text, width=1000))
     run_dir.mkdir(exist_ok=True)
@@ -432,6 +433,24 @@ def test_what_changes_in_arrays_is_counted(tmp_path: Path) -> None:
                 (tmp_path / "bad.npz").write_bytes(content)
             assert differences(other, now, then, tmp_path / "bad.npz").startswith("other ")
     assert differences(data, then, "60 training and 30 test images, hash 00ff", record).startswith("other ")
+
+
+def test_a_record_that_grows_in_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, record = tiny_set(), tmp_path / "images.npz"
+    other = replace(data, train_labels=torch.full((60,), -1))
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was read"))
+    np.savez_compressed(record, train=np.zeros(1 << 22, np.int64))
+    assert differences(other, fingerprint(other), fingerprint(data), record).startswith(
+        "other training labels"
+    )
+
+
+def test_other_channels_are_for_the_comparison_of_configs(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    first, _ = start(root, run_dir)
+    assert len(first.mean) == 3
+    again, _ = start(root, run_dir, "plain", channels=1)
+    assert len(again.mean) == 1
 
 
 def test_weights_are_part_of_the_data(tmp_path: Path) -> None:

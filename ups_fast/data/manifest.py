@@ -28,7 +28,7 @@ from ups_fast.data.reading import _threads
 from ups_fast.data.reading import in_order as run_in_order
 from ups_fast.data.sets import ImageSet
 from ups_fast.data.table import LABELED, TEST, UNLABELED, Row
-from ups_fast.files import read_bytes
+from ups_fast.files import load_arrays, read_bytes
 
 FORMAT = "ups_fast files 2"
 Progress = Callable[[int, int], object]  # files done, files in all
@@ -141,7 +141,7 @@ class Manifest:
             ),
             "mean or std": len(self.mean) == len(self.std) in (1, 3)
             and all(type(x) is float and 0 <= x <= 1 for x in self.mean)
-            and all(type(x) is float and 0 < x <= 1 for x in self.std),
+            and all(type(x) is float and 1e-12 < x <= 1 for x in self.std),
             "notes": all(type(note) is str for note in (*self.notes, *self.damaged))
             and type(self.notes) is type(self.damaged) is list,
         }
@@ -390,8 +390,7 @@ def _parts(line: str) -> dict[str, str]:
 def _counted(data: ImageSet, record: Path) -> dict[str, str]:
     """Sentences by part; none where the record is gone, damaged or of as many other images."""
     try:
-        with np.load(record, allow_pickle=False) as file:
-            before = {name: file[name] for name in ("train", "test", "train_labels", "test_labels")}
+        before = load_arrays(record)
         after = {name: each.numpy() for name, each in array_record(data).items()}
         differ = {
             name: np.flatnonzero(before[name] != after[name])

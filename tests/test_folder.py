@@ -169,7 +169,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ("rm -r labeled", r"'{root}' must have the folders labeled/<class>/ and unlabeled/, it lacks labeled and has "
                           r"'test', 'unlabeled'"),
         ("rm -r *", r"'{root}' must have .*, it lacks labeled and unlabeled and has no folder"),
-        ("mv labeled labeled", r"'{root}' must have .*, it lacks labeled and has 'labeled', 'test', 'unlabeled'"),
+        ("mv labeled labelled", r"'{root}' must have .*, it lacks labeled and has 'labelled', 'test', 'unlabeled'"),
         ("rm unlabeled/*", r"'{root}' has no unlabeled images: .*"),
         ("mkdir labeled/emu", r"class folder 'labeled/emu' of '{root}' has no images: .*"),
         ("mkdir labeled/emu; echo hi > labeled/emu/a.txt", r"class folder 'labeled/emu' of .*"),
@@ -524,6 +524,8 @@ def test_a_class_that_means_no_label_is_said(tmp_path, word):
         ("1", "01"),
         ("1", "1."),
         ("0", "-0"),
+        ("1.5", "1,50"),
+        ("100000", "1E+05"),
         ("cat", "Cat"),
         ("Stra\xdfe", "STRASSE"),
         ("black cat", "black  cat"),
@@ -534,6 +536,8 @@ def test_a_class_that_means_no_label_is_said(tmp_path, word):
         ("cat", "cat\u200b"),
         ("cat", "\uff43at"),
         ("\ufb01sh", "fish"),
+        ("cat", "c\u0430t"),
+        ("\u0441\u0430t", "CAT"),
     ],
 )
 def test_classes_that_look_alike_are_said(tmp_path, pair):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,27 @@ def test_the_same_bytes_go_on_wherever_and_whenever_they_lie(tmp_path: Path, loa
     assert any("held out" in note for note in again.notes)
     put(copy / "labeled/cat/0.bmp", 99)
     assert "1 file has other content" in refused(copy, run_dir)
+
+
+@pytest.mark.parametrize("loader", ["plain", "resident"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_copy_may_have_names_of_another_unicode_form(tmp_path: Path, loader: str, table: bool) -> None:
+    here, there, run_dir = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    for root, form in ((here, "NFC"), (there, "NFD")):
+        rows = ["path,label"]
+        for i, part in enumerate(["labeled/Käfer", "labeled/Bär", "unlabeled"] * 3):
+            name = f"{part}/größe {i}.bmp"
+            put(root / unicodedata.normalize(form, name), i)
+            rows.append(f"{name},{part.partition('/')[2]}")
+        (root / "table.csv").write_text("\n".join(rows))
+    at = "table.csv" if table else ""
+    first, _ = start(here / at, run_dir, loader)
+    again, _ = start(there / at, run_dir, loader)
+    assert fingerprint(again) == fingerprint(first) and again.classes == first.classes
+    assert torch.equal(again.train_images, first.train_images) and not again.lost and not again.test_lost
+    assert again.names == [unicodedata.normalize("NFD", name) for name in first.names or []] != first.names
+    put(there / unicodedata.normalize("NFD", "labeled/Käfer/größe 0.bmp"), 99)
+    assert "1 file has other content" in refused(there / at, run_dir)
 
 
 def test_a_table_may_be_written_anew(tmp_path: Path) -> None:

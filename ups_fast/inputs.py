@@ -131,7 +131,7 @@ def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]
             f"data.root={cfg.data.root} {error}; choose another run_dir for a new run, or put the data back to go on "
             f"with the one in run_dir={cfg.run_dir}"
         ) from error
-    return known.folder(found, now.note), now.gone
+    return known.folder(found, now.paths, now.note), now.gone
 
 
 def _listing(root: str) -> Listing:

@@ -532,6 +532,8 @@ def test_a_class_that_means_no_label_is_said(tmp_path, word):
         ("1", "01"),
         ("1", "1."),
         ("0", "-0"),
+        ("1.5", "1,50"),
+        ("100000", "1E+05"),
         ("cat", "Cat"),
         ("Stra\xdfe", "STRASSE"),
         ("black cat", "black  cat"),
@@ -542,6 +544,8 @@ def test_a_class_that_means_no_label_is_said(tmp_path, word):
         ("cat", "cat\u200b"),
         ("cat", "\uff43at"),
         ("\ufb01sh", "fish"),
+        ("cat", "c\u0430t"),
+        ("\u0441\u0430t", "CAT"),
     ],
 )
 def test_classes_that_look_alike_are_said(tmp_path, pair):
@@ -743,13 +747,17 @@ def test_an_interrupted_check_remembers_what_it_did(tmp_path, reads):
     assert len(reads) == 6
 
 
-@pytest.mark.parametrize("content", ["", '{"ups_fast": "files that can be read"', "cut", "list"])
+@pytest.mark.parametrize("content", ["", '{"ups_fast": "files that can be read"', "cut", "list", "deep"])
 def test_a_cache_that_was_cut_is_written_anew(tmp_path, reads, content):
     put_all(tmp_path / "data")
     folder, cache = scan(tmp_path / "data"), tmp_path / "checked.json"
     check(folder, cache=cache)
     whole = cache.read_text()
-    cache.write_text({"cut": whole[:-20], "list": whole[:48] + "[]}"}.get(content, content))
+    cache.write_text(
+        {"cut": whole[:-20], "list": whole[:48] + "[]}", "deep": whole[:48] + "[" * 200_000}.get(
+            content, content
+        )
+    )
     reads.clear()
     check(folder, cache=cache)
     assert len(reads) == 16 and cache.read_text() == whole

@@ -340,6 +340,14 @@ def ends() -> dict[str, tuple[bytes, np.ndarray | str]]:
         cut = start + length * 6 // 10  # the end of the image, and then what has to be passed over
         short = whole[:cut] + b"\xff\xd9" + bytes(start + length - cut - 2) + whole[start + length :]
         cases[f"TIFF {options} short"] = short, early
+    size = big.shape[1], 32
+    for parts in ({"rows": 16}, {"tile": (size[0], 16)}):
+        whole, low, narrow = (
+            saved(Image.fromarray(part).convert("L"), "JPEG") for part in (big[:16], big[:8], big[:16, :-8])
+        )
+        for name, first, second in (("whole", whole, whole), ("low", low, whole), ("narrow", whole, narrow)):
+            data = tiff(size, [8], 1, first, second, compression=7, **parts)
+            cases[f"TIFF {parts} {name}"] = data, np.array(0) if name == "whole" else early
     return cases
 
 

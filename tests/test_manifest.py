@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def table_of(root: Path) -> Path:
     return root / "labels.csv"
 
 
-def start(root: Path, run_dir: Path, loader: str = "plain") -> tuple[ImageSet, str]:
+def start(root: Path, run_dir: Path, loader: str = "plain", channels: int = 3) -> tuple[ImageSet, str]:
     """One start of a run, up to its training, and what it says."""
     cfg = Config(run_dir=str(run_dir))
     cfg.data.name, cfg.data.root, cfg.data.size, cfg.data.loader, cfg.threads = (
@@ -65,6 +66,7 @@ def start(root: Path, run_dir: Path, loader: str = "plain") -> tuple[ImageSet, s
         loader,
         1,
     )
+    cfg.data.channels = channels
     text = io.StringIO()
     data = load_data(cfg, CPU, Console(file=text, width=1000))
     run_dir.mkdir(exist_ok=True)
@@ -229,6 +231,27 @@ def test_the_same_bytes_go_on_wherever_and_whenever_they_lie(tmp_path: Path, loa
     assert any("held out" in note for note in again.notes)
     put(copy / "labeled/cat/0.bmp", 99)
     assert "1 file has other content" in refused(copy, run_dir)
+
+
+@pytest.mark.parametrize("loader", ["plain", "resident"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_copy_may_have_names_of_another_unicode_form(tmp_path: Path, loader: str, table: bool) -> None:
+    here, there, run_dir = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    for root, form in ((here, "NFC"), (there, "NFD")):
+        rows = ["path,label"]
+        for i, part in enumerate(["labeled/Käfer", "labeled/Bär", "unlabeled"] * 3):
+            name = f"{part}/größe {i}.bmp"
+            put(root / unicodedata.normalize(form, name), i)
+            rows.append(f"{name},{part.partition('/')[2]}")
+        (root / "table.csv").write_text("\n".join(rows))
+    at = "table.csv" if table else ""
+    first, _ = start(here / at, run_dir, loader)
+    again, _ = start(there / at, run_dir, loader)
+    assert fingerprint(again) == fingerprint(first) and again.classes == first.classes
+    assert torch.equal(again.train_images, first.train_images) and not again.lost and not again.test_lost
+    assert again.names == [unicodedata.normalize("NFD", name) for name in first.names or []] != first.names
+    put(there / unicodedata.normalize("NFD", "labeled/Käfer/größe 0.bmp"), 99)
+    assert "1 file has other content" in refused(there / at, run_dir)
 
 
 def test_a_table_may_be_written_anew(tmp_path: Path) -> None:
@@ -433,6 +456,24 @@ def test_what_changes_in_arrays_is_counted(tmp_path: Path) -> None:
                 (tmp_path / "bad.npz").write_bytes(content)
             assert differences(other, now, then, tmp_path / "bad.npz").startswith("other ")
     assert differences(data, then, "60 training and 30 test images, hash 00ff", record).startswith("other ")
+
+
+def test_a_record_that_grows_in_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, record = tiny_set(), tmp_path / "images.npz"
+    other = replace(data, train_labels=torch.full((60,), -1))
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was read"))
+    np.savez_compressed(record, train=np.zeros(1 << 22, np.int64))
+    assert differences(other, fingerprint(other), fingerprint(data), record).startswith(
+        "other training labels"
+    )
+
+
+def test_other_channels_are_for_the_comparison_of_configs(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    first, _ = start(root, run_dir)
+    assert len(first.mean) == 3
+    again, _ = start(root, run_dir, "plain", channels=1)
+    assert len(again.mean) == 1
 
 
 def test_weights_are_part_of_the_data(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def load_torch(path: str | Path) -> Any:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """An archive as torch writes it: stored, not compressed, with right check sums, which torch leaves aside."""
+    """An archive as torch and `write_arrays` write it: stored, not compressed, with right check sums."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -278,6 +278,15 @@ def _check_tensors(content: Any, size: int) -> None:
             if id(each) not in seen:  # a container may hold itself, or one thing a million times
                 seen.add(id(each))
                 todo.append(each)
+
+
+def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote. Raises as `load_torch`, and takes no more memory than that either."""
+    with open_regular(path) as file:
+        _check_archive(file)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
 
 
 def misfit(found: Any, wanted: Mapping[str, Tensor]) -> str:

@@ -131,7 +131,7 @@ def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]
             f"data.root={cfg.data.root} {error}; choose another run_dir for a new run, or put the data back to go on "
             f"with the one in run_dir={cfg.run_dir}"
         ) from error
-    return known.folder(found, now.note), now.gone
+    return known.folder(found, now.paths, now.note), now.gone
 
 
 def _listing(root: str) -> Listing:
@@ -141,7 +141,11 @@ def _listing(root: str) -> Listing:
 
 def _again(data: ImageSet, known: Manifest, gone: list[int]) -> ImageSet:
     """What vanishes after the first start moves no other file, and changes no mean or std."""
-    data = replace(data, mean=known.mean, std=known.std, damaged=tuple(known.damaged), manifest=known)
+    data = replace(data, damaged=tuple(known.damaged), manifest=known)
+    if len(known.mean) == len(
+        data.mean
+    ):  # else data.channels is another, which the comparison of configs says
+        data = replace(data, mean=known.mean, std=known.std)
     if not data.in_files:  # what could not be read is known
         return data
     n, why = known.train, {i: f"{known.paths[i]!r} is gone" for i in gone}

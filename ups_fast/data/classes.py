@@ -17,6 +17,11 @@ CONSOLE = 20  # classes that the console lists; the report lists all
 UNEVEN = 5  # times as many labeled images in one class as in another: worth a sentence
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?|[+-]?\.[0-9]+")
+_WRITTEN = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)(e[+-]?[0-9]{1,3})?")  # as spreadsheets may, too
+# Cyrillic and Greek letters that look Latin.
+_TWINS = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u03bf\u03b1\u03bd", "aeopcyxijsoav"
+)
 # What spreadsheets, data frames and people write where they have no label.
 _MISSING = {
     *("nan", "na", "n/a", "n.a.", "<na>", "#n/a", "nat", "null", "nil", "none", "undefined", "unknown", "missing"),
@@ -68,10 +73,12 @@ def _folded(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """Equal for names that look alike: `0` and `0.0`, `1` and `01`, `cat` and `Cat`, `black cat` and `black_cat`."""
+    """Equal for names that look alike: `0` and `0.0` or `0,0`, `1` and `01` or `1E+00`, `cat` and `Cat` or one with
+    letters of another script, `black cat` and `black_cat`."""
     text = _folded(name)
-    if _NUMBER.fullmatch(text):
-        return f"= {Decimal(text).normalize() + 0}"  # + 0: -0 is 0
+    if _WRITTEN.fullmatch(text):
+        return f"= {Decimal(text.replace(',', '.')).normalize() + 0}"  # + 0: -0 is 0
+    text = text.translate(_TWINS)
     return " ".join(re.split(r"[\s_-]+", text)) if re.search(r"\w", text) else text
 
 
@@ -127,10 +134,9 @@ def suffixes(counts: Counter[str], most: int = 5) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
-    same = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
-    some = [
-        ascii(name) if same else repr(name) for name in names[:most]
-    ]  # two forms of one letter look the same
+    seen = {unicodedata.normalize("NFC", name).translate(_TWINS) for name in names}
+    said = ascii if len(seen) < len(names) else repr  # two forms of one letter look the same
+    some = [said(name) for name in names[:most]]
     if len(names) > most:
         return f"{', '.join(some)} and {len(names) - most:,} more"
     return f"{', '.join(some[:-1])} and {some[-1]}"

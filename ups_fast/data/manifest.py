@@ -26,8 +26,8 @@ from ups_fast.data.equal import GONE, Stamp, file_digest, notes_on_equal_images,
 from ups_fast.data.folder import Folder, Listing
 from ups_fast.data.reading import in_order
 from ups_fast.data.sets import ImageSet
-from ups_fast.data.table import LABELED, TEST, UNLABELED, Row
-from ups_fast.files import read_bytes
+from ups_fast.data.table import LABELED, TEST, UNLABELED, Row, Tree, in_form
+from ups_fast.files import load_arrays, read_bytes
 from ups_fast.words import many
 
 FORMAT = "ups_fast files 2"
@@ -52,13 +52,13 @@ class Manifest:
     notes: list[str]  # sentences on what was drawn and found equal then
     damaged: list[str]  # sentences on the files that were left out
 
-    def folder(self, now: Listing, note: str) -> Folder:
-        """These files, wherever they lie now."""
+    def folder(self, now: Listing, paths: list[str], note: str) -> Folder:
+        """These files, wherever they lie now; `paths` are theirs now, which may be in another Unicode form."""
         ends = [0, self.labeled, self.train, len(self.paths)]
         labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
         notes = [*now.notes, *self.notes, *([note] if note else [])]
         label = torch.tensor(self.label)
-        return Folder(now.base, self.paths, label, labeled, unlabeled, test, self.classes, notes, now)
+        return Folder(now.base, paths, label, labeled, unlabeled, test, self.classes, notes, now)
 
     def row(self, i: int) -> Row:
         """What the folder or table said of a file."""
@@ -141,7 +141,7 @@ class Manifest:
             ),
             "mean or std": len(self.mean) == len(self.std) in (1, 3)
             and all(type(x) is float and 0 <= x <= 1 for x in self.mean)
-            and all(type(x) is float and 0 < x <= 1 for x in self.std),
+            and all(type(x) is float and 1e-12 < x <= 1 for x in self.std),
             "notes": all(type(note) is str for note in (*self.notes, *self.damaged))
             and type(self.notes) is type(self.damaged) is list,
         }
@@ -187,6 +187,7 @@ class Changed(ValueError):
 class Now(NamedTuple):
     """A manifest's files as they are at a later start."""
 
+    paths: list[str]
     gone: list[int]  # into its paths
     note: str  # on new unlabeled files, or ""
 
@@ -199,19 +200,24 @@ def compare(
     Files that are gone are tolerated, up to half of them, and new unlabeled ones are left out, with a note. Raises
     Changed for anything else, which counts the changes and gives an example of each, and what `listing` raises.
     """
-    where = [os.path.join(base, path) for path in known.paths]
+    tree = Tree(base)
+    paths = [_as_there(tree, path) for path in known.paths]
+    if len(set(paths)) < len(paths):  # both forms of a name were files of the run
+        paths = known.paths
+    where = [os.path.join(base, path) for path in paths]
     stamps = [stamp(each) for each in where]
     there = [each != GONE for each in stamps]
     if 2 * there.count(False) > len(there):
         raise Changed(f"lacks {there.count(False):,} of the {len(there):,} files of the run")
     found = listing()
-    then = {path: known.row(i) for i, path in enumerate(known.paths)} | known.left_out
+    left_out = {_as_there(tree, path): row for path, row in known.left_out.items()}
+    then = {path: known.row(i) for i, path in enumerate(paths)} | left_out
     changes = _Changes()
     for i, (path, row) in enumerate(then.items()):
         said = found.rows.get(path)
         if said is None and i < len(there) and there[i]:
             changes.add(_UNLISTED, repr(path))
-        elif said is not None and said != row:
+        elif said is not None and _form(said) != _form(row):
             changes.add(_LABELS, f"{path!r}, then {_said(row)}, now {_said(said)}")
     _compare_content(known, where, stamps, there, changes, lambda names: _digests(names, threads, progress))
     gone = [i for i, here in enumerate(there) if not here]
@@ -225,7 +231,11 @@ def compare(
             f"{many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
             f"the run goes on without {'it' if len(new) == 1 else 'them'}. Choose another run_dir to use all files"
         )
-    return found, Now(gone, note)
+    return found, Now(paths, gone, note)
+
+
+def _as_there(tree: Tree, path: str) -> str:
+    return path if path.isascii() else tree.in_any_form(path) or path
 
 
 def _compare_content(
@@ -253,7 +263,7 @@ def _compare_new(
     moved = _moved(known, gone, new, base)
     for path, row in new.items():
         i = moved.get(path, -1)
-        if i >= 0 and row != (before := known.row(i)):
+        if i >= 0 and _form(row) != _form(before := known.row(i)):
             changes.add(_LABELS, f"{known.paths[i]!r}, then {_said(before)}, now {path!r}, {_said(row)}")
         elif i >= 0 and row[0] != UNLABELED:
             changes.add(_MOVED, f"{known.paths[i]!r}, now {path!r}")
@@ -300,6 +310,11 @@ class _Changes:
         )
 
 
+def _form(row: Row) -> Row:
+    """Systems that copy folders may give their names, and so classes, another Unicode form."""
+    return row[0], in_form(row[1])
+
+
 def _said(row: Row) -> str:
     return {LABELED: repr(row[1]), TEST: f"test image of {row[1]!r}"}.get(row[0], "unlabeled")
 
@@ -336,7 +351,7 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
     parts: dict[str, bytes] = {"classes": json.dumps(data.classes).encode()}
     files = data.manifest
     if data.names is not None:
-        names = [*data.names, *(data.test_names or ())]
+        names = files.paths if files else [*data.names, *(data.test_names or ())]
         parts["files"] = "\0".join(names).encode("utf-8", "surrogateescape")
     if files is not None:
         parts["content of the files"] = "".join(files.digests).encode()
@@ -386,8 +401,7 @@ def _parts(line: str) -> dict[str, str]:
 def _counted(data: ImageSet, record: Path) -> dict[str, str]:
     """Sentences by part; none where the record is gone, damaged or of as many other images."""
     try:
-        with np.load(record, allow_pickle=False) as file:
-            before = {name: file[name] for name in ("train", "test", "train_labels", "test_labels")}
+        before = load_arrays(record)
         after = {name: each.numpy() for name, each in array_record(data).items()}
         differ = {
             name: np.flatnonzero(before[name] != after[name])

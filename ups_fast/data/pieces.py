@@ -36,6 +36,8 @@ def ends_early(image: Any, file: BinaryIO) -> bool:
             return lacks_scans(_all_of(file))
         return _is_gray(image, width - 1, height - 1) and jpeg_ends_early(_all_of(file))
     if image.format == "TIFF" and image.tag_v2.get(259) == 7:  # Pillow has turned it
+        if _has_small_jpeg(image, file):
+            return True
         corners = [(x, y) for x in (0, width - 1) for y in (0, height - 1)]
         return any(_is_gray(image, *corner) for corner in corners) and jpeg_ends_early(
             _last_jpeg(image, file)
@@ -145,6 +147,25 @@ def lacks_scans(data: bytes) -> bool:
                 for component in data[at + 3 : at + 3 + 2 * n : 2]:
                     known.setdefault(component, set()).update(range(first, last + 1))
     return len(known) < components or any(len(found) < 64 for found in known.values())
+
+
+def _has_small_jpeg(image: Any, file: BinaryIO) -> bool:
+    """Whether a strip or tile of a TIFF file is a JPEG of fewer rows or columns: libtiff leaves its rest black."""
+    tags, data = image.tag_v2, _all_of(file)
+    width, height = tags[256], tags[257]
+    tiled = 324 in tags
+    offsets, counts = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
+    across, down = (tags[322], tags[323]) if tiled else (width, min(tags.get(278, height), height))
+    parts = -(-width // across) * -(-height // down)
+    for k, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
+        rows = down if tiled else min(down, height - k % parts * down)
+        for marker, at in _segments(data[offset : offset + count]):
+            if marker in _FRAMES:
+                found = data[offset + at + 3 : offset + at + 7]
+                if int.from_bytes(found[:2], "big") < rows or int.from_bytes(found[2:], "big") < across:
+                    return True
+                break
+    return False
 
 
 def _last_jpeg(image: Any, file: BinaryIO) -> bytes:

@@ -287,7 +287,7 @@ def _remembered(cache: Path) -> dict[str, list[int]]:
         raise ValueError(f"cache must be a new file or one that a check wrote, got {str(cache)!r}")
     try:
         files = json.loads(text)["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return {}
     return files if isinstance(files, dict) else {}
 

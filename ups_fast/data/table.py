@@ -36,7 +36,7 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     where = repr(str(file))
     rows: Rows = {}
     repeated = 0
-    tree = _Tree(file.parent)
+    tree = Tree(file.parent)
     try:
         text = _text(file)
         table, skipped = _reader(text)
@@ -119,7 +119,7 @@ def _header(fields: list[str]) -> list[str]:
     return [name.strip().lower() for name in fields]
 
 
-def _row(row: Mapping[str, str], tree: _Tree, line: str) -> tuple[str, Row]:
+def _row(row: Mapping[str, str], tree: Tree, line: str) -> tuple[str, Row]:
     """The path of a row, relative to the table, with its part and class."""
     path, label = row.get("path", ""), read_cell(row.get("label", "").strip()).strip()
     split = row.get("split", "").strip().lower()
@@ -133,7 +133,7 @@ def _row(row: Mapping[str, str], tree: _Tree, line: str) -> tuple[str, Row]:
     return tree.find(path), (part, label)
 
 
-class _Tree:
+class Tree:
     """The files below a folder, by paths that may be written in another way than their names."""
 
     def __init__(self, base: Path) -> None:
@@ -151,22 +151,22 @@ class _Tree:
                 self.found += 1
                 return posixpath.normpath(path)
         for path in dict.fromkeys(tries):
-            if path and (real := self._in_any_form(path)):
+            if path and (real := self.in_any_form(path)):
                 self.found += 1
                 return posixpath.normpath(real)
         self.missing += 1
         path = text.replace("\\", "/")
-        if not self.other_case and (real := self._in_any_form(path, fold=True)):
+        if not self.other_case and (real := self.in_any_form(path, fold=True)):
             self.other_case = f": {path!r} differs from {real!r} in upper and lower case"
         return posixpath.normpath(path)
 
-    def _in_any_form(self, path: str, *, fold: bool = False) -> str:
+    def in_any_form(self, path: str, *, fold: bool = False) -> str:
         """The path with each part replaced by the name that is there in another Unicode form (or case); or ""."""
         real = "/" if path.startswith("/") else ""
         for part in filter(None, path.split("/")):
             folder = os.path.join(self.base, real)
             if not os.path.lexists(os.path.join(folder, part)):
-                name = self._listed(folder, fold).get(_form(part, fold))
+                name = self._listed(folder, fold).get(in_form(part, fold))
                 if name is None:
                     return ""
                 part = name
@@ -178,13 +178,14 @@ class _Tree:
         if key not in self.names:
             try:
                 self.names[key] = {
-                    _form(name, fold): name for name in sorted(os.listdir(folder), reverse=True)
+                    in_form(name, fold): name for name in sorted(os.listdir(folder), reverse=True)
                 }
             except (OSError, ValueError):
                 self.names[key] = {}
         return self.names[key]
 
 
-def _form(name: str, fold: bool) -> str:
+def in_form(name: str, fold: bool = False) -> str:
+    """A name in the one Unicode form in which equal ones are equal; `fold`: in upper and lower case too."""
     text = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", text.casefold()) if fold else text

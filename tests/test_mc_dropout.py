@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +181,146 @@ def test_passes_that_are_equal_by_chance_are_none():
     for _ in range(30):
         with mc_dropout(model):
             model(x), model(x)
+
+
+def test_a_small_p_in_a_small_layer_is_no_error():
+    """Nine of ten passes drop nothing of these."""
+    torch.manual_seed(0)
+    for _ in range(30):
+        model = nn.Sequential(nn.Linear(16, 10), nn.Dropout(0.01), nn.Linear(10, 3))
+        with mc_dropout(model):
+            model(torch.ones(1, 16)), model(torch.ones(1, 16))
+        assert model[1].p == 0.01
+
+
+@dataclass
+class Output:
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+class Several(nn.Module):
+    """Returns what lies before its dropout, and after that what lies behind it."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(16, 64), nn.Dropout(0.5), nn.Linear(64, 4)
+        self.wrap = wrap
+
+    def forward(self, x):
+        features = self.body(x)
+        return self.wrap(features, self.head(self.drop(features)))
+
+
+WRAPS = {
+    "tuple": lambda a, b: (a, b),
+    "nested": lambda a, b: [{"a": a}, (None, [b])],
+    "dict": lambda a, b: {"features": a, "logits": b},
+    "dataclass": Output,
+    "labels": lambda a, b: b.argmax(dim=-1),
+    "nothing": lambda a, b: None,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_one_of_several_results_that_varies_is_enough(wrap, grad_mode):
+    model, x = Several(wrap), torch.randn(3, 16)
+    with mc_dropout(model):
+        model(x), model(x), model(x)
+
+
+def test_equal_passes_in_a_dataclass_are_an_error():
+    model, x = Calls(Functional(), lambda module, x: Output(x, module(x)["logits"])), torch.randn(3, 16)
+    with pytest.raises(RuntimeError, match=EQUAL), mc_dropout(model):
+        model(x), model(x)
+
+
+def test_a_block_within_that_turns_dropout_off_is_no_error():
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5)), torch.randn(3, 16)
+    with mc_dropout(model):
+        with mc_dropout(model, active=False):
+            assert torch.equal(model(x), model(x))
+        assert not torch.equal(model(x), model(x))
+    for inner in (model, nn.Sequential(model)):
+        with mc_dropout(model), mc_dropout(inner, active=False):
+            assert torch.equal(model(x), model(x))
+    equal = Functional()  # but the innermost block still looks
+    with pytest.raises(RuntimeError, match=EQUAL), mc_dropout(equal, active=False), mc_dropout(equal):
+        equal(x), equal(x)
+    with pytest.raises(RuntimeError, match=EQUAL), mc_dropout(model):
+        model.eval()  # as many an evaluation does first
+        model(x), model(x)
+
+
+class Merging(nn.Linear):
+    """Adds something to its weights in eval mode and takes it away in training mode, as low-rank adapters do."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += -1 if mode else 1
+        return super().train(mode)
+
+
+def test_modules_change_their_mode_by_their_own_train():
+    model = nn.Sequential(Merging(16, 64), nn.Dropout(0.5), nn.BatchNorm1d(64).eval())
+    before = model[0].weight.detach().clone()
+    with mc_dropout(model):
+        assert (model[0].weight > before).all()
+        model(torch.randn(3, 16))
+    torch.testing.assert_close(model[0].weight.detach(), before, rtol=0, atol=1e-6)
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+class Fixed(nn.Module):
+    """Has no eval mode, as exported programs have none."""
+
+    def train(self, mode=True):
+        raise NotImplementedError
+
+
+def test_a_mode_that_is_refused_leaves_the_others():
+    model = nn.Sequential(nn.Linear(16, 4), nn.Dropout(0.5), Fixed(), nn.Dropout(0.5))
+    with pytest.raises(NotImplementedError), mc_dropout(model):
+        pass
+    assert all(module.training for module in model.modules()) and not model._forward_hooks
+
+
+def test_an_abandoned_generator_gives_the_modes_back():
+    model, x = nn.Sequential(nn.Linear(16, 4), nn.Dropout(0.5)), torch.randn(3, 16)
+
+    def passes():
+        with mc_dropout(model):
+            while True:
+                yield model(x)
+
+    drawn = passes()
+    next(drawn)
+    assert not model.training
+    drawn.close()
+    assert all(module.training for module in model.modules()) and not model._forward_hooks
+
+
+def test_copies_made_within_a_block_are_compared_with_nothing():
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5)), torch.randn(3, 16)
+    with mc_dropout(model):
+        model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            twin.eval()
+            assert torch.equal(twin(x), twin(x))
+
+
+def test_the_pass_at_the_end_is_made_once():
+    """A loop with a block for each pass must not cost twice as much."""
+    model, x, calls = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5)), torch.randn(3, 16), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(4):
+        with mc_dropout(model):
+            model(x)
+    assert len(calls) == 5
+    model[1].p = 0.3  # another network
+    with mc_dropout(model):
+        model(x)
+    assert len(calls) == 7
 
 
 def test_inputs_that_change_in_place_are_other_inputs():

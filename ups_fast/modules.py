@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -166,8 +169,8 @@ def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
 
     A module of your own that calls `F.dropout(x, p, self.training)` cannot be seen: give it an `nn.Dropout`. Where
     nothing drops, all passes are equal bit for bit, and that is an error: the first two calls of `model` on the same
-    tensors are compared. A block that repeats no input ends with one more pass over its first one, for the comparison.
-    Nothing is compared where the block itself is compiled, exported or captured.
+    tensors are compared. A block that repeats no input ends with one more pass over its first one, for the comparison,
+    until the model was once seen to vary. Nothing is compared where the block itself is compiled, exported or captured.
 
     Args:
         model: the network. Passes are its calls, ``model(images)``, within the block.
@@ -189,25 +192,44 @@ def mc_dropout(model: nn.Module, active: bool = True) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = list(model.modules())
-    dropping = _switches(modules) if active else []
+    dropping = _dropping(modules) if active else []
     modes = [(module, module.training) for module in modules]
-    model.eval()
-    for module in dropping:
-        module.training = True
-    check = _EqualPasses(model) if active else None
+    block = next(_blocks)
+    check = None
     try:
+        model.eval()
+        if active:
+            _switch_on(modules, dropping)
+            check = _EqualPasses(model, dropping, block)
+        else:
+            _off[block] = {id(module) for module in modules}
         yield
         if check:
             check.finish()
     finally:
-        if check:
+        _off.pop(block, None)
+        if check and check.hook:
             check.hook.remove()
+        _restore(modes)
+
+
+_blocks = count()
+_off: dict[int, set[int]] = {}  # of each block that turns dropout off: the modules (by id) it is about
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Gives every module its mode back, by its own train(): some merge weights there."""
+    try:
+        for module, mode in modes:  # a module comes before the modules within it
+            if module.training != mode:
+                module.train(mode)
+    finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _switches(modules: list[nn.Module]) -> list[nn.Module]:
-    """The modules whose training mode turns torch's own dropout on, and nothing else."""
+def _dropping(modules: list[nn.Module]) -> list[nn.Module]:
+    """Torch's own modules among these that drop in training mode."""
     for module in modules:
         name = getattr(module, "original_name", "")  # of the module that a ScriptModule was made from
         if isinstance(module, torch.jit.ScriptModule) and (
@@ -223,9 +245,15 @@ def _switches(modules: list[nn.Module]) -> list[nn.Module]:
             "model must have a dropout module with p > 0 for more than one pass, got none "
             "(a call of F.dropout is not seen: use nn.Dropout)"
         )
+    return dropping
+
+
+def _switch_on(modules: list[nn.Module], dropping: list[nn.Module]) -> None:
+    """Training mode for the modules where it turns dropout on, and nothing else."""
     # In eval mode an encoder layer takes a fast path that skips the dropout within it.
     parts = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer)
-    return dropping + [module for module in modules if isinstance(module, parts)]
+    for module in (*dropping, *(module for module in modules if isinstance(module, parts))):
+        module.training = True
 
 
 def _drops(module: nn.Module) -> bool:
@@ -240,57 +268,107 @@ def _drops(module: nn.Module) -> bool:
     return isinstance(rate, (int, float)) and rate > 0 and getattr(module, "num_layers", 2) > 1
 
 
+# Networks that were seen to vary, and how often each of their modules dropped: no pass is made for these again.
+_varied: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()
+
+
 class _EqualPasses:
     """Compares a model's passes over the same input until two differ."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dropping: list[nn.Module], block: int) -> None:
+        self.model, self.dropping, self.block = model, dropping, block
         self.done, self.compared = False, False
         self.arguments: list = []  # of the first pass
         self.versions: list[int] = []
-        self.result: Tensor | None = None
+        self.results: list[Tensor] = []
         self.again: Callable[[], Any] | None = None  # another pass, as the first was made
-        self.hook = model.register_forward_hook(self.called, with_kwargs=True)
+        self.hook: Any = model.register_forward_hook(self.called, with_kwargs=True)
+
+    def __reduce__(self) -> Any:
+        return _no_check, ()  # a copy of the network, made within the block, is none of its business
 
     def called(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.done or torch.compiler.is_compiling():
+        if self.done or torch.compiler.is_compiling() or self.is_off():
             return
-        result, arguments = _first_tensor(output), tree_leaves((args, kwargs))
-        if result is None or not result.numel() or not is_readable(result):
+        results, arguments = _floats(output), tree_leaves((args, kwargs))
+        if not any(x.numel() for x in results) or not all(map(is_readable, results)):
             return
-        if self.result is None:
+        if self.again is None:
             self.arguments, self.versions = arguments, _versions(arguments)
-            self.result = result.detach().clone()
-            self.again = _in_this_mode(model, args, kwargs, result.device)
+            self.results = [x.detach().clone() for x in results]
+            self.again = _in_this_mode(model, args, kwargs, results[0].device)
         elif self.is_first(arguments):
             self.compared = True
-            self.compare(result)
+            self.compare(results)
+
+    def is_off(self) -> bool:
+        """Whether a block within this one has turned dropout off."""
+        return any(block > self.block and id(self.model) in modules for block, modules in _off.items())
 
     def is_first(self, arguments: list) -> bool:
         same = len(arguments) == len(self.arguments)
         same = same and all(a is b for a, b in zip(arguments, self.arguments, strict=True))
         return same and _versions(arguments) == self.versions
 
-    def compare(self, result: Tensor | None = None) -> None:
+    def compare(self, results: list[Tensor] | None = None) -> None:
         """Raises where this pass, and so many more that it cannot be chance, equal the first one."""
-        first, again = self.result, self.again
-        assert first is not None and again is not None
+        assert self.again is not None
         self.done = True  # the passes made here call the hook too
-        with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
-            for _ in range(_TRIES):
-                result = _first_tensor(again()) if result is None else result
-                if result is None or result.shape != first.shape or not torch.equal(result.detach(), first):
-                    self.arguments, self.result, self.again = [], None, None
+        device = self.results[0].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if self.differs(_floats(self.again()) if results is None else results):
+                return
+            with _often(self.dropping):
+                if any(self.differs(_floats(self.again())) for _ in range(_TRIES)):
                     return
-                result = None
         raise RuntimeError(
             "all passes of model are equal bit for bit although dropout is on, so they measure no uncertainty: "
             "use nn.Dropout where the network calls F.dropout, and see that what is dropped reaches the output"
         )
 
+    def differs(self, results: list[Tensor]) -> bool:
+        pairs = zip(results, self.results, strict=False)
+        if len(results) == len(self.results) and all(
+            a.shape == b.shape and torch.equal(a.detach(), b) for a, b in pairs
+        ):
+            return False
+        self.arguments, self.results, self.again = [], [], None
+        _varied[self.model] = _rates(self.dropping)
+        return True
+
     def finish(self) -> None:
-        """At the end of the block: a model that saw no input twice makes one more pass."""
-        if self.result is not None and not self.compared and _versions(self.arguments) == self.versions:
+        """At the end of the block: a model that saw no input twice makes one more pass, unless it varied before."""
+        if self.again is None or self.compared or _versions(self.arguments) != self.versions:
+            return
+        if _varied.get(self.model) != _rates(self.dropping):
             self.compare()
+
+
+def _no_check() -> _EqualPasses:
+    check = _EqualPasses.__new__(_EqualPasses)
+    check.done = True
+    return check
+
+
+def _rate(module: nn.Module) -> str:
+    return "p" if isinstance(module, _DropoutNd) else "dropout"
+
+
+def _rates(modules: list[nn.Module]) -> list:
+    return [getattr(module, _rate(module)) for module in modules]
+
+
+@contextmanager
+def _often(modules: list[nn.Module]) -> Iterator[None]:
+    """These modules drop every other element at least: a small p in a small layer gives equal passes by chance."""
+    rates = _rates(modules)
+    try:
+        for module, rate in zip(modules, rates, strict=True):
+            setattr(module, _rate(module), max(rate, 0.5))
+        yield
+    finally:
+        for module, rate in zip(modules, rates, strict=True):
+            setattr(module, _rate(module), rate)
 
 
 def _in_this_mode(model: nn.Module, args: tuple, kwargs: dict, device: torch.device) -> Callable[[], Any]:
@@ -306,15 +384,15 @@ def _in_this_mode(model: nn.Module, args: tuple, kwargs: dict, device: torch.dev
     return again
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    """A floating-point tensor among results, in whatever they are wrapped."""
+def _floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors among results, in whatever they are wrapped."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return [output] if output.is_floating_point() else []
     if isinstance(output, dict):
         output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((x for x in map(_first_tensor, output) if x is not None), None)
-    return None
+    elif is_dataclass(output) and not isinstance(output, type):
+        output = tuple(getattr(output, field.name, None) for field in fields(output))
+    return [x for each in output for x in _floats(each)] if isinstance(output, (tuple, list)) else []
 
 
 def _versions(arguments: list) -> list[int]:

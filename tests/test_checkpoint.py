@@ -20,7 +20,8 @@ from torch import Tensor
 
 import ups_fast
 from ups_fast import checkpoint, rounds
-from ups_fast.checkpoint import RunFolderError, load_checkpoint, load_model
+from ups_fast.checkpoint import RunFolderError, load_checkpoint, load_model, save_model
+from ups_fast.config import ModelConfig
 from ups_fast.models import Network
 
 Content = dict[str, Any]
@@ -364,4 +365,29 @@ def test_no_mutated_network_is_believed(job: rounds._Run, tmp_path: Path) -> Non
     for raw in ("", "[" * 100_000, "NaN", '"text"'):
         safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"ups_fast": raw})
         with pytest.raises(RunFolderError, match=r"model\.safetensors is damaged"):
+            load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torchvision:regnet_y_400mf", "torchvision:regnet_y_128gf"])
+def test_a_network_that_needs_memory_to_be_made_is_as_large_as_its_file(tmp_path: Path, name: str) -> None:
+    """Of a RegNet widths are read while it is made: it cannot be tried without memory."""
+    pytest.importorskip("torchvision")
+    model = {**vars(ModelConfig()), "name": "torchvision:regnet_y_400mf"}
+    about = {
+        "model": model,
+        "classes": ["a", "b"],
+        "channels": 1,
+        "size": [64, 64],
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    made = checkpoint.rebuild(about)
+    save_model(tmp_path, made, {**about, "model": {**model, "name": name}})
+    if name.endswith("400mf"):
+        same = load_model(tmp_path).state_dict()
+        assert all(torch.equal(same[key], value) for key, value in made.state_dict().items() if key in same)
+    else:
+        with pytest.raises(
+            RunFolderError, match=r"the network that its metadata name is larger than the file"
+        ):
             load_model(tmp_path)

@@ -310,9 +310,28 @@ def _filled(about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Ne
         with torch.device("meta"):
             trial = rebuild(about)
     except Exception:  # some of the libraries' networks read a value while they are made
-        trial = rebuild(about)
+        with _no_larger_than(sum(tensor.numel() for tensor in weights.values())):
+            trial = rebuild(about)
     if wrong := misfit(weights, trial.state_dict()):
         raise ValueError(f"its weights do not fit: {wrong}")
     model = rebuild(about)
     model.load_state_dict(weights)
     return model
+
+
+@contextmanager
+def _no_larger_than(numbers: int) -> Iterator[None]:
+    """Raises ValueError as soon as a network has more than twice as many weights: some are made and then replaced."""
+    made = 0
+
+    def count(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        nonlocal made
+        made += 0 if weight is None else weight.numel()
+        if made > 2 * numbers + 10**6:
+            raise ValueError("the network that its metadata name is larger than the file")
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

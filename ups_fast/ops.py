@@ -105,7 +105,7 @@ def nce_loss(
         return reference.nce_loss(logits, mask, reduction=reduction, weight=weight)
     reference.check_nce_loss(logits, mask, reduction, weight)
     code = REDUCTIONS.index(reduction)
-    return torch.ops.ups_fast.nce_loss(logits, mask, code, _of_loss(weight, logits))[0]
+    return torch.ops.ups_fast.nce_loss.default(logits, mask, code, _of_loss(weight, logits))[0]
 
 
 def ups_loss(
@@ -129,7 +129,7 @@ def ups_loss(
             label_smoothing=label_smoothing,
         )
     reference.check_ups_loss(logits, target, positive, negative, reduction, weight, label_smoothing)
-    return torch.ops.ups_fast.ups_loss(
+    return torch.ops.ups_fast.ups_loss.default(
         logits,
         target if target.dtype == torch.int64 else _of_loss(target, logits),
         positive,
@@ -365,7 +365,7 @@ def _has_kernels(x: Any) -> bool:
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
     if kind == "meta":
         return True  # nothing is computed there, and the fake kernels tell the shapes
-    fused, why = _BACKEND.get(kind, (False, f"there are no kernels for {kind} devices"))
+    fused, why = _BACKEND.get(kind) or (False, f"there are no kernels for {kind} devices")
     if not fused and not _is_traced(x):
         message = f"ups_fast runs its reference ops on {kind}: {why}"
         if os.environ.get("UPS_FAST_STRICT") == "1":

@@ -28,6 +28,7 @@ from .reference_augment import (  # noqa: F401
 NCE_EPS = 1e-7
 Reduction = Literal["none", "mean", "sum", "batchmean"]
 REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
+_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -591,7 +592,7 @@ def _warn_of_probabilities(logits: Tensor) -> None:  # [P, N, C]
 def is_readable(x: Tensor) -> bool:
     """Whether x has values that may be looked at: not in a trace, a transform or the capture of a CUDA graph."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)  # not a fake one
+        type(x) in _PLAIN  # not a fake one
         and x.device.type != "meta"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -618,6 +619,11 @@ def check_ups_loss(
     label_smoothing: float,
 ) -> None:
     """Raise the error of the first `ups_loss` argument that is not as documented."""
+    usual = (
+        weight is None and type(label_smoothing) is float and label_smoothing == 0 and reduction in REDUCTIONS
+    )
+    if usual and _is_usual(logits, target, positive, negative):
+        return
     _check_logits(logits, "[B, C]")
     _check_dense("target", target, "int64 [B] or floating-point [B, C]")
     if target.dtype in _FLOATS:
@@ -640,6 +646,27 @@ def check_ups_loss(
     check_reduction(reduction)
     _check_weight(weight, logits, "[B]")
     check_label_smoothing(label_smoothing)
+
+
+def _is_usual(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor | None) -> bool:
+    """Whether these are what most calls of `ups_loss` have: nothing is wrong, at half the time of the checks."""
+    rest = (target, positive) if negative is None else (target, positive, negative)
+    if type(logits) not in _PLAIN or logits.dim() != 2 or logits.dtype not in _FLOATS:
+        return False
+    device, (n, c) = logits.device, logits.shape
+    for x in rest:
+        if type(x) is not Tensor or x.device != device or x.layout is not torch.strided or x.is_nested:
+            return False
+    return (
+        c > 0
+        and logits.layout is torch.strided
+        and not logits.is_nested
+        and target.dtype is torch.int64
+        and target.shape == (n,)
+        and positive.dtype is torch.bool
+        and positive.shape == (n,)
+        and (negative is None or (negative.dtype is torch.bool and negative.shape == (n, c)))
+    )
 
 
 def check_reduction(reduction: str) -> None:

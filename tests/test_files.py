@@ -26,8 +26,8 @@ from ups_fast.checkpoint import RUN_FILES, open_folder
 from ups_fast.data.reading import _remember, _remembered
 from ups_fast.display import Board
 from ups_fast.files import RunFolderError, load_torch, open_regular, read_bytes, write_atomic
-from ups_fast.models.network import Mish
 from ups_fast.models.pretrained import load_weights
+from ups_fast.modules import Mish
 from ups_fast.predict import Predictor
 
 CONFIG = {"seed": 1}

@@ -13,9 +13,9 @@ enum class Operation : int32_t { lookup, auto_contrast, equalize, affine, color,
 // One operation with one of its values: 72 words of the `variants` table.
 struct Variant {
   Operation operation;
-  int32_t
-      value[7];  // affine: the six numbers of its matrix, 16.16 fixed point; color, contrast, sharpness: which
-                 // blend table; fill: half the side, 16.16, its whole pixels, three colors, the center's least place
+  // affine: the six numbers of its matrix, 16.16 fixed point; color, contrast, sharpness: which blend table; fill: half
+  // the side, 16.16, its whole pixels, three colors, the center's least place
+  int32_t value[7];
   uint8_t lookup[256];  // lookup: the new value of a pixel
 };
 static_assert(sizeof(Variant) == 72 * sizeof(int32_t));

@@ -107,11 +107,7 @@ inline Tensor new_elementwise(const Tensor& x) {
   bool any_one = x.numel() == 0;
   for (int64_t i = 0; i < d; ++i) any_one = any_one || x.size(i) == 1;
   if (!any_one) return torch::stable::empty_like(x);  // the usual case, and the fastest call
-  if (is_contiguous(x)) {
-    int64_t shape[64];
-    for (int64_t i = 0; i < d; ++i) shape[i] = x.size(i);
-    return torch::stable::new_empty(x, {shape, static_cast<size_t>(d)});
-  }
+  if (is_contiguous(x)) return torch::stable::new_empty(x, x.sizes());
   if (d != 4 || !is_channels_last(x)) return torch::stable::empty_like(x);
   const Tensor last = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), x.size(1)});
   return torch::stable::transpose(torch::stable::transpose(last, 1, 3), 2, 3);
@@ -120,6 +116,17 @@ inline Tensor new_elementwise(const Tensor& x) {
 // float32 statistics for all but float64 logits.
 inline ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// What comes back to a loss of logits [N, C]: d_loss [], or [N] with any stride; and the scale of each group of rows.
+inline void check_gradient(const Tensor& d_loss, const Tensor& scale, int64_t groups, const Tensor& logits) {
+  check_type("d_loss", d_loss, compute_type(logits), "of the loss' dtype");
+  check_type("scale", scale, compute_type(logits), "of the loss' dtype");
+  UPS_CHECK(scale.numel() == groups && is_contiguous(scale), "scale must have ", groups, " elements, got ",
+            scale.numel());
+  if (d_loss.dim() == 0) return;
+  check_dim("d_loss", d_loss, 1);
+  check_size("d_loss", d_loss, 0, logits.size(0));
 }
 
 // f(S{}, T{}) with the logits' storage type S and the type T to compute in.

@@ -729,3 +729,20 @@ def test_masks_packed_and_back(c):
 def test_bad_masks(function, arguments, error, sentence):
     with pytest.raises(error, match=sentence):
         function(*arguments)
+
+
+@pytest.mark.parametrize("d_loss", [torch.ones(2), torch.ones(1), torch.ones(4, 1), torch.ones(4).double()])
+def test_the_gradient_of_other_rows_is_refused_and_not_read(d_loss):
+    z, mask, target, positive = (
+        torch.zeros(4, 3),
+        torch.ones(4, 3) > 0,
+        torch.zeros(4).long(),
+        torch.ones(4) > 0,
+    )
+    ops = torch.ops.ups_fast
+    with pytest.raises(RuntimeError, match="d_loss must"):
+        ops.nce_loss_backward(d_loss, z, mask, torch.ones(()))
+    with pytest.raises(RuntimeError, match="d_loss must"):
+        ops.ups_loss_backward(d_loss, z, target, positive, None, torch.ones(2))
+    with pytest.raises(RuntimeError, match="scale must have 2 elements"):
+        ops.ups_loss_backward(torch.ones(4), z, target, positive, None, torch.ones(()))

@@ -129,3 +129,8 @@ def test_bad_arguments_are_named(x, sentence):
 def test_the_op_itself_checks_its_gradient():
     with pytest.raises(RuntimeError, match="d_y must have the shape and dtype of x"):
         torch.ops.ups_fast.mish_backward(torch.ones(3), torch.ones(4))
+
+
+def test_any_number_of_dimensions():
+    x = torch.ones([1] * 200)
+    assert mish(x).shape == x.shape and mish(x).sum() == mish(torch.ones(1)).sum()

@@ -37,6 +37,11 @@ struct LossRows {
 
 namespace ups {
 
+// Element i of a contiguous compute_type tensor.
+static double element(const Tensor& x, int64_t i) {
+  return x.scalar_type() == ScalarType::Double ? data<const double>(x)[i] : data<const float>(x)[i];
+}
+
 bool MaskRow::any(int64_t n_classes) const {
   return bytes ? std::any_of(bytes, bytes + n_classes, [](uint8_t b) { return b != 0; })
                : words && std::any_of(words, words + (n_classes + 31) / 32, [](uint32_t w) { return w != 0; });
@@ -173,8 +178,12 @@ std::tuple<Tensor, Tensor> LossCall::forward(int64_t reduction, std::initializer
   return {each, new_values(logits, scales)};
 }
 
-Tensor LossCall::backward(const Tensor& d_loss, double scale_positive, double scale_negative) const {
-  check_type("d_loss", d_loss, compute_type(logits), "of the loss' dtype");
+Tensor LossCall::backward(const Tensor& d_loss, const Tensor& scale, std::initializer_list<RowKind> kinds) const {
+  check_gradient(d_loss, scale, static_cast<int64_t>(kinds.size()), logits);
+  double scale_of[3] = {};  // by RowKind
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    scale_of[static_cast<size_t>(kinds.begin()[i])] = element(scale, static_cast<int64_t>(i));
+  }
   Tensor result = torch::stable::new_empty(logits, {N, C});
   dispatch_logits(logits, [&](auto storage, auto compute) {
     using S = decltype(storage);
@@ -183,8 +192,8 @@ Tensor LossCall::backward(const Tensor& d_loss, double scale_positive, double sc
     const int64_t d_stride = d_loss.dim() == 0 ? 0 : d_loss.stride(0);
     std::vector<T> factor(N);
     for (int64_t i = 0; i < N; ++i) {
-      const double scale = kind[i] == RowKind::positive ? scale_positive : scale_negative;
-      factor[i] = data<const T>(d_loss)[i * d_stride] * static_cast<T>(scale);
+      const double group_scale = scale_of[static_cast<size_t>(kind[i])];
+      factor[i] = data<const T>(d_loss)[i * d_stride] * static_cast<T>(group_scale);
       if (weight.defined()) factor[i] *= data<const T>(weight)[i];
     }
     torch::stable::parallel_for(0, N, grain(C), [&](int64_t begin, int64_t end) {
@@ -192,10 +201,6 @@ Tensor LossCall::backward(const Tensor& d_loss, double scale_positive, double sc
     });
   });
   return result;
-}
-
-double element(const Tensor& x, int64_t i) {
-  return x.scalar_type() == ScalarType::Double ? data<const double>(x)[i] : data<const float>(x)[i];
 }
 
 }  // namespace ups

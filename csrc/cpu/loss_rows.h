@@ -56,8 +56,8 @@ class LossCall {
   std::tuple<Tensor, Tensor> forward(int64_t reduction, std::initializer_list<RowKind> kinds) const;
 
   // The gradient of each row's loss times its weight, its kind's scale and d_loss ([N] or a scalar): the logits' dtype,
-  // [N, C].
-  Tensor backward(const Tensor& d_loss, double scale_positive, double scale_negative) const;
+  // [N, C]. `kinds` and `scale` as in `forward`.
+  Tensor backward(const Tensor& d_loss, const Tensor& scale, std::initializer_list<RowKind> kinds) const;
 
  private:
   template <class S, class T>
@@ -73,8 +73,5 @@ class LossCall {
   const int64_t N, C;
   std::vector<RowKind> kind;  // [N]
 };
-
-// Element i of a contiguous compute_type tensor.
-double element(const Tensor& x, int64_t i);
 
 }  // namespace ups

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> nce_loss_cpu(const Tensor& logits, const Tensor& mask
 
 Tensor nce_loss_backward_cpu(const Tensor& d_loss, const Tensor& logits, const Tensor& mask, const Tensor& scale,
                              std::optional<Tensor> weight) {
-  return nce_call(logits, mask, weight).backward(d_loss, 0, element(scale, 0));
+  return nce_call(logits, mask, weight).backward(d_loss, scale, {RowKind::negative});
 }
 
 }  // namespace ups

@@ -28,7 +28,7 @@ Tensor ups_loss_backward_cpu(const Tensor& d_loss, const Tensor& logits, const T
                              std::optional<Tensor> negative, const Tensor& scale, std::optional<Tensor> weight,
                              double smoothing) {
   const LossCall call = ups_call(logits, target, positive, negative, weight, smoothing);
-  return call.backward(d_loss, element(scale, 0), element(scale, 1));
+  return call.backward(d_loss, scale, {RowKind::positive, RowKind::negative});
 }
 
 }  // namespace ups

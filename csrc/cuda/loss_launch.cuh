@@ -35,17 +35,20 @@ inline Tensor checked_rows(const char* name, const Tensor& x, ScalarType type, c
   return torch::stable::contiguous(x);
 }
 
-inline void check_values(const char* name, const Tensor& x, const Tensor& logits) {
-  UPS_CHECK(x.scalar_type() == compute_type(logits), name, " must have the dtype of the loss, got another");
-  check_beside(name, x, logits);
+inline void check_gradient_beside(const Tensor& d_loss, const Tensor& scale, int64_t groups, const Tensor& logits) {
+  check_gradient(d_loss, scale, groups, logits);
+  check_beside("d_loss", d_loss, logits);
+  check_beside("scale", scale, logits);
 }
 
-// null if there is none
+// [N], or undefined if there is none
+inline Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
+  return weight ? checked_rows("weight", *weight, compute_type(logits), "of the loss' dtype", logits) : Tensor();
+}
+
 template <class A>
-const A* checked_weight(const std::optional<Tensor>& weight, const Tensor& logits, Tensor& owner) {
-  if (!weight) return nullptr;
-  owner = checked_rows("weight", *weight, compute_type(logits), "of the loss' dtype", logits);
-  return data<const A>(owner);
+const A* data_or_null(const Tensor& x) {
+  return x.defined() ? data<const A>(x) : nullptr;
 }
 
 inline Mask mask_of(const Tensor& checked) {

@@ -82,15 +82,16 @@ namespace ups::cuda {
 namespace {
 
 template <class T>
-NceRows<T> nce_rows(const Tensor& logits, const Tensor& mask, const Acc<T>* weight) {
-  return {
-      data<const T>(logits), logits.stride(0), logits.size(0), static_cast<int>(logits.size(1)), mask_of(mask), weight};
+NceRows<T> nce_rows(const Tensor& logits, const Tensor& mask, const Tensor& weight) {
+  return {data<const T>(logits), logits.stride(0),
+          logits.size(0),        static_cast<int>(logits.size(1)),
+          mask_of(mask),         data_or_null<Acc<T>>(weight)};
 }
 
 std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& mask_in, int64_t reduction,
                                          std::optional<Tensor> weight_in) {
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
-  Tensor weight;
+  const Tensor weight = checked_weight(weight_in, logits);
   const bool each = reduction == kNone;
   const Tensor loss = each ? new_losses(logits, {logits.size(0)}) : new_losses(logits, {});
   const Tensor scale = new_losses(logits, {});
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& 
     using A = decltype(acc);
     const double divisor = divisor_of(reduction, logits.size(0));
     const LossOutput<A, 1> out = {each ? nullptr : data<A>(loss), data<A>(scale), divisor, nullptr};
-    const NceRows<T> rows = nce_rows<T>(logits, mask, checked_weight<A>(weight_in, logits, weight));
+    const NceRows<T> rows = nce_rows<T>(logits, mask, weight);
     launch_loss("nce_loss", nce_loss_kernel<T>(plan.variant), plan, logits, out, rows, each ? data<A>(loss) : nullptr);
   });
   return {loss, scale};
@@ -111,10 +112,9 @@ std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& 
 Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, const Tensor& mask_in, const Tensor& scale,
                               std::optional<Tensor> weight_in) {
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
-  check_values("d_loss", d_loss, logits);
-  check_values("scale", scale, logits);
+  check_gradient_beside(d_loss, scale, 1, logits);
   const Tensor d_logits = torch::stable::new_empty(logits, logits.sizes());
-  Tensor weight;
+  const Tensor weight = checked_weight(weight_in, logits);
   if (d_logits.numel() == 0) return d_logits;
 
   const DeviceGuard guard(logits.get_device_index());
@@ -122,7 +122,7 @@ Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, con
   dispatch_logits(logits, [&](auto storage, auto acc) {
     using T = DeviceType<decltype(storage)>;
     using A = decltype(acc);
-    const NceRows<T> rows = nce_rows<T>(logits, mask, checked_weight<A>(weight_in, logits, weight));
+    const NceRows<T> rows = nce_rows<T>(logits, mask, weight);
     launch("nce_loss_backward", nce_loss_backward_kernel<T>(plan.variant), plan, logits, rows, data<const A>(d_loss),
            d_loss.dim() == 0 ? 0 : d_loss.stride(0), data<const A>(scale), data<T>(d_logits));
   });

@@ -158,7 +158,7 @@ struct UpsArguments {
         target(checked_target(target_in, logits)),
         positive(checked_rows("positive", positive_in, ScalarType::Bool, "bool", logits)),
         negative(negative_in ? checked_mask("negative", *negative_in, logits) : Tensor()),
-        weight_given(weight_in),
+        weight(checked_weight(weight_in, logits)),
         smoothing(smoothing_in) {}
 
   static Tensor checked_target(const Tensor& target, const Tensor& logits) {
@@ -172,7 +172,7 @@ struct UpsArguments {
   }
 
   template <class T>
-  UpsRows<T> rows() {
+  UpsRows<T> rows() const {
     using A = Acc<T>;
     const bool is_class = target.scalar_type() == ScalarType::Long;
     return {data<const T>(logits),
@@ -187,19 +187,17 @@ struct UpsArguments {
             static_cast<A>(smoothing / static_cast<double>(logits.size(1))),
             data<const bool>(positive),
             mask_of(negative),
-            checked_weight<A>(weight_given, logits, weight)};
+            data_or_null<A>(weight)};
   }
 
-  const Tensor logits, target, positive, negative;
-  const std::optional<Tensor> weight_given;
+  const Tensor logits, target, positive, negative, weight;  // the last two undefined if there are none
   const double smoothing;
-  Tensor weight;
 };
 
 std::tuple<Tensor, Tensor> ups_loss_cuda(const Tensor& logits, const Tensor& target, const Tensor& positive,
                                          std::optional<Tensor> negative, int64_t reduction,
                                          std::optional<Tensor> weight, double smoothing) {
-  UpsArguments args(logits, target, positive, negative, weight, smoothing);
+  const UpsArguments args(logits, target, positive, negative, weight, smoothing);
   const bool each = reduction == kNone;
   const Tensor loss = each ? new_losses(logits, {logits.size(0)}) : new_losses(logits, {});
   const Tensor scale = new_losses(logits, {2});
@@ -220,9 +218,8 @@ std::tuple<Tensor, Tensor> ups_loss_cuda(const Tensor& logits, const Tensor& tar
 Tensor ups_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits, const Tensor& target, const Tensor& positive,
                               std::optional<Tensor> negative, const Tensor& scale, std::optional<Tensor> weight,
                               double smoothing) {
-  UpsArguments args(logits, target, positive, negative, weight, smoothing);
-  check_values("d_loss", d_loss, logits);
-  check_values("scale", scale, logits);
+  const UpsArguments args(logits, target, positive, negative, weight, smoothing);
+  check_gradient_beside(d_loss, scale, 2, logits);
   const Tensor d_logits = torch::stable::new_empty(logits, logits.sizes());
   if (d_logits.numel() == 0) return d_logits;
 

@@ -5,26 +5,45 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import ups_fast
+from ups_fast.checkpoint import rebuild, save_model
+from ups_fast.config import ModelConfig
 
 NAMES = [name for name in ups_fast.__all__ if name != "reference"]
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(ups_fast, name))]
-NEEDS_A_RUN = {"load_model"}  # its example reads the folder of a run: tests of runs load one
 
 
 def doc_of(name: str) -> str:
     return inspect.getdoc(getattr(ups_fast, name)) or ""
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which runs/digits is a run, as far as load_model reads it."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "runs/digits").mkdir(parents=True)
+    model = asdict(ModelConfig(name="wrn-10-1"))
+    about = {
+        "model": model,
+        "classes": list("0123456789"),
+        "channels": 1,
+        "size": [8, 8],
+        "mean": [0.3],
+        "std": [0.4],
+    }
+    save_model(place / "runs/digits", rebuild(about), about)
+    return place
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_examples_run(name):
+def test_examples_run(name, place, monkeypatch):
     """As a reader types them, after `import torch, ups_fast` and `from ups_fast import *`."""
-    if name in NEEDS_A_RUN:
-        return
+    monkeypatch.chdir(place)
     names = {each: getattr(ups_fast, each) for each in ups_fast.__all__}
     test = doctest.DocTestParser().get_doctest(
         doc_of(name), {"torch": torch, "ups_fast": ups_fast, **names}, name, None, 0

@@ -473,6 +473,7 @@ def test_nothing_to_do():
     assert torch.equal(copies.round(), images.permute(0, 3, 1, 2).float())
 
 
+@pytest.mark.slow
 def test_the_ops_are_torchs():
     """Schema, fake kernels and their use in a graph."""
     from ups_fast.policy import normalization, tables

@@ -421,6 +421,7 @@ def test_weights_that_do_not_fit(pretrained, change, says):
         make(weights=str(path))
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_or_place(pretrained, tmp_path):
     path, _ = pretrained
     with pytest.raises(
@@ -473,6 +474,7 @@ def test_keys_of_the_state_are_stable():
     ]
 
 
+@pytest.mark.slow
 def test_every_round_starts_with_the_weights(tmp_path):
     """A run whose steps change nothing ends with the body of the file, and its network needs the file no more."""
     content = {key: x for key, x in state().items() if not key.startswith("fc.")}

@@ -306,7 +306,6 @@ def test_a_file_larger_than_any_of_its_kind(place: Path) -> None:
         "a: !!python/object/apply:os.system [ls]\n",
         "? [1, 2]\n: 3\n",
         "\x00",
-        "a: ${oc.env:HOME",
         "- 1",
     ],
 )

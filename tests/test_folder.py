@@ -851,6 +851,7 @@ def test_as_image_set_refuses(tmp_path):
 # --- many files --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_twenty_thousand_files_are_indexed_at_once(tmp_path):
     put_all(tmp_path)
     for part in range(4):

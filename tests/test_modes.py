@@ -144,6 +144,7 @@ def test_augment_is_the_same_before_and_after_a_mode(nothing_cached, mode, first
     MODES[mode]()
 
 
+@pytest.mark.slow
 def test_many_rules_in_one_graph_and_one_rule_in_many_graphs():
     weak = {**RULE, "policy": "weak", "mean": [0.1, 0.2, 0.3]}
 

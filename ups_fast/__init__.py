@@ -6,20 +6,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+# `python -m ups_fast.train` is on its way, and torch takes its time. Amid its imports a KeyboardInterrupt may be
+# swallowed and leave half a library behind, so Ctrl-C ends the process by itself.
+_starting = sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _stopped(*_: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+if _starting:
+    signal.signal(signal.SIGINT, _stopped)
 try:
     from . import reference
     from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
     from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
     from .policy import AugmentPlan, Policy
     from .reference import Selection, dropout_keys, pack_mask, unpack_mask
-except KeyboardInterrupt:
-    if sys.argv[:1] == ["-m"]:  # `python -m ups_fast.train` is on its way, and torch takes its time
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    raise
+finally:
+    if _starting:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from .checkpoint import load_model

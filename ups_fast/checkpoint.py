@@ -328,7 +328,7 @@ def _no_larger_than(numbers: int) -> Iterator[None]:
         nonlocal made
         made += 0 if weight is None else weight.numel()
         if made > 2 * numbers + 10**6:
-            raise ValueError("the network that its metadata name is larger than the file")
+            raise ValueError("it is larger than its file")
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:

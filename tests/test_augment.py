@@ -110,6 +110,7 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
 # Pixels --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_pillows(isa, name, channels):
@@ -562,6 +563,7 @@ def test_the_published_square_is_drawn_as_numpy_draws_it(size):
     assert dict(POLICIES["published"].ops).keys() - dict(POLICIES["ups"].ops).keys() == {"CutoutPublished"}
 
 
+@pytest.mark.slow
 def test_neither_kernels_nor_pillow():
     """The sentence says what to install; augment_plan needs neither."""
     code = """

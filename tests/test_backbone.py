@@ -112,6 +112,7 @@ def warm(model: Backbone, size: int = 32) -> Backbone:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision:convnext_tiny", "torchvision:resnet18"])
 def test_one_channel_is_three_equal_ones(name):
     gray, color = (make(name, channels=channels).eval() for channels in (1, 3))
@@ -138,6 +139,7 @@ def test_dropout_off_leaves_nothing_random():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "skip"), [(SMALL, 0), (DEEP, 1)])
 def test_passes_at_once_are_single_passes(name, skip):
     size = 64 if name == DEEP else 32
@@ -297,6 +299,7 @@ def old_style(path: Path, content: dict[str, Tensor]) -> None:
     torch.save(kept, path, _use_new_zipfile_serialization=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "write"),
     [
@@ -445,6 +448,7 @@ def test_timm_weights(tmp_path):
     assert torch.equal(model.net.state_dict()[first], content[first].sum(1, keepdim=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_saved_network_comes_back_without_the_file(pretrained, tmp_path, channels):
     path, _ = pretrained

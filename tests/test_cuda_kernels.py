@@ -686,6 +686,7 @@ def check_ups_loss(kernels: Kernels, z: Tensor, *rows: Tensor) -> None:
     torch.testing.assert_close(again, d_logits, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "c"), [(7, 3), (40, 10), (12, 33), (5, 200), (3, 1025)])
 def test_losses_with_weights_soft_targets_and_smoothing(kernels, n, c, dtype):

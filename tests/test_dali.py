@@ -619,6 +619,7 @@ except ImportError as error:
 
 
 @needs_dali
+@pytest.mark.slow
 def test_dali_is_imported_by_its_loader_alone(jpegs):
     code = "import sys, ups_fast.data, ups_fast.data.dali; print([m for m in sys.modules if m.startswith('nvidia')])"
     done = subprocess.run(
@@ -657,6 +658,7 @@ def accuracy_of(batches, labels: Tensor, test: Tensor, truth: Tensor) -> float:
 
 
 @needs_dali
+@pytest.mark.slow
 def test_training_is_as_good_through_every_loader(tmp_path):
     """Stripes of four directions in JPEGs of many sizes. In memory they are those that the plain loader crops.
 

@@ -114,6 +114,7 @@ def test_labels_of_files_folders_and_patterns(
     assert "is there already" in capsys.readouterr().err and table(out) == rows
 
 
+@pytest.mark.slow
 def test_an_answer_depends_on_the_image_alone(folder: Path, images: Path) -> None:
     predictor = Predictor(folder)
     paths = [str(path) for path in sorted((images / "test").rglob("*.*"))]

@@ -188,6 +188,7 @@ def assert_same_run(folder: Path, want: Path) -> None:
 # Killed, at any moment.
 
 
+@pytest.mark.slow
 def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     plans: list[Plan] = [

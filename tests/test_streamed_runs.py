@@ -83,6 +83,7 @@ def test_a_killed_run_ends_as_if_nothing_was(at: int, images: Path, plain: Path,
     assert all(map(torch.equal, weights(tmp_path / "run").values(), weights(plain).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"
 )
@@ -127,7 +128,8 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["no_label"] == 1
 
 
-@pytest.mark.parametrize("loader", [pytest.param("plain", marks=pytest.mark.slow), "resident"])
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["plain", "resident"])
 def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     loader: str,
     images: Path,
@@ -168,6 +170,7 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     assert "lacks 23 of the 28 files of the run" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_taken_away_ends_the_run_with_a_sentence(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,32 +6,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-# `python -m ups_fast.train` is on its way, and torch takes its time. Amid its imports a KeyboardInterrupt may be
-# swallowed and leave half a library behind, so Ctrl-C ends the process by itself.
-_starting = sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+from .terminal import stop_at_ctrl_c
 
+if sys.argv[:1] == ["-m"] and {"ups_fast.train", "ups_fast.predict"} & set(sys.orig_argv):
+    stop_at_ctrl_c()  # a command is on its way, and torch takes its time
 
-def _stopped(*_: object) -> None:
-    os.write(2, b"stopped\n")
-    os._exit(130)
-
-
-if _starting:
-    signal.signal(signal.SIGINT, _stopped)
-try:
-    from . import reference
-    from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
-    from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
-    from .policy import AugmentPlan, Policy
-    from .reference import Selection, dropout_keys, pack_mask, unpack_mask
-finally:
-    if _starting:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+from . import reference
+from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
+from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
+from .policy import AugmentPlan, Policy
+from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 
 if TYPE_CHECKING:
     from .checkpoint import load_model

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ups_fast import command
-from ups_fast.terminal import Shown, complain, hold_the_first_three, swallow
+from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_first_three, swallow
 
 try:
     from ups_fast.checkpoint import CONFIG, load_model, read_config
@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = damaged = 0
     out = "the table"
     try:
+        ctrl_c_raises()
         args = _words(argv)
         console, out = open_console(error=True), "standard output" if args.out == "-" else args.out
         command.check_kernels(pick_device(args.device))
@@ -298,4 +299,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main()))

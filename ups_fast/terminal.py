@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import unicodedata
 from typing import Any, TextIO
@@ -117,3 +118,27 @@ def hold_the_first_three() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def stop_at_ctrl_c() -> None:
+    """Until `ctrl_c_raises`, Ctrl-C ends the process by itself: amid imports a KeyboardInterrupt may be swallowed, and
+    leave half a library behind. One that the parent has ignored, as nohup does, stays ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stopped)
+
+
+def ctrl_c_raises() -> None:
+    """All is imported: Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ended(status: int) -> int:
+    """The exit status, which a late Ctrl-C changes no more: nothing is left to be stopped."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
+
+
+def _stopped(*_: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)

@@ -15,7 +15,7 @@ import torch
 
 import ups_fast
 from ups_fast import command, machine
-from ups_fast.terminal import complain, hold_the_first_three
+from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
 
 try:
     from ups_fast import config
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     hold_the_first_three()
     try:
+        ctrl_c_raises()
         _train(_config(words))
     except KeyboardInterrupt as stopped:
         python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
@@ -137,4 +138,4 @@ def _train(cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main()))

@@ -13,6 +13,9 @@
 
 namespace {
 
+// Which schemas the kernels were compiled for: INTERFACE of ups_fast/ops.py, which says when to raise both.
+constexpr int kInterface = 2;
+
 const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
 
 std::map<std::string, std::string> build_info() {
@@ -40,6 +43,7 @@ std::map<std::string, int64_t> launch_plan(const std::string& op, int64_t rows, 
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ups_fast: importing this module registers them as torch.ops.ups_fast.*";
+  m.attr("interface") = kInterface;
   m.def("build_info", &build_info, "Compiler, torch and CUDA that this library was built with.");
   m.def("launch_plan", &launch_plan, pybind11::arg("op"), pybind11::arg("rows"), pybind11::arg("classes"),
         "Threads per row and block, blocks and kernel variant that a CUDA op would use for [rows, classes].");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import os
 import re
@@ -127,6 +128,35 @@ def test_only_files_opens_a_file_for_writing():
     )
     for path in PACKAGE.rglob("*.py"):
         assert path.name == "files.py" or not opens.search(path.read_text()), path
+
+
+def test_the_interface_is_raised_with_every_change_of_a_schema():
+    """A module that was compiled before must not get arguments that its kernels do not know."""
+    tree = ast.parse((PACKAGE / "ops.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    schemas = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "_lib.define"]
+    assert len(schemas) == 10
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
+    assert (ops.INTERFACE, digest) == (2, "77e2bfc2b2fbaf98"), (
+        "raise INTERFACE and kInterface, and renew this digest"
+    )
+    assert ops._C is None or ops._C.interface == ops.INTERFACE
+
+
+def test_a_module_compiled_for_other_schemas_is_not_used():
+    code = """
+import sys, types
+sys.modules["ups_fast._C"] = types.ModuleType("ups_fast._C")  # of a time when there was no number
+import torch, ups_fast
+print(ups_fast.backend()["cpu"])
+ups_fast.mish(torch.ones(2))
+"""
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "reference ops: the compiled module is of another version of ups_fast; build it"
+    )
 
 
 def test_backend_says_what_runs():

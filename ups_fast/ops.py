@@ -21,15 +21,24 @@ from . import reference
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
 from .reference import REDUCTIONS, Reduction, Selection
 
+# Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
+INTERFACE = 2
+
 try:
     from . import _C  # registers the kernels
+
+    _why = ""
+    if getattr(_C, "interface", 1) != INTERFACE:
+        _C, _why = None, "the compiled module is of another version of ups_fast"  # type: ignore[assignment]
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _found = importlib.util.find_spec(f"{__package__}._C") is not None
-    _NO_KERNELS = (
-        f"the compiled module is missing ({error if _found else f'there is none in {Path(__file__).parent}'}); "
-        "build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
+    _why = (
+        f"the compiled module is missing ({error if _found else f'there is none in {Path(__file__).parent}'})"
     )
+_NO_KERNELS = (
+    f"{_why}; build it with `pip install --no-build-isolation --editable .` in the folder of setup.py"
+)
 
 _lib = torch.library.Library("ups_fast", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)

@@ -83,7 +83,7 @@ class Result:
     rows: list[Row]  # one per round
     labelling: Labelling  # of the last round
     truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
-    labeled: int  # images
+    labeled: Tensor  # int64 [L], into the training set
     lost: list[str]  # sentences on files that could not be read any more, from which nothing was learned
 
 
@@ -394,8 +394,7 @@ class _Run:
         assert self.state.labelling is not None  # a config has at least one round
         lost = sorted({*self.train_images.lost.values(), *self.test_images.lost.values()})
         labelling = Labelling(**self.state.labelling)
-        n = len(self.state.labeled)
-        return Result(self.folder, self.state.rows, labelling, self._truth(), n, lost)
+        return Result(self.folder, self.state.rows, labelling, self._truth(), self.state.labeled, lost)
 
     def _supervision(self, state: Checkpoint) -> Supervision:
         """What the round in progress learns from."""

@@ -95,7 +95,7 @@ def _train(cfg: config.Config) -> None:
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
     from ups_fast.data.classes import class_counts
-    from ups_fast.inputs import load_data, split_of
+    from ups_fast.inputs import load_data
 
     data = load_data(cfg, device, console)
     for note in data.notes:
@@ -107,7 +107,7 @@ def _train(cfg: config.Config) -> None:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.labelling, data.classes, first=first, names=data.names)
-        labels = data.train_labels[split_of(cfg, data)[0]]
+        labels = data.train_labels[result.labeled]
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -115,7 +115,7 @@ def _train(cfg: config.Config) -> None:
             result.truth,
             cfg,
             data.classes,
-            labeled=result.labeled,
+            labeled=len(labels),
             class_labels=class_counts(labels, len(data.classes)),
             class_tests=class_counts(data.test_labels, len(data.classes)),
             notes=[*data.notes, *data.damaged, *lost],

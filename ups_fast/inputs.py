@@ -31,7 +31,9 @@ from ups_fast.data import (
     scan,
     stratified_split,
 )
-from ups_fast.data.manifest import Changed, Manifest, array_record, compare, notes_on_equal_arrays, take
+from ups_fast.data.equal import notes_on_equal_arrays
+from ups_fast.data.fingerprint import array_record
+from ups_fast.data.manifest import Changed, Manifest, compare, take
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes

@@ -34,7 +34,7 @@ from ups_fast.checkpoint import (
 from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
 from ups_fast.data.classes import class_counts, classes_line, uneven
-from ups_fast.data.manifest import differences, fingerprint
+from ups_fast.data.fingerprint import differences, fingerprint
 from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
 from ups_fast.engine import (
     Mix,

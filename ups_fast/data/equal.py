@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ups_fast.data.sets import ImageSet
 from ups_fast.words import many
 
 # Size, times of change of content and of entry in ns, inode: kept by what stays.
@@ -108,3 +110,24 @@ def notes_on_equal_images(
     note("unlabeled image", unlabeled, test, "equal to test images: the test is not only of unseen images")
     note("unlabeled image", unlabeled, labeled, "equal to labeled ones: they count twice")
     return notes
+
+
+def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
+    """What is to be said of equal images; `labeled` are the labeled ones of the training set."""
+    n, k = len(data.train_labels), 0 if data.labeled is None else len(data.labeled)
+
+    def name(i: int) -> str:
+        if data.labeled is None:
+            return f"test image {i - n}" if i >= n else f"training image {i}"
+        return f"x_test[{i - n}]" if i >= n else f"x_labeled[{i}]" if i < k else f"x_unlabeled[{i - k}]"
+
+    train = np.ones(n, bool)
+    train[labeled.numpy()] = False
+    return notes_on_equal_images(
+        name,
+        torch.cat([data.train_labels, data.test_labels]).numpy(),
+        np.concatenate([row_digests(data.train_images), row_digests(data.test_images)]),
+        labeled.numpy(),
+        np.flatnonzero(train),
+        np.arange(n, n + len(data.test_labels)),
+    )

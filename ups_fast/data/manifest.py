@@ -1,13 +1,11 @@
-"""What a run remembers of its data: by it a run notices every change of labels, parts, classes and pixels.
+"""What a run remembers of its files: by it a run notices every change of labels, parts, classes and pixels.
 
-Of a folder or a table that is the list of its files, each with its label and a hash of its bytes (`Manifest`): on every
-start the folder or table is read again and compared. Of arrays it is a hash and a label for each image
-(`array_record`). `fingerprint` is both in a line, for the checkpoint.
+It is the list of the files of a folder or table, each with its label and a hash of its bytes. On every start the folder
+or table is read again and compared. What arrays have in its place is in `fingerprint.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -17,17 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ups_fast.data.classes import class_order
-from ups_fast.data.equal import GONE, Stamp, file_digest, notes_on_equal_images, row_digests, stamp
+from ups_fast.data.equal import GONE, Stamp, file_digest, stamp
 from ups_fast.data.folder import Folder, Listing
 from ups_fast.data.reading import in_order
 from ups_fast.data.sets import ImageSet
 from ups_fast.data.table import LABELED, TEST, UNLABELED, Row, Tree, in_form
-from ups_fast.files import load_arrays, read_bytes
 from ups_fast.words import many
 
 FORMAT = "ups_fast files 2"
@@ -317,118 +312,3 @@ def _form(row: Row) -> Row:
 
 def _said(row: Row) -> str:
     return {LABELED: repr(row[1]), TEST: f"test image of {row[1]!r}"}.get(row[0], "unlabeled")
-
-
-# --- arrays -------------------------------------------------------------------------------------------------
-
-
-def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
-    """What is to be said of equal images; `labeled` are the labeled ones of the training set."""
-    n, k = len(data.train_labels), 0 if data.labeled is None else len(data.labeled)
-
-    def name(i: int) -> str:
-        if data.labeled is None:
-            return f"test image {i - n}" if i >= n else f"training image {i}"
-        return f"x_test[{i - n}]" if i >= n else f"x_labeled[{i}]" if i < k else f"x_unlabeled[{i - k}]"
-
-    train = np.ones(n, bool)
-    train[labeled.numpy()] = False
-    return notes_on_equal_images(
-        name,
-        torch.cat([data.train_labels, data.test_labels]).numpy(),
-        np.concatenate([row_digests(data.train_images), row_digests(data.test_images)]),
-        labeled.numpy(),
-        np.flatnonzero(train),
-        np.arange(n, n + len(data.test_labels)),
-    )
-
-
-def fingerprint(data: ImageSet, weights: str = "") -> str:
-    """Tells data sets apart, in a line: sizes for people, and of each part a hash.
-
-    weights  the file of pretrained weights, if there is one: a run that went on with others would be another
-    """
-    parts: dict[str, bytes] = {"classes": json.dumps(data.classes).encode()}
-    files = data.manifest
-    if data.names is not None:
-        names = files.paths if files else [*data.names, *(data.test_names or ())]
-        parts["files"] = "\0".join(names).encode("utf-8", "surrogateescape")
-    if files is not None:
-        parts["content of the files"] = "".join(files.digests).encode()
-        parts["mean and std"] = repr((files.mean, files.std)).encode()
-    elif not data.in_files:
-        for name, images in (("training images", data.train_images), ("test images", data.test_images)):
-            parts[name] = repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
-    parts["training labels"] = data.train_labels.numpy().tobytes()
-    parts["test labels"] = data.test_labels.numpy().tobytes()
-    parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
-    if weights:
-        parts["pretrained weights"] = read_bytes(weights)
-    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
-    return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
-
-
-def _hash(content: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def array_record(data: ImageSet) -> dict[str, Tensor]:
-    """A hash (int64) and a label for each image, kept by a run so that it can count what changes later."""
-    images = {"train": data.train_images, "test": data.test_images}
-    record = {
-        name: torch.from_numpy(row_digests(each).view(np.int64).copy()) for name, each in images.items()
-    }
-    return {**record, "train_labels": data.train_labels, "test_labels": data.test_labels}
-
-
-def differences(data: ImageSet, now: str, then: str, record: Path) -> str:
-    """In words, what differs between two fingerprints, `now` that of `data`; counted, where the run has a `record`."""
-    before, after = _parts(then), _parts(now)
-    parts = [name for name in {**after, **before} if before.get(name) != after.get(name)]
-    counted = _counted(data, record)
-    said = [counted.pop(part, "") or f"other {part}" for part in parts]
-    sizes, sizes_then = (each.split("; ")[0] for each in (now, then))
-    sizes = sizes if sizes == sizes_then else f"now {sizes}, then {sizes_then}"
-    return f"{', '.join(said) or 'other data'} ({sizes})"
-
-
-def _parts(line: str) -> dict[str, str]:
-    return {
-        name: hash_ for name, _, hash_ in (part.rpartition(" ") for part in line.split("; ")[-1].split(", "))
-    }
-
-
-def _counted(data: ImageSet, record: Path) -> dict[str, str]:
-    """Sentences by part; none where the record is gone, damaged or of as many other images."""
-    try:
-        before = load_arrays(record)
-        after = {name: each.numpy() for name, each in array_record(data).items()}
-        differ = {
-            name: np.flatnonzero(before[name] != after[name])
-            for name in after
-            if before[name].shape == after[name].shape
-        }
-    except Exception:  # the record only explains a refusal
-        return {}
-    names = dict(
-        train="training images", test="test images", train_labels="training labels", test_labels="test labels"
-    )
-    said = {}
-    for name, places in differ.items():
-        if len(places):
-            i = int(places[0])
-            example = f"the first is image {i}"
-            if name.endswith("labels"):
-                example += f", then {_class(data, before[name][i])}, now {_class(data, after[name][i])}"
-            said[names[name]] = f"{len(places):,} of {len(after[name]):,} {names[name]} differ ({example})"
-    return said
-
-
-def _class(data: ImageSet, label: int) -> str:
-    return (
-        repr(data.classes[label])
-        if 0 <= label < len(data.classes)
-        else "without a label"
-        if label < 0
-        else f"{label}"
-    )

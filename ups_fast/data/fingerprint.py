@@ -1,0 +1,109 @@
+"""What tells data sets apart: a line for the checkpoint, and of arrays a hash and a label for each image.
+
+By these a run notices that its data are others, and says in words what has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.equal import row_digests
+from ups_fast.data.sets import ImageSet
+from ups_fast.files import load_arrays, read_bytes
+
+
+def fingerprint(data: ImageSet, weights: str = "") -> str:
+    """Tells data sets apart, in a line: sizes for people, and of each part a hash.
+
+    weights  the file of pretrained weights, if there is one: a run that went on with others would be another
+    """
+    parts: dict[str, bytes] = {"classes": json.dumps(data.classes).encode()}
+    files = data.manifest
+    if data.names is not None:
+        names = files.paths if files else [*data.names, *(data.test_names or ())]
+        parts["files"] = "\0".join(names).encode("utf-8", "surrogateescape")
+    if files is not None:
+        parts["content of the files"] = "".join(files.digests).encode()
+        parts["mean and std"] = repr((files.mean, files.std)).encode()
+    elif not data.in_files:
+        for name, images in (("training images", data.train_images), ("test images", data.test_images)):
+            parts[name] = repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
+    parts["training labels"] = data.train_labels.numpy().tobytes()
+    parts["test labels"] = data.test_labels.numpy().tobytes()
+    parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
+    if weights:
+        parts["pretrained weights"] = read_bytes(weights)
+    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
+
+
+def _hash(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def array_record(data: ImageSet) -> dict[str, Tensor]:
+    """A hash (int64) and a label for each image, kept by a run so that it can count what changes later."""
+    images = {"train": data.train_images, "test": data.test_images}
+    record = {
+        name: torch.from_numpy(row_digests(each).view(np.int64).copy()) for name, each in images.items()
+    }
+    return {**record, "train_labels": data.train_labels, "test_labels": data.test_labels}
+
+
+def differences(data: ImageSet, now: str, then: str, record: Path) -> str:
+    """In words, what differs between two fingerprints, `now` that of `data`; counted, where the run has a `record`."""
+    before, after = _parts(then), _parts(now)
+    parts = [name for name in {**after, **before} if before.get(name) != after.get(name)]
+    counted = _counted(data, record)
+    said = [counted.pop(part, "") or f"other {part}" for part in parts]
+    sizes, sizes_then = (each.split("; ")[0] for each in (now, then))
+    sizes = sizes if sizes == sizes_then else f"now {sizes}, then {sizes_then}"
+    return f"{', '.join(said) or 'other data'} ({sizes})"
+
+
+def _parts(line: str) -> dict[str, str]:
+    return {
+        name: hash_ for name, _, hash_ in (part.rpartition(" ") for part in line.split("; ")[-1].split(", "))
+    }
+
+
+def _counted(data: ImageSet, record: Path) -> dict[str, str]:
+    """Sentences by part; none where the record is gone, damaged or of as many other images."""
+    try:
+        before = load_arrays(record)
+        after = {name: each.numpy() for name, each in array_record(data).items()}
+        differ = {
+            name: np.flatnonzero(before[name] != after[name])
+            for name in after
+            if before[name].shape == after[name].shape
+        }
+    except Exception:  # the record only explains a refusal
+        return {}
+    names = dict(
+        train="training images", test="test images", train_labels="training labels", test_labels="test labels"
+    )
+    said = {}
+    for name, places in differ.items():
+        if len(places):
+            i = int(places[0])
+            example = f"the first is image {i}"
+            if name.endswith("labels"):
+                example += f", then {_class(data, before[name][i])}, now {_class(data, after[name][i])}"
+            said[names[name]] = f"{len(places):,} of {len(after[name]):,} {names[name]} differ ({example})"
+    return said
+
+
+def _class(data: ImageSet, label: int) -> str:
+    return (
+        repr(data.classes[label])
+        if 0 <= label < len(data.classes)
+        else "without a label"
+        if label < 0
+        else f"{label}"
+    )

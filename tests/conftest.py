@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from ups_fast import ops
+
+# A shell that runs the tests in the background ignores SIGINT, as would all processes that they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ISAS = ops._C.available_isas() if ops._C else ["reference"]
 

@@ -185,7 +185,7 @@ def label(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.train()
-    best, surest, doubt, marks = [], [], [], []
+    best, surest, uncertainty, marks = [], [], [], []
     for images, _, _ in loader:
         images = images.to(device)
         positive, negative = [], []
@@ -197,14 +197,14 @@ def label(
         std, (value, winner) = p.std(dim=0), p.mean(dim=0).max(dim=1)
         best.extend(winner.cpu().tolist())
         surest.extend(value.cpu().tolist())
-        doubt.extend(std.gather(1, winner[:, None])[:, 0].cpu().tolist())
+        uncertainty.extend(std.gather(1, winner[:, None])[:, 0].cpu().tolist())
         surely_not = (q.mean(dim=0) < tau_n) & (q.std(dim=0) < kappa_n)
         marks.extend(surely_not.cpu().numpy().astype(int).tolist())
-    chosen = [i for i in range(len(best)) if surest[i] >= tau_p and doubt[i] < kappa_p]
+    chosen = [i for i in range(len(best)) if surest[i] >= tau_p and uncertainty[i] < kappa_p]
     if balanced:
         groups = [[i for i in chosen if best[i] == c] for c in range(len(marks[0]))]
         most = max(25, min(map(len, groups)))
-        chosen = [i for group in groups for i in sorted(group, key=doubt.__getitem__)[:most]]
+        chosen = [i for group in groups for i in sorted(group, key=uncertainty.__getitem__)[:most]]
     kept = set(chosen)
     rest = [i for i in range(len(best)) if i not in kept and sum(marks[i]) > 0]
     return chosen, [best[i] for i in chosen], rest, [marks[i] for i in rest]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.fullgraph import fullgraph
-from ups_fast.selection import label, passes_over
+from ups_fast.selection import passes_over, pseudo_label
 
 PASSES = 10
 BATCH = 8192 if GPU else 512  # rows through our network at once: the default leaves a GPU idle
@@ -43,13 +43,13 @@ def test_label(benchmark, device, model, n, name):
     images = pixels(n)
     if name == "published":
         loader = DataLoader(marked(images, published.clean_transform(MEAN, STD)), 512, num_workers=WORKERS)
-        call = lambda: published.label(net, loader, device, passes=PASSES)  # noqa: E731
+        call = lambda: published.pseudo_label(net, loader, device, passes=PASSES)  # noqa: E731
     else:
         net = net.to(memory_format=torch.channels_last)
         resident = ResidentImages(images, mean=MEAN, std=STD, device=device)
         index = torch.arange(n, device=device)
         kwargs = {"passes": PASSES, "batch_size": BATCH, "forward": fullgraph(passes_over) if GPU else None}
-        call = lambda: label(net, resident, index, **kwargs).cpu()  # noqa: E731
+        call = lambda: pseudo_label(net, resident, index, **kwargs).cpu()  # noqa: E731
     benchmark.extra_info["images"] = n
     measure(benchmark, f"label {device} {model} N={n} P={PASSES}", name, call, device, rounds=3)
 

@@ -486,7 +486,7 @@ def test_every_round_starts_with_the_weights(tmp_path):
     cfg = Config(run_dir=str(tmp_path / "run"), device="cpu", threads=1)
     cfg.model = ModelConfig(name=SMALL, weights=str(tmp_path / "w.pth"))
     cfg.train = TrainConfig(rounds=2, epochs=1, batch_size=4, lr=1e-30, weight_decay=0.0)
-    cfg.engine.precision = "float32"
+    cfg.runtime.precision = "float32"
     cfg.select.passes = 2
     pixels = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
     labels = torch.arange(20) % 2

@@ -126,7 +126,7 @@ def parts(content: Content) -> Iterator[tuple[str, Content]]:
 
 def tensors(content: Content) -> Iterator[tuple[str, Content]]:
     """Each tensor of another type, shape or order, and with values that it cannot have."""
-    places = [("labeled",), ("unlabeled",), *(("labelling", name) for name in content["labelling"])]
+    places = [("labeled",), ("unlabeled",), *(("pseudo_labels", name) for name in content["pseudo_labels"])]
     weights = ("conv1.weight", "bn1.running_var", "bn1.running_mean", "bn1.num_batches_tracked")
     names = {name.rpartition(".")[2]: name for name in content["model"]}
     chosen = [name for name in weights if name in content["model"]] or list(names.values())
@@ -184,13 +184,13 @@ def tensors(content: Content) -> Iterator[tuple[str, Content]]:
         }
         for value in odd.get(last.rpartition(".")[2], ()):
             yield f"{what} = {value}", put(torch.full_like(old, value))
-    labelling = content["labelling"]
+    pseudo_labels = content["pseudo_labels"]
     for name in ("candidate", "positive"):
-        flipped = {**labelling, name: ~labelling[name]}
-        yield f"{name} flipped", {**content, "labelling": flipped}
-    unknown = torch.full_like(labelling["label"], -1)
-    yield "no labels", {**content, "labelling": {**labelling, "label": unknown}}
-    yield "one more column", {**content, "labelling": {**labelling, "more": unknown}}
+        flipped = {**pseudo_labels, name: ~pseudo_labels[name]}
+        yield f"{name} flipped", {**content, "pseudo_labels": flipped}
+    unknown = torch.full_like(pseudo_labels["label"], -1)
+    yield "no labels", {**content, "pseudo_labels": {**pseudo_labels, "label": unknown}}
+    yield "one more column", {**content, "pseudo_labels": {**pseudo_labels, "more": unknown}}
     for name in ("model", "momentum"):
         for key in list(content[name])[:3]:
             yield (
@@ -206,7 +206,7 @@ def numbers(content: Content) -> Iterator[tuple[str, Content]]:
         {"round": 2}, {"round": 0}, {"round": 3}, {"epoch": 3}, {"step": 1000}, {"epoch": 2, "step": 1},
         {"epoch": 0, "step": 0}, {"model": None}, {"momentum": None}, {"model": None, "momentum": None},
         {"model": None, "momentum": None, "epoch": 0}, {"momentum": None, "epoch": 0, "step": 0},
-        {"labelling": None}, {"rows": []}, {"rows": content["rows"] * 2}, {"version": 3}, {"version": "4"},
+        {"pseudo_labels": None}, {"rows": []}, {"rows": content["rows"] * 2}, {"version": 3}, {"version": "4"},
         {"version": None}, {"format": "another"}, {"data": "another"}, {"torch_version": "2\n"},
         {"labeled": content["unlabeled"], "unlabeled": content["labeled"]},
         {

@@ -22,7 +22,7 @@ from ups_fast.files import RunFolderError
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
-TINY = ["model.name=wrn-10-1", "train.epochs=1", "train.first_epochs=1", "select.passes=2", "device=cpu"]
+TINY = ["model.name=wrn-10-1", "train.epochs=1", "train.round0_epochs=1", "select.passes=2", "device=cpu"]
 # With these all samples are positive, so that the rounds differ.
 TINY += ["select.tau_p=0", "select.tau_n=0", "select.kappa_p=inf", "select.balance_rounds=0"]
 FILES = ["checkpoint.pt", "config.yaml", "metrics.jsonl", "model.safetensors", "pseudo_labels.csv"]
@@ -183,7 +183,7 @@ def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
 def test_ctrl_c_in_a_real_run_and_going_on(tmp_path, capsys):
     folder = tmp_path / "run"
     words = [DIGITS, *TINY, "train.rounds=2", f"run_dir={folder}"]
-    process = start(*words, "train.first_epochs=100000")
+    process = start(*words, "train.round0_epochs=100000")
     for line in process.stdout:
         if line.startswith("round"):  # the table's head: from here on it trains
             break
@@ -193,7 +193,7 @@ def test_ctrl_c_in_a_real_run_and_going_on(tmp_path, capsys):
     assert process.returncode == 130 and "Traceback" not in err
     assert "round 0" in err and "to go on: " in err and f" -m ups_fast.train {DIGITS}" in err
     assert (folder / "checkpoint.pt").exists() and not (folder / "report.html").exists()
-    assert "train.first_epochs" in refusal(capsys, *words)  # another config must not go on with it
+    assert "train.round0_epochs" in refusal(capsys, *words)  # another config must not go on with it
 
 
 def test_the_table_of_ones_own_arrays_counts_as_x_unlabeled_does(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_the_table_of_ones_own_arrays_counts_as_x_unlabeled_does(tmp_path, monke
         "data.root=own.npz",
         "model.name=wrn-10-1",
         "train.rounds=1",
-        "train.first_epochs=60",
+        "train.round0_epochs=60",
         "data.crop=0",
     ]
     assert (

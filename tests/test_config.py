@@ -222,7 +222,7 @@ def test_one_pass_needs_no_dropout_and_no_infinite_kappas(base):
 
 
 def test_warm_up_is_held_against_the_shorter_kind_of_round(base):
-    words = ["train.epochs=30", "train.warmup_epochs=5", "train.first_epochs=4"]
+    words = ["train.epochs=30", "train.warmup_epochs=5", "train.round0_epochs=4"]
     assert "must not exceed a round's 4 epochs" in refusal(base, *words)
     assert load(base, words[:2]).train.warmup_epochs == 5
 
@@ -368,9 +368,9 @@ def test_paper_configs_are_the_published_settings(name, n_labels, first_batch, b
     assert (cfg.model.name, cfg.model.dropout, cfg.model.preact) == ("cnn13", 0.3, "published")
     train = cfg.train
     assert (cfg.data.ops, cfg.data.n_ops, cfg.data.jitter, train.cosine) == ("published", 3, 0.4, 7 / 16)
-    assert (train.rounds, train.epochs, train.batch_size, train.first_epochs) == (20, 1024, 128, 0)
+    assert (train.rounds, train.epochs, train.batch_size, train.round0_epochs) == (20, 1024, 128, 0)
     assert (train.lr, train.momentum, train.weight_decay, train.warmup_epochs) == (0.03, 0.9, 0.0, 0.0)
-    assert (train.first_batch_size, cfg.select.balance_rounds) == (first_batch, balance)
+    assert (train.round0_batch_size, cfg.select.balance_rounds) == (first_batch, balance)
     select = cfg.select
     assert (select.tau_p, select.tau_n, select.kappa_p, select.kappa_n) == (0.70, 0.05, 0.05, 0.005)
     assert (select.temp_nl, select.passes) == (2.0, 10)

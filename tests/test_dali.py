@@ -115,7 +115,7 @@ def test_png_of_the_size_is_what_images_in_memory_are(tmp_path, kind, channels, 
         assert len(got) == 3 and all(map(torch.equal, got, expected)), "files equal images in memory"
         assert all(b.is_contiguous(memory_format=torch.channels_last) for b in got if channels > 1)
         assert torch.equal(clean(images_of), resident.clean(torch.arange(len(paths))))
-        assert images_of.lost == {}
+        assert images_of.unreadable == {}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -232,7 +232,7 @@ def test_files_of_every_kind_are_read_alike(tmp_path, channels):
         bound = (2 if channels == 3 else 3) if files[path][1] else 0
         assert difference(got, expected) <= bound, path
         assert difference(expected, resize_crop(read_image(tmp_path / path, channels), 16)) == 0
-    assert dali.lost == plain.lost == {} and (dali._known[:, 0] > 0).tolist() == [
+    assert dali.unreadable == plain.unreadable == {} and (dali._known[:, 0] > 0).tolist() == [
         fit for _, fit in files.values()
     ]
 
@@ -449,8 +449,8 @@ def test_files_that_vanish_or_break_do_not_stop_a_run(tmp_path, kind):
     for _ in range(2):
         (batch,) = images.training([(plan[0], plan[0] * 0)], seed=0)
         bad = [i for i, path in enumerate(paths) if not path.startswith(("good", "short"))]
-        assert sorted(images.lost) == bad
-        assert all(repr(str(tmp_path / paths[i])) in sentence for i, sentence in images.lost.items())
+        assert sorted(images.unreadable) == bad
+        assert all(repr(str(tmp_path / paths[i])) in sentence for i, sentence in images.unreadable.items())
         assert (pixels_of(batch)[bad] == 0).all(), "black"
     good = [i for i in range(len(paths)) if i not in bad]
     (alone,) = images.training([(torch.tensor(good), torch.zeros(len(good), dtype=torch.int64))], seed=0)
@@ -478,7 +478,7 @@ def test_whatever_dali_fails_on_is_for_pillow(jpegs, monkeypatch):
     got, expected = pixels_of(clean(images)), pixels_of(clean(plain))
     assert difference(got[1::2], expected[1::2]) == 0 and difference(got, expected) <= 2
     n = len(tried)
-    assert images.lost == {} and n == 4 + len(paths), "each part, then each of its files"
+    assert images.unreadable == {} and n == 4 + len(paths), "each part, then each of its files"
     clean(images)
     assert len(tried) == n + 4, "and never again"
 
@@ -545,7 +545,7 @@ def test_on_a_gpu_batches_are_those_of_a_cpu(tmp_path, kind, channels):
     assert not error[:40].any()
     for path, mean in zip(paths, error.float().mean(1), strict=True):
         assert mean <= 3, path
-    assert there.lost == here.lost == {}
+    assert there.unreadable == here.unreadable == {}
 
 
 @pytest.mark.gpu

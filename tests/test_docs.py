@@ -100,7 +100,7 @@ def test_keys_exist(page):
 def recipe_for(word: str) -> list[str]:
     """What a key needs beside it."""
     loose = ["select.kappa_p=inf", "select.kappa_n=inf"]
-    return loose if word == "select.passes=1" else ["train.first_batch_size=0"]
+    return loose if word == "select.passes=1" else ["train.round0_batch_size=0"]
 
 
 @each_page

@@ -22,21 +22,23 @@ from ups_fast.engine import (
 )
 from ups_fast.models import build
 from ups_fast.policy import Policy
-from ups_fast.selection import Labelling
+from ups_fast.selection import PseudoLabels
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def labelling(positive: list[int], label: list[int], negative: list[list[int]], n_classes: int) -> Labelling:
+def pseudo_labels(
+    positive: list[int], label: list[int], negative: list[list[int]], n_classes: int
+) -> PseudoLabels:
     """Samples 4, 5, 6, ... of the training set."""
     mask = torch.zeros(len(label), n_classes, dtype=torch.bool)
     for row, classes in enumerate(negative):
         mask[row, classes] = True
     kept = torch.tensor(positive, dtype=torch.bool)
     nothing = torch.zeros(len(label))
-    return Labelling(
+    return PseudoLabels(
         torch.arange(4, 4 + len(label)),
         torch.tensor(label),
         nothing,
@@ -61,7 +63,7 @@ def test_round_0_learns_from_the_labels_alone() -> None:
 
 
 def test_later_rounds_add_positives_and_negatives() -> None:
-    found = labelling([1, 0, 0, 1, 0], [5, 6, 1, 38, -1], [[], [0, 33], [], [], []], 40)
+    found = pseudo_labels([1, 0, 0, 1, 0], [5, 6, 1, 38, -1], [[], [0, 33], [], [], []], 40)
     told = supervise(LABELS, LABELED, found, 40, device="cpu", generator=generator())
     assert told.target.tolist() == [0, 1, 2, 39, 5, -1, -1, 38, -1, -1]
     assert told.positives.tolist() == [0, 1, 2, 3, 4, 7]
@@ -70,13 +72,13 @@ def test_later_rounds_add_positives_and_negatives() -> None:
 
 
 def test_supervision_expands_the_positives_to_the_number_of_negatives() -> None:
-    found = labelling([0] * 6, [0] * 6, [[1]] * 6, 3)
+    found = pseudo_labels([0] * 6, [0] * 6, [[1]] * 6, 3)
     told = supervise(LABELS, LABELED[:1], found, 3, device="cpu", generator=generator())
     assert told.positives.tolist() == [0] * 6 and told.negatives.tolist() == [4, 5, 6, 7, 8, 9]
 
 
 def test_labeled_images_may_come_several_times() -> None:
-    found = labelling([1, 0], [5, -1], [[], [3]], 40)
+    found = pseudo_labels([1, 0], [5, -1], [[], [3]], 40)
     told = supervise(LABELS, LABELED, found, 40, repeat=3, device="cpu", generator=generator())
     assert told.positives.tolist() == [0, 1, 2, 3] * 3 + [4] and told.negatives.tolist() == [5]
     assert supervise(
@@ -212,7 +214,9 @@ def test_evaluate() -> None:
 
 def test_lost_images_are_not_tested() -> None:
     images = torch.tensor([0, 1, 2, 3], dtype=torch.uint8).view(-1, 1, 1, 1)
-    resident = ResidentImages(images, mean=(0.0,), std=(1.0,), device="cpu", lost={2: "gone", 0: "gone"})
+    resident = ResidentImages(
+        images, mean=(0.0,), std=(1.0,), device="cpu", unreadable={2: "gone", 0: "gone"}
+    )
     got = evaluate(Reader(), resident, torch.tensor([5, 1, 5, 0]), batch_size=3)
     assert (
         got.index.tolist() == [1, 3]

@@ -24,7 +24,7 @@ from test_rounds import tiny_config, tiny_set
 from ups_fast import checkpoint, config, display, files, load_model, rounds
 from ups_fast.checkpoint import RUN_FILES, open_folder
 from ups_fast.data.reading import _remember, _remembered
-from ups_fast.display import Board
+from ups_fast.display import TensorBoard
 from ups_fast.files import RunFolderError, load_torch, open_regular, read_bytes, write_atomic
 from ups_fast.models.pretrained import load_weights
 from ups_fast.modules import Mish
@@ -141,7 +141,7 @@ def test_tensorboard_stays_in_its_folder(name: str, kind: str, place: Path) -> N
     target = place.parent / "outside"
     target.mkdir() if kind == "link" else None
     os.mkfifo(place / name) if kind == "pipe" else (place / name).symlink_to(target)
-    for start in (lambda: Board(place / "tb", 0, 0), lambda: open_folder(place, CONFIG).__enter__()):
+    for start in (lambda: TensorBoard(place / "tb", 0, 0), lambda: open_folder(place, CONFIG).__enter__()):
         (place / "config.yaml").write_text("seed: 1\n")
         with pytest.raises(RunFolderError, match=rf"{name} is .* must be a folder in a run's folder"):
             start()
@@ -160,7 +160,7 @@ def test_tensorboard_writes_into_no_file_that_was_there(place: Path, monkeypatch
         path.unlink()
         path.symlink_to(place.parent / "precious")
     monkeypatch.setattr("ups_fast.display._wait_for_a_later_name", lambda folder: None)
-    with Board(place / "tb", 0, 0) as board:
+    with TensorBoard(place / "tb", 0, 0) as board:
         board.add_epoch(1, {"loss": 0.5})
     assert untouched(place)
 

@@ -304,7 +304,7 @@ def test_every_loader_judges_alike(tmp_path, kind):
     for _ in images.clean_batches(torch.arange(len(names)), 32):
         pass
     bad = {i for i, (_, expected) in enumerate(cases.values()) if isinstance(expected, str)}
-    assert set(images.lost) == bad
+    assert set(images.unreadable) == bad
 
 
 # --- data that end early -----------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_loaders_share_the_budget(tmp_path, monkeypatch, kind):
         kind, tmp_path, names, size=8, channels=3, mean=[0] * 3, std=[1] * 3, device="cpu", threads=4
     )
     batches = list(images.clean_batches(torch.arange(12).repeat(4), 24))
-    assert len(batches) == 2 and images.lost == {}
+    assert len(batches) == 2 and images.unreadable == {}
 
 
 # --- what is odd to look at --------------------------------------------------------------------------------

@@ -250,7 +250,11 @@ def test_a_copy_may_have_names_of_another_unicode_form(tmp_path: Path, loader: s
     first, _ = start(here / at, run_dir, loader)
     again, _ = start(there / at, run_dir, loader)
     assert fingerprint(again) == fingerprint(first) and again.classes == first.classes
-    assert torch.equal(again.train_images, first.train_images) and not again.lost and not again.test_lost
+    assert (
+        torch.equal(again.train_images, first.train_images)
+        and not again.unreadable
+        and not again.test_unreadable
+    )
     assert again.names == [unicodedata.normalize("NFD", name) for name in first.names or []] != first.names
     put(there / unicodedata.normalize("NFD", "labeled/Käfer/größe 0.bmp"), 99)
     assert "1 file has other content" in refused(there / at, run_dir)
@@ -269,7 +273,7 @@ def test_a_table_may_be_written_anew(tmp_path: Path) -> None:
         assert fingerprint(start(first, run_dir)[0]) == line
     first.with_name("11.bmp").unlink()  # gone, and its row with it
     first.write_text("\n".join([head, *rows[:-1]]))
-    assert start(first, run_dir)[0].lost == {7: "'11.bmp' is gone"}
+    assert start(first, run_dir)[0].unreadable == {7: "'11.bmp' is gone"}
 
 
 def test_new_unlabeled_files_are_said_and_left(tmp_path: Path) -> None:
@@ -291,7 +295,9 @@ def test_what_vanishes_is_lost_and_what_vanishes_for_the_most_part_is_refused(tm
     shutil.rmtree(root / "test")
     data, _ = start(root, run_dir)
     assert (
-        fingerprint(data) == line and sorted(data.lost) == [4, 5, 6, 7] and sorted(data.test_lost) == [0, 1]
+        fingerprint(data) == line
+        and sorted(data.unreadable) == [4, 5, 6, 7]
+        and sorted(data.test_unreadable) == [0, 1]
     )
     (root / "unlabeled/0.bmp").unlink()
     (root / "unlabeled/1.bmp").unlink()

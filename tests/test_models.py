@@ -239,8 +239,8 @@ def test_switching_dropout_alone(name):
     """What labeling does: dropout on, batch-norm in eval mode and untouched."""
     torch.manual_seed(0)
     model = build(name, n_classes=3, channels=1, size=12, dropout=0.5).eval()
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    assert len(dropouts) == (3 if name == "wrn-10-1" else 2) and all(d.p == 0.5 for d in dropouts)
+    mc_layers = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert len(mc_layers) == (3 if name == "wrn-10-1" else 2) and all(d.p == 0.5 for d in mc_layers)
     x = torch.randn(4, 1, 12, 12)
     assert torch.equal(model(x), model(x))
     keys = [torch.arange(4, dtype=torch.int32) + 10 * k for k in range(2)]
@@ -248,7 +248,7 @@ def test_switching_dropout_alone(name):
     first, second = (model(x, each) for each in keys)
     assert not torch.equal(first, second)
     assert torch.equal(first, model.suffix(model.prefix(x), keys[0]))
-    for dropout in dropouts:
+    for dropout in mc_layers:
         dropout.train()
     assert not torch.equal(model(x), model(x)), "without keys it is torch's dropout"
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -256,7 +256,7 @@ def test_switching_dropout_alone(name):
     without = build(name, n_classes=3, channels=1, size=12, dropout=0.0)
     without.load_state_dict(model.state_dict())
     assert torch.equal(without.eval()(x, keys[0]), model.eval()(x))
-    assert [d.layer for d in dropouts] == list(range(len(dropouts)))
+    assert [d.layer for d in mc_layers] == list(range(len(mc_layers)))
 
 
 def test_wrn_drops_between_conv1_and_bn2():

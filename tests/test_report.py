@@ -21,7 +21,7 @@ from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
-from ups_fast.selection import Labelling, drop_negatives, on_test, recall
+from ups_fast.selection import PseudoLabels, drop_negatives, recall, test_selection
 from ups_fast.selection import report as numbers
 
 NASTY = [
@@ -49,7 +49,7 @@ def case(n=300, n_classes=10, passes=10, n_rounds=3, seed=0, broken=0):
     kept = found.positive.clone()
     kept[::7] = False  # as if the class balance had dropped some
     truth[::20] = (truth[::20] + 1) % n_classes
-    labelling = Labelling(
+    pseudo_labels = PseudoLabels(
         index=torch.arange(n) * 3 + 5,
         label=found.label,
         confidence=found.confidence,
@@ -58,16 +58,16 @@ def case(n=300, n_classes=10, passes=10, n_rounds=3, seed=0, broken=0):
         positive=kept,
         negative=drop_negatives(found.negative, kept),
     )
-    return labelling, truth, rows_of(labelling, truth, n_classes, n_rounds)
+    return pseudo_labels, truth, rows_of(pseudo_labels, truth, n_classes, n_rounds)
 
 
-def rows_of(labelling, truth, n_classes, n_rounds):
-    found = numbers(labelling, truth, n_classes)
+def rows_of(pseudo_labels, truth, n_classes, n_rounds):
+    found = numbers(pseudo_labels, truth, n_classes)
     return [{"round": r, "test_acc": 0.8 + 0.05 * r, "seconds": 1.5, **found} for r in range(n_rounds)]
 
 
-def no_samples(labelling):
-    return Labelling(**{name: tensor[:0] for name, tensor in vars(labelling).items()})
+def no_samples(pseudo_labels):
+    return PseudoLabels(**{name: tensor[:0] for name, tensor in vars(pseudo_labels).items()})
 
 
 @pytest.fixture
@@ -82,33 +82,33 @@ def cfg():
 
 @pytest.mark.parametrize("n_classes", [2, 8, 33])
 def test_table_gives_every_value_back(tmp_path, n_classes):
-    labelling, _, _ = case(n=200, n_classes=n_classes, broken=2)
+    pseudo_labels, _, _ = case(n=200, n_classes=n_classes, broken=2)
     classes = (NASTY * 5)[:n_classes]
     path = tmp_path / "pseudo_labels.csv"
     path.write_text("an older file that is longer than a line\n" * 1000)
-    report.write_pseudo_labels(path, labelling, classes)
+    report.write_pseudo_labels(path, pseudo_labels, classes)
     with open(path, newline="", encoding="utf-8") as file:
         head, *lines = list(csv.reader(file))
     assert head == ["index", "label", "confidence", "std", "positive", "negative", "name"]
     assert len(lines) == 200 and all(len(line) == 7 for line in lines)
     index, label, confidence, std, positive, negative, name = zip(*lines, strict=True)
-    assert [int(v) for v in index] == labelling.index.tolist()
-    assert [int(v) for v in label] == labelling.label.tolist()
+    assert [int(v) for v in index] == pseudo_labels.index.tolist()
+    assert [int(v) for v in label] == pseudo_labels.label.tolist()
     assert label[:2] == ("-1", "-1") and confidence[:2] == std[:2] == ("nan", "nan") and name[:2] == ("", "")
-    for text, tensor in [(confidence, labelling.confidence), (std, labelling.std)]:
+    for text, tensor in [(confidence, pseudo_labels.confidence), (std, pseudo_labels.std)]:
         assert np.array_equal(np.array(text, dtype=np.float32), tensor.numpy(), equal_nan=True)
-    assert [v == "1" for v in positive] == labelling.positive.tolist() and set(positive) == {"0", "1"}
-    masks = unpack_mask(labelling.negative, n_classes)
+    assert [v == "1" for v in positive] == pseudo_labels.positive.tolist() and set(positive) == {"0", "1"}
+    masks = unpack_mask(pseudo_labels.negative, n_classes)
     assert [[int(c) for c in text.split()] for text in negative] == [
         row.nonzero()[:, 0].tolist() for row in masks
     ]
-    assert [read_cell(cell) for cell in name[2:]] == [classes[c] for c in labelling.label[2:].tolist()]
+    assert [read_cell(cell) for cell in name[2:]] == [classes[c] for c in pseudo_labels.label[2:].tolist()]
     assert [p.name for p in tmp_path.iterdir()] == ["pseudo_labels.csv"]
 
 
 def test_table_without_samples_is_its_head(tmp_path):
-    labelling = no_samples(case(n=1)[0])
-    report.write_pseudo_labels(tmp_path / "t.csv", labelling, ["a"] * 10)
+    pseudo_labels = no_samples(case(n=1)[0])
+    report.write_pseudo_labels(tmp_path / "t.csv", pseudo_labels, ["a"] * 10)
     assert (tmp_path / "t.csv").read_text() == "index,label,confidence,std,positive,negative,name\n"
 
 
@@ -148,12 +148,12 @@ def test_no_cell_runs_in_a_spreadsheet_and_all_are_read_back(tmp_path):
     for text in ("a=1", "x", "'x", "'", "''", "cat's", "", " "):
         assert write_cell(text) == text, "nothing else is changed"
     n = len(EVIL)
-    labelling, _, _ = case(n=n, n_classes=n)
-    labelling.index[:] = torch.arange(n)
-    labelling.label[:] = torch.arange(n)
-    labelling.label[-1] = -1
+    pseudo_labels, _, _ = case(n=n, n_classes=n)
+    pseudo_labels.index[:] = torch.arange(n)
+    pseudo_labels.label[:] = torch.arange(n)
+    pseudo_labels.label[-1] = -1
     names = [f"{text}" for text in EVIL]
-    report.write_pseudo_labels(tmp_path / "t.csv", labelling, EVIL, names=names)
+    report.write_pseudo_labels(tmp_path / "t.csv", pseudo_labels, EVIL, names=names)
     with open(tmp_path / "t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[-1]["label"] == "-1", "a number stays a number"
@@ -171,11 +171,13 @@ def test_no_cell_runs_in_a_spreadsheet_and_all_are_read_back(tmp_path):
 
 
 def test_recall_and_counts_by_class(tmp_path, cfg):
-    labelling, truth, rows = case(n=60, n_classes=3)
+    pseudo_labels, truth, rows = case(n=60, n_classes=3)
     rows = [{**row, "test_recall": [0.985, None, 1 / 3]} for row in rows]
     classes, unknown = ["cat", "dog", "<emu>"], torch.full_like(truth, -1)
     how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3]}
-    _, path = report.write_report(tmp_path, rows, labelling, unknown, cfg, classes, notes=["a note"], **how)
+    _, path = report.write_report(
+        tmp_path, rows, pseudo_labels, unknown, cfg, classes, notes=["a note"], **how
+    )
     page = Page(path.read_text())
     head, *body = page.tables[1]
     assert head == ["class", "number", "labeled", "test images", "test recall", "positives", "correct"]
@@ -198,8 +200,8 @@ def test_recall_and_counts_by_class(tmp_path, cfg):
 # report.png ----------------------------------------------------------------------------------------
 
 
-def panels(labelling, truth, rows, cfg):
-    figure = report.draw(rows, labelling, truth, cfg, 40)
+def panels(pseudo_labels, truth, rows, cfg):
+    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # whatever cannot be drawn fails here
     return figure.axes
 
@@ -221,8 +223,8 @@ def heights(axes, name):
 
 
 def test_panels_show_the_numbers(cfg):
-    labelling, truth, rows = case()
-    accuracy, counts, calibration, plane = panels(labelling, truth, rows, cfg)
+    pseudo_labels, truth, rows = case()
+    accuracy, counts, calibration, plane = panels(pseudo_labels, truth, rows, cfg)
 
     assert {line.get_label() for line in accuracy.lines} == {
         "test set", "positive pseudo-labels", "negative pseudo-labels"
@@ -231,9 +233,9 @@ def test_panels_show_the_numbers(cfg):
     assert test.get_xdata().tolist() == [0, 1, 2] and np.allclose(test.get_ydata(), [80, 85, 90])
     assert "80.0" in words(accuracy) and "90.0" in words(accuracy)
 
-    right = int((labelling.positive & (labelling.label == truth)).sum())
-    wrong = int((labelling.positive & (labelling.label != truth)).sum())
-    only_negative = int((unpack_mask(labelling.negative, 10).any(1) & ~labelling.positive).sum())
+    right = int((pseudo_labels.positive & (pseudo_labels.label == truth)).sum())
+    wrong = int((pseudo_labels.positive & (pseudo_labels.label != truth)).sum())
+    only_negative = int((unpack_mask(pseudo_labels.negative, 10).any(1) & ~pseudo_labels.positive).sum())
     assert right > 0 and wrong > 0 and only_negative > 0  # or the case shows nothing
     assert heights(counts, "positive, correct") == [right] * 3
     assert heights(counts, "positive, wrong") == [wrong] * 3
@@ -243,8 +245,8 @@ def test_panels_show_the_numbers(cfg):
     assert f"all unlabeled: ECE {rows[0]['ece']:.3f}" in words(calibration)
     assert f"selected: ECE {rows[0]['ece_selected']:.3f}" in words(calibration)
 
-    points = np.stack([labelling.confidence.numpy(), labelling.std.numpy()], axis=1)
-    hit = (labelling.label == truth).numpy()
+    points = np.stack([pseudo_labels.confidence.numpy(), pseudo_labels.std.numpy()], axis=1)
+    hit = (pseudo_labels.label == truth).numpy()
     assert np.array_equal(offsets(plane, "correct"), points[hit])
     assert np.array_equal(offsets(plane, "wrong"), points[~hit])
     assert "tau_p = 0.7" in words(plane) and "kappa_p = 0.05" in words(plane)
@@ -253,84 +255,90 @@ def test_panels_show_the_numbers(cfg):
 
 
 def test_unknown_truth_leaves_gaps_that_are_named(cfg):
-    labelling, truth, _ = case()
+    pseudo_labels, truth, _ = case()
     truth = torch.full_like(truth, -1)
-    accuracy, counts, calibration, plane = panels(labelling, truth, rows_of(labelling, truth, 10, 3), cfg)
+    accuracy, counts, calibration, plane = panels(
+        pseudo_labels, truth, rows_of(pseudo_labels, truth, 10, 3), cfg
+    )
     assert [line.get_label() for line in accuracy.lines] == ["test set"]
     assert "The true classes of unlabeled images are not known" in words(accuracy)
-    assert heights(counts, "positive") == [int(labelling.positive.sum())] * 3 and "wrong" not in words(counts)
+    assert heights(counts, "positive") == [int(pseudo_labels.positive.sum())] * 3 and "wrong" not in words(
+        counts
+    )
     assert "No label can be checked" in words(calibration) and "ECE" not in words(calibration)
     assert len(offsets(plane, "truth unknown")) == 300
     assert len(offsets(plane, "correct")) == len(offsets(plane, "wrong")) == 0
 
 
 def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
-    labelling, truth, _ = case(broken=4)
+    pseudo_labels, truth, _ = case(broken=4)
     test, test_truth, _ = case(seed=1, broken=3)
     unknown = torch.full_like(truth, -1)
-    found = on_test(test, test_truth)
-    rows = [{**row, **json.loads(json.dumps(found))} for row in rows_of(labelling, unknown, 10, 2)]
-    calibration = panels(labelling, unknown, rows, cfg)[2]
+    found = test_selection(test, test_truth)
+    rows = [{**row, **json.loads(json.dumps(found))} for row in rows_of(pseudo_labels, unknown, 10, 2)]
+    calibration = panels(pseudo_labels, unknown, rows, cfg)[2]
     expected = numbers(test, test_truth, 10)
     assert found["test_positives"] == expected["positives"] > 50
     assert found["test_positive_acc"] == expected["positive_acc"]
     assert f"all test images: ECE {expected['ece']:.3f}" in words(calibration)
     assert f"selected: ECE {expected['ece_selected']:.3f}" in words(calibration)
-    _, page = report.write_report(tmp_path, rows, labelling, unknown, cfg, ["x"] * 10)
+    _, page = report.write_report(tmp_path, rows, pseudo_labels, unknown, cfg, ["x"] * 10)
     share = f"{100 * expected['positive_acc']:.1f} % of them with the right label"
     taken = f"The same thresholds select {expected['positives']} of 297 test images, {share}"
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
-    assert report.test_guess(rows_of(labelling, truth, 10, 1)[0]) == ""
-    nothing = {**found, **on_test(no_samples(test), test_truth[:0])}
+    assert report.test_guess(rows_of(pseudo_labels, truth, 10, 1)[0]) == ""
+    nothing = {**found, **test_selection(no_samples(test), test_truth[:0])}
     assert report.test_guess(nothing).startswith(
         "The same thresholds select 0 of 0 test images. This estimates"
     )
-    assert "No label can be checked" in words(panels(labelling, unknown, [{**rows[0], **nothing}], cfg)[2])
+    assert "No label can be checked" in words(
+        panels(pseudo_labels, unknown, [{**rows[0], **nothing}], cfg)[2]
+    )
 
 
 def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
-    labelling, truth, rows = case()
-    sure = labelling.confidence >= cfg.select.tau_p
-    kept_out = int((sure & (labelling.std > cfg.select.kappa_p)).sum())
+    pseudo_labels, truth, rows = case()
+    sure = pseudo_labels.confidence >= cfg.select.tau_p
+    kept_out = int((sure & (pseudo_labels.std > cfg.select.kappa_p)).sum())
     assert 0 < kept_out < int(sure.sum())
-    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
-    dropped = int((labelling.candidate & ~labelling.positive).sum())
+    _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
+    dropped = int((pseudo_labels.candidate & ~pseudo_labels.positive).sum())
     said = f"Of {int(sure.sum())} confident labels {kept_out} were too uncertain (std above 0.05), and {dropped} more"
     assert said in page.read_text()
 
 
 def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
-    labelling, truth, rows = case(n_rounds=4)
+    pseudo_labels, truth, rows = case(n_rounds=4)
     assert report.advice(rows, cfg) == "" and report.advice(rows[:1], cfg) == ""
     rows = [{**row, "test_acc": acc} for row, acc in zip(rows, (0.8, 0.85, 0.85, 0.7), strict=True)]
     assert "The last round is worse than round 0" in report.advice(rows, cfg)
     assert "warm_start" in report.advice(rows, cfg) and "data.ops" in report.advice(rows, cfg)
     said = replace(
-        cfg, train=replace(cfg.train, warm_start=True, repeat_labels=4), data=replace(cfg.data, ops="ups")
+        cfg, train=replace(cfg.train, warm_start=True, labeled_repeats=4), data=replace(cfg.data, ops="ups")
     )
     said.select = replace(cfg.select, balance_rounds=100)
     assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
     assert "best.safetensors holds the network of round 2 (85.0 %)" in report.advice(rows, cfg)
-    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
+    _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):
         rows = [{**row, "test_acc": acc} for row, acc in zip(case(n_rounds=2)[2], accuracies, strict=True)]
-        _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, ["x"] * 10)
+        _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
         assert ("No test image could be read" in page.read_text()) == (accuracies[1] is None)
 
 
 def test_one_round_is_no_drama(cfg):
-    labelling, truth, rows = case(n_rounds=1)
+    pseudo_labels, truth, rows = case(n_rounds=1)
     for test_acc in (0.0, 0.5, 1.0):
         row = {**rows[0], "test_acc": test_acc, "positive_acc": None, "negative_acc": None}
-        low, high = panels(labelling, truth, [row], cfg)[0].get_ylim()
+        low, high = panels(pseudo_labels, truth, [row], cfg)[0].get_ylim()
         assert high - low >= 4 and low < 100 * test_acc <= high
 
 
 def test_partly_known_truth_is_not_stretched_over_the_rest(cfg):
-    labelling, truth, _ = case()
+    pseudo_labels, truth, _ = case()
     truth[100:] = -1
-    _, counts, calibration, plane = panels(labelling, truth, rows_of(labelling, truth, 10, 3), cfg)
+    _, counts, calibration, plane = panels(pseudo_labels, truth, rows_of(pseudo_labels, truth, 10, 3), cfg)
     assert "wrong" not in words(counts) and "ECE" in words(calibration)
     assert len(offsets(plane, "truth unknown")) == 200
     assert len(offsets(plane, "correct")) + len(offsets(plane, "wrong")) == 100
@@ -346,22 +354,22 @@ def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
     passes = 1 if shape == "one pass" else 10
     broken = n if shape == "not finite" else 0
     if n:
-        labelling, truth, rows = case(n, n_classes, passes, n_rounds=20, broken=broken)
+        pseudo_labels, truth, rows = case(n, n_classes, passes, n_rounds=20, broken=broken)
     else:
-        labelling, truth, _ = case(1)
-        labelling = no_samples(labelling)
-        truth, rows = truth[:0], rows_of(labelling, truth[:0], 10, 1)
+        pseudo_labels, truth, _ = case(1)
+        pseudo_labels = no_samples(pseudo_labels)
+        truth, rows = truth[:0], rows_of(pseudo_labels, truth[:0], 10, 1)
     if shape == "one round":
         rows = rows[:1]
     if shape == "one pass":
         cfg.select.passes, cfg.select.kappa_p, cfg.select.kappa_n = 1, math.inf, math.inf
     if shape == "no positives":
-        none = torch.zeros_like(labelling.positive)
-        labelling = Labelling(**{**vars(labelling), "positive": none, "candidate": none})
-        rows = rows_of(labelling, truth, 10, 20)
+        none = torch.zeros_like(pseudo_labels.positive)
+        pseudo_labels = PseudoLabels(**{**vars(pseudo_labels), "positive": none, "candidate": none})
+        rows = rows_of(pseudo_labels, truth, 10, 20)
         assert rows[0]["positive_acc"] is None
     png, page = report.write_report(
-        tmp_path, rows, labelling, truth, cfg, [f"class {c}" for c in range(n_classes)]
+        tmp_path, rows, pseudo_labels, truth, cfg, [f"class {c}" for c in range(n_classes)]
     )
     assert (
         png.read_bytes().startswith(b"\x89PNG")
@@ -370,17 +378,17 @@ def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
 
 
 def test_own_arrays_give_the_run_its_name(cfg):
-    labelling, truth, rows = case()
+    pseudo_labels, truth, rows = case()
     cfg.data.name, cfg.data.root, cfg.data.n_labels = "npz", "/somewhere/my $\\frac{$ data.npz", 0
-    figure = report.draw(rows, labelling, truth, cfg, 40)
+    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
     assert figure.texts[1].get_text().startswith("40 labeled and 300 unlabeled images")
 
 
 def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):
-    labelling, truth, rows = case(n=9000)
-    first, again = (panels(labelling, truth, rows, cfg)[3] for _ in range(2))
+    pseudo_labels, truth, rows = case(n=9000)
+    first, again = (panels(pseudo_labels, truth, rows, cfg)[3] for _ in range(2))
     assert "6,000 of 9,000 images" in words(first)
     drawn = [np.concatenate([offsets(plane, "correct"), offsets(plane, "wrong")]) for plane in (first, again)]
     assert len(drawn[0]) == report.MOST_POINTS and np.array_equal(*drawn)
@@ -422,10 +430,10 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path, cfg):
-    labelling, truth, rows = case(n_classes=len(NASTY))
+    pseudo_labels, truth, rows = case(n_classes=len(NASTY))
     cfg.data.root = "<b>/folder</b>"
-    png, path = report.write_report(tmp_path, rows, labelling, truth, cfg, NASTY)
-    return Page(path.read_text(encoding="utf-8")), png, labelling, truth, rows
+    png, path = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, NASTY)
+    return Page(path.read_text(encoding="utf-8")), png, pseudo_labels, truth, rows
 
 
 def test_page_stands_alone(page):
@@ -445,7 +453,7 @@ def test_page_shows_names_and_settings_as_text(page):
 
 
 def test_page_has_a_line_per_round_and_per_class(page):
-    page, _, labelling, truth, rows = page
+    page, _, pseudo_labels, truth, rows = page
     by_round, by_class = page.tables
     assert [cells[:3] for cells in by_round[1:]] == [
         [str(r), f"{80 + 5 * r:.1f} %", str(rows[0]["positives"])] for r in range(3)
@@ -453,18 +461,18 @@ def test_page_has_a_line_per_round_and_per_class(page):
     assert by_class[0] == ["class", "number", "unlabeled recall", "positives", "correct"]
     for number, (_, shown, found, positives, precision) in enumerate(by_class[1:]):
         is_it = truth == number
-        share = float((labelling.label[is_it] == number).double().mean()) if is_it.any() else None
+        share = float((pseudo_labels.label[is_it] == number).double().mean()) if is_it.any() else None
         assert found == ("n/a" if share is None else f"{100 * share:.1f} %")
-        chosen = [i for i in range(300) if labelling.positive[i] and labelling.label[i] == number]
+        chosen = [i for i in range(300) if pseudo_labels.positive[i] and pseudo_labels.label[i] == number]
         hits = sum(int(truth[i]) == number for i in chosen)
         assert (shown, positives) == (str(number), str(len(chosen)))
         assert precision == (f"{100 * hits / len(chosen):.1f} %" if chosen else "n/a")
 
 
 def test_the_sentence_says_what_came_of_it(page):
-    page, _, labelling, truth, _ = page
-    positives = int(labelling.positive.sum())
-    share = 100 * float((labelling.label == truth)[labelling.positive].double().mean())
+    page, _, pseudo_labels, truth, _ = page
+    positives = int(pseudo_labels.positive.sum())
+    share = 100 * float((pseudo_labels.label == truth)[pseudo_labels.positive].double().mean())
     assert "right on 90.0 % of the test images, +10.0 points from round 0" in page.text
     assert (
         f"{positives:,} of 300 unlabeled images have a positive pseudo-label, {share:.1f} % of" in page.text
@@ -476,10 +484,10 @@ def test_the_sentence_says_what_came_of_it(page):
     [(0, "are not known, so these labels cannot be checked"), (120, "(checked on the 120 images")],
 )
 def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
-    labelling, truth, _ = case()
+    pseudo_labels, truth, _ = case()
     truth[known:] = -1
     _, path = report.write_report(
-        tmp_path, rows_of(labelling, truth, 10, 1), labelling, truth, cfg, ["x"] * 10
+        tmp_path, rows_of(pseudo_labels, truth, 10, 1), pseudo_labels, truth, cfg, ["x"] * 10
     )
     assert said in html.unescape(path.read_text())
     assert ("points from round 0" in path.read_text()) is False
@@ -492,14 +500,16 @@ def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
 
 
 def test_the_page_names_the_most_frequent_mistakes(tmp_path, cfg):
-    labelling, truth, rows = case(n=50, n_classes=8)
+    pseudo_labels, truth, rows = case(n=50, n_classes=8)
     rows = [{**row, "test_mistakes": [[0, 3, 7], [2, 1, 1]]} for row in rows]
-    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, [f"class <{c}>" for c in range(8)])
+    _, page = report.write_report(
+        tmp_path, rows, pseudo_labels, truth, cfg, [f"class <{c}>" for c in range(8)]
+    )
     text = page.read_text()
     assert (
         "Most frequent mistakes" in text
         and "<td>class &lt;0&gt;</td><td>class &lt;3&gt;</td><td>7</td>" in text
     )
     rows = [{**row, "test_mistakes": []} for row in rows]
-    _, page = report.write_report(tmp_path, rows, labelling, truth, cfg, [f"{c}" for c in range(8)])
+    _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, [f"{c}" for c in range(8)])
     assert "Most frequent mistakes" not in page.read_text()

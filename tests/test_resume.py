@@ -31,7 +31,7 @@ from test_rounds import tiny_config, tiny_set
 
 from ups_fast import checkpoint, files, load_model, rounds, selection, step
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
-from ups_fast.display import Board
+from ups_fast.display import TensorBoard
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
@@ -166,7 +166,7 @@ def test_processes_of_one_second_hide_nothing_in_tensorboard(
     """The later one's number comes first in the order of letters."""
     for epoch, process in enumerate((99999, 100000)):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        with Board(tmp_path / "tb", epoch, 0) as board:
+        with TensorBoard(tmp_path / "tb", epoch, 0) as board:
             board.add_epoch(epoch + 1, {"loss": epoch + 0.5})
     assert scalars(tmp_path, "epochs") == {"loss": [(1, 0.5), (2, 1.5)]}
 
@@ -434,9 +434,9 @@ def test_a_damaged_or_foreign_checkpoint(
         ({"round": 2}, "rows"),
         ({"rows": [{}]}, "rows"),
         ({"rows": None}, "rows"),
-        ({"labelling": None}, "labelling"),
-        ({"labelling": {"index": torch.zeros(3)}}, "labelling"),
-        ({"unlabeled": torch.arange(3)}, "labelling"),
+        ({"pseudo_labels": None}, "pseudo_labels"),
+        ({"pseudo_labels": {"index": torch.zeros(3)}}, "pseudo_labels"),
+        ({"unlabeled": torch.arange(3)}, "pseudo_labels"),
         ({"labeled": torch.zeros(3)}, "labeled or unlabeled"),
         ({"labeled": "abc"}, "labeled or unlabeled"),
         ({"seconds": float("nan")}, "seconds or loss"),

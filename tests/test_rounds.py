@@ -29,7 +29,7 @@ from ups_fast.models import build
 from ups_fast.reference import dropout_keys
 from ups_fast.rounds import Result
 from ups_fast.seeds import derive
-from ups_fast.selection import label
+from ups_fast.selection import pseudo_label
 
 INF = math.inf
 
@@ -138,7 +138,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
 def test_the_last_row_follows_from_the_saved_selection(finished: Finished) -> None:
     _, result, _ = finished
     saved, row = selection(result.folder), result.rows[-1]
-    for name, tensor in vars(result.labelling).items():
+    for name, tensor in vars(result.pseudo_labels).items():
         assert np.array_equal(saved[name], tensor.numpy())
     truth, positive = saved["truth"], saved["positive"]
     assert np.array_equal(truth, tiny_set().train_labels.numpy()[saved["index"]])
@@ -195,10 +195,10 @@ def test_the_saved_network_is_the_one_that_labeled(finished: Finished) -> None:
         ResidentImages(images, mean=mean, std=std, device="cpu")
         for images in (data.train_images, data.test_images)
     )
-    again = label(
+    again = pseudo_label(
         model,
         train,
-        result.labelling.index,
+        result.pseudo_labels.index,
         tau_p=0.95,
         tau_n=0.3,
         kappa_p=0.2,
@@ -206,8 +206,8 @@ def test_the_saved_network_is_the_one_that_labeled(finished: Finished) -> None:
         batch_size=40,
         seed=derive(cfg.seed, "label", 1),
     )
-    assert torch.equal(again.label, result.labelling.label)
-    assert torch.allclose(again.std, result.labelling.std, atol=1e-5)
+    assert torch.equal(again.label, result.pseudo_labels.label)
+    assert torch.allclose(again.std, result.pseudo_labels.std, atol=1e-5)
     with torch.no_grad():
         right = model(test.clean(torch.arange(30))).argmax(dim=1) == data.test_labels
     assert float(right.double().mean()) == pytest.approx(result.rows[-1]["test_acc"])
@@ -244,7 +244,8 @@ def test_a_finished_run_is_not_run_again(finished: Finished, monkeypatch: pytest
     again, said = run(cfg)
     assert again.rows == result.rows and torch.equal(again.truth, result.truth)
     assert all(
-        torch.equal(a, b) for a, b in zip(*(vars(x.labelling).values() for x in (result, again)), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(*(vars(x.pseudo_labels).values() for x in (result, again)), strict=True)
     )
     assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
     assert "all rounds are done" in said and said.splitlines()[-3:] == text.splitlines()[-3:]
@@ -372,7 +373,7 @@ def test_balance_holds_for_the_first_rounds_only(tmp_path: Path, monkeypatch: py
 
     def spy(*args: Any, **settings: Any) -> Any:
         asked.append(settings["balanced"])
-        return label(*args, **settings)
+        return pseudo_label(*args, **settings)
 
     monkeypatch.setattr(rounds, "label", spy)
     run(
@@ -391,9 +392,9 @@ def test_seeds(tmp_path: Path) -> None:
     other, _ = run(tiny_config(tmp_path / "c", seed=4, **short))
     weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "a", tmp_path / "b")]
     assert weights[0] == weights[1]
-    assert torch.equal(first.labelling.std, again.labelling.std)
-    assert not torch.equal(first.labelling.std, other.labelling.std)
-    assert not torch.equal(first.labelling.index, other.labelling.index), (
+    assert torch.equal(first.pseudo_labels.std, again.pseudo_labels.std)
+    assert not torch.equal(first.pseudo_labels.std, other.pseudo_labels.std)
+    assert not torch.equal(first.pseudo_labels.index, other.pseudo_labels.index), (
         "the split is drawn from the seed too"
     )
 
@@ -435,8 +436,8 @@ def test_first_epochs_and_batch_size_default_to_the_others(tmp_path: Path, spy: 
 def test_a_single_pass_without_uncertainty(tmp_path: Path) -> None:
     single = {"select__passes": 1, "select__kappa_p": INF, "select__kappa_n": INF, "model__dropout": 0.0}
     result, _ = run(tiny_config(tmp_path, train__epochs=1, **single))
-    assert (result.labelling.std == 0).all() and len(result.rows) == 2
-    found = result.labelling
+    assert (result.pseudo_labels.std == 0).all() and len(result.rows) == 2
+    found = result.pseudo_labels
     assert torch.equal(found.positive, found.confidence >= 0.95)
 
 
@@ -459,7 +460,7 @@ def test_what_was_good_before_a_round_diverged_stays(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, train__later_lr=1e30, checkpoint_seconds=0.0)
     for _ in range(2):  # the same command again meets the same end
         with pytest.raises(
-            rounds.Diverged, match=r"in round 1, .* train.lr \(here train.later_lr\), which is 1e"
+            rounds.Diverged, match=r"in round 1, .* train.lr \(here train.later_rounds_lr\), which is 1e"
         ):
             run(cfg)
         state = load_checkpoint(tmp_path)
@@ -501,7 +502,7 @@ def test_answers_that_are_not_finite_are_no_round(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize("key", ["batch_size", "first_batch_size"])
+@pytest.mark.parametrize("key", ["batch_size", "round0_batch_size"])
 def test_a_batch_of_one_names_its_key_and_leaves_no_folder(key: str, tmp_path: Path) -> None:
     small = {"model__name": "torchvision:resnet18", f"train__{key}": 1}
     with pytest.raises(
@@ -527,7 +528,7 @@ def test_a_log_without_a_terminal_hears_of_long_rounds(
 def test_truth_may_be_unknown(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, data__n_labels=0, select__tau_p=0.5)
     result, _ = run(cfg, tiny_set(unlabeled_truth=False))
-    assert result.labelling.index.tolist() == list(range(6, 60)) and (result.truth == -1).all()
+    assert result.pseudo_labels.index.tolist() == list(range(6, 60)) and (result.truth == -1).all()
     assert result.rows[0]["positives"] > 0
     for row in result.rows:
         judged = ("positive_acc", "negative_acc", "ece", "ece_selected")
@@ -581,7 +582,7 @@ def test_the_progress_bar_of_a_terminal(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_packed_words_of_the_selection(finished: Finished) -> None:
-    found = finished[1].labelling
+    found = finished[1].pseudo_labels
     assert found.negative.dtype == torch.int32 and found.negative.shape == (54, 1)
     negative = reference.unpack_mask(found.negative, 3)
     finite = found.label >= 0

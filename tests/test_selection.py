@@ -17,17 +17,17 @@ from ups_fast.models import Dropout, build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import (
-    Labelling,
+    PseudoLabels,
     balance,
     drop_negatives,
     ece,
     interval,
-    label,
     mc_dropout,
-    mistakes,
     passes_over,
+    pseudo_label,
     reliability,
     report,
+    top_confusions,
 )
 
 INF = math.inf
@@ -58,11 +58,11 @@ class Scripted(nn.Module):
         return self.logits[passes, samples]
 
 
-def label_scripted(logits: Tensor, **settings: object) -> Labelling:
+def label_scripted(logits: Tensor, **settings: object) -> PseudoLabels:
     """`label` over the prepared logits [P, N, C], N <= 256."""
     passes, n, _ = logits.shape
     images = resident(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1))
-    return label(Scripted(logits), images, torch.arange(n), passes=passes, **settings)  # type: ignore[arg-type]
+    return pseudo_label(Scripted(logits), images, torch.arange(n), passes=passes, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def images() -> ResidentImages:
     return resident(pixels.to(torch.uint8))
 
 
-def equal(a: Labelling, b: Labelling) -> bool:
+def equal(a: PseudoLabels, b: PseudoLabels) -> bool:
     return all(torch.equal(vars(a)[name].nan_to_num(), vars(b)[name].nan_to_num()) for name in vars(a))
 
 
@@ -104,8 +104,8 @@ def test_several_passes_need_an_active_dropout(p: float | None) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), *([] if p is None else [nn.Dropout(p)]))
     images = resident(torch.zeros(4, 1, 1, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match="must have a Dropout"):
-        label(model, images, torch.arange(4), passes=2)
-    label(model, images, torch.arange(4), passes=1, kappa_p=INF, kappa_n=INF)
+        pseudo_label(model, images, torch.arange(4), passes=2)
+    pseudo_label(model, images, torch.arange(4), passes=1, kappa_p=INF, kappa_n=INF)
 
 
 def test_every_dropout_class_counts() -> None:
@@ -122,7 +122,7 @@ def test_label_is_p_full_passes_of_clean_images(net: nn.Module, images: Resident
     index = torch.tensor([22, 3, 5, 0, 7, 11, 2])
     settings = {"tau_p": 0.3, "tau_n": 0.25, "kappa_p": 0.1, "kappa_n": 0.03}
     images.policy = Policy(flip=True, crop=2, cutout=4)  # of training alone
-    got = label(net, images, index, passes=4, batch_size=12, seed=9, **settings)
+    got = pseudo_label(net, images, index, passes=4, batch_size=12, seed=9, **settings)
 
     net.eval()
     with torch.no_grad():
@@ -143,18 +143,18 @@ def test_label_is_p_full_passes_of_clean_images(net: nn.Module, images: Resident
 
 def test_label_depends_on_model_and_seed_alone(net: nn.Module, images: ResidentImages) -> None:
     index = torch.arange(23)
-    first = label(net, images, index, seed=1)
+    first = pseudo_label(net, images, index, seed=1)
     torch.manual_seed(77)
     state, weights = torch.get_rng_state(), {k: v.clone() for k, v in net.state_dict().items()}
     net.train()
-    again = label(net, images, index, seed=1)
+    again = pseudo_label(net, images, index, seed=1)
     assert torch.equal(torch.get_rng_state(), state), (
         "the caller's random numbers must go on as if nothing was"
     )
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items()), "batch-norm must not learn"
     assert net.training
     assert equal(first, again)
-    assert not torch.equal(first.std, label(net, images, index, seed=2).std)
+    assert not torch.equal(first.std, pseudo_label(net, images, index, seed=2).std)
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
@@ -166,12 +166,12 @@ def test_labels_depend_on_no_batch(name: str) -> None:
         torch.randint(0, 256, (60, 12, 12, 1), generator=torch.Generator().manual_seed(1)).byte()
     )
     settings = {"tau_n": 0.0, "kappa_p": INF, "passes": 6, "seed": 3, "batch_size": 10_000}
-    confidence = label(net, images, torch.arange(60), tau_p=0.1, **settings).confidence
+    confidence = pseudo_label(net, images, torch.arange(60), tau_p=0.1, **settings).confidence
     settings["tau_p"] = float(confidence.median())
-    whole = label(net, images, torch.arange(60), **settings)
+    whole = pseudo_label(net, images, torch.arange(60), **settings)
     for batch_size in (1, 30, 100):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(batch_size))
-        got = label(net, images, order, **{**settings, "batch_size": batch_size})
+        got = pseudo_label(net, images, order, **{**settings, "batch_size": batch_size})
         # Some thousand float32 roundings of a logit of size 1, halved by a softmax.
         assert (got.confidence - whole.confidence[order]).abs().max() < 1e-5
         assert (got.std - whole.std[order]).abs().max() < 1e-5
@@ -179,12 +179,14 @@ def test_labels_depend_on_no_batch(name: str) -> None:
         assert torch.equal(got.positive[~near[order]], whole.positive[order][~near[order]])
         assert (got.label == whole.label[order]).all()
     assert 0 < whole.positive.sum() < 60
-    assert not torch.equal(whole.std, label(net, images, torch.arange(60), **{**settings, "seed": 4}).std)
+    assert not torch.equal(
+        whole.std, pseudo_label(net, images, torch.arange(60), **{**settings, "seed": 4}).std
+    )
 
 
 @pytest.mark.parametrize("name", ["wrn-16-1", "cnn13"])
-@pytest.mark.parametrize("dropouts", [1, 2])
-def test_only_the_last_dropouts_act(name: str, dropouts: int) -> None:
+@pytest.mark.parametrize("mc_layers", [1, 2])
+def test_only_the_last_dropouts_act(name: str, mc_layers: int) -> None:
     torch.manual_seed(0)
     net = build(name, n_classes=5, channels=1, size=12, dropout=0.3).eval()
     images = resident(torch.randint(0, 256, (9, 12, 12, 1)).byte())
@@ -192,20 +194,20 @@ def test_only_the_last_dropouts_act(name: str, dropouts: int) -> None:
         torch.arange(9),
         {"passes": 5, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.2, "tau_n": 0.2},
     )
-    got = label(net, images, index, seed=3, dropouts=dropouts, batch_size=20, **settings)
+    got = pseudo_label(net, images, index, seed=3, mc_layers=mc_layers, batch_size=20, **settings)
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     assert len(layers) == {"wrn-16-1": 6, "cnn13": 2}[name]
-    for layer in layers[: len(layers) - dropouts]:
+    for layer in layers[: len(layers) - mc_layers]:
         layer.p = 0.0
-    want = label(net, images, index, seed=3, batch_size=45, **settings)
+    want = pseudo_label(net, images, index, seed=3, batch_size=45, **settings)
     assert torch.allclose(got.confidence, want.confidence, atol=1e-6) and torch.equal(got.label, want.label)
     assert torch.allclose(got.std, want.std, atol=1e-6) and want.std.min() > 1e-5
 
 
 def test_a_network_has_only_so_many_dropouts(net: nn.Module, images: ResidentImages) -> None:
-    for dropouts in (-1, 4):
-        with pytest.raises(ValueError, match=rf"dropouts must be in 0 .. 3, .* got {dropouts}"):
-            label(net, images, torch.arange(23), dropouts=dropouts)
+    for mc_layers in (-1, 4):
+        with pytest.raises(ValueError, match=rf"mc_layers must be in 0 .. 3, .* got {mc_layers}"):
+            pseudo_label(net, images, torch.arange(23), mc_layers=mc_layers)
 
 
 @pytest.mark.slow
@@ -217,8 +219,8 @@ def test_compiled_labels_are_the_eager_ones_and_nothing_compiles_twice() -> None
     net = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.3)
     for seed in (1, 2):
         with torch._dynamo.config.patch(error_on_recompile=True):  # nor does the last, smaller batch
-            got = label(net, images, torch.arange(23), seed=seed, forward=forward, **settings)
-        want = label(net, images, torch.arange(23), seed=seed, **settings)
+            got = pseudo_label(net, images, torch.arange(23), seed=seed, forward=forward, **settings)
+        want = pseudo_label(net, images, torch.arange(23), seed=seed, **settings)
         assert torch.equal(got.label, want.label)
         assert torch.allclose(got.confidence, want.confidence, atol=1e-5)
         assert torch.allclose(got.std, want.std, atol=1e-5) and want.std.min() > 0
@@ -229,16 +231,16 @@ def test_compiled_labels_are_the_eager_ones_and_nothing_compiles_twice() -> None
 
 def test_a_single_pass_is_deterministic_and_has_no_std(net: nn.Module, images: ResidentImages) -> None:
     settings = {"passes": 1, "kappa_p": INF, "kappa_n": INF, "tau_p": 0.2, "tau_n": 0.2}
-    one = label(net, images, torch.arange(23), seed=1, batch_size=23, **settings)
-    two = label(net, images, torch.arange(23), seed=2, batch_size=4, **settings)
+    one = pseudo_label(net, images, torch.arange(23), seed=1, batch_size=23, **settings)
+    two = pseudo_label(net, images, torch.arange(23), seed=2, batch_size=4, **settings)
     assert torch.equal(one.label, two.label) and torch.allclose(one.confidence, two.confidence, atol=1e-6)
     assert (one.std == 0).all() and one.positive.all()
-    three = label(net, images, torch.arange(23), **{**settings, "kappa_p": 0.0, "kappa_n": 0.0})
+    three = pseudo_label(net, images, torch.arange(23), **{**settings, "kappa_p": 0.0, "kappa_n": 0.0})
     assert equal(one, three)  # one pass has no std to hold against the kappas
 
 
 def test_no_unlabeled_samples(net: nn.Module, images: ResidentImages) -> None:
-    got = label(net, images, torch.arange(0), balanced=True)
+    got = pseudo_label(net, images, torch.arange(0), balanced=True)
     assert got.label.shape == (0,) and got.negative.shape == (0, 1) and got.positive.dtype == torch.bool
     numbers = report(got, None, 5)
     assert numbers["positives"] == 0 and numbers["ece"] is None
@@ -246,25 +248,25 @@ def test_no_unlabeled_samples(net: nn.Module, images: ResidentImages) -> None:
 
 def test_progress_hears_of_every_image(net: nn.Module, images: ResidentImages) -> None:
     heard: list[int] = []
-    label(net, images, torch.arange(23), passes=2, batch_size=20, progress=heard.append)
+    pseudo_label(net, images, torch.arange(23), passes=2, batch_size=20, progress=heard.append)
     assert heard == [10, 10, 3]
-    label(net, images, torch.arange(2), passes=9, batch_size=4, progress=heard.append)
+    pseudo_label(net, images, torch.arange(2), passes=9, batch_size=4, progress=heard.append)
     assert heard[3:] == [1, 1], "one image at least"
 
 
-def test_labelling_is_never_in_bfloat16(net: nn.Module, images: ResidentImages) -> None:
-    want = label(net.eval(), images, torch.arange(23), passes=3)
+def test_labeling_is_never_in_bfloat16(net: nn.Module, images: ResidentImages) -> None:
+    want = pseudo_label(net.eval(), images, torch.arange(23), passes=3)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(images.clean(torch.arange(2))).dtype == torch.bfloat16
-        assert equal(label(net, images, torch.arange(23), passes=3), want)
+        assert equal(pseudo_label(net, images, torch.arange(23), passes=3), want)
 
 
-def test_labelling_and_balance_never_wait_for_the_device() -> None:
+def test_labeling_and_balance_never_wait_for_the_device() -> None:
     """A fake tensor has no values: reading one on the host, as .item() or `if tensor` do, raises."""
     images = resident(torch.zeros(9, 8, 8, 1, dtype=torch.uint8))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build("wrn-10-1", n_classes=40, channels=1, size=8, dropout=0.3)
-        got = label(model, images, torch.arange(9), passes=3, batch_size=4, balanced=True)
+        got = pseudo_label(model, images, torch.arange(9), passes=3, batch_size=4, balanced=True)
     assert got.positive.shape == (9,) and got.negative.shape == (9, 2)
 
 
@@ -297,10 +299,10 @@ def test_lost_images_are_selected_for_nothing() -> None:
     images = resident(torch.arange(56, dtype=torch.uint8).view(56, 1, 1, 1))
     index = torch.arange(56).flip(0)
     for gone in (50, 3):
-        images.lost, broken = {gone: "gone", 99: "not asked for"}, logits.clone()
+        images.unreadable, broken = {gone: "gone", 99: "not asked for"}, logits.clone()
         broken[3, gone, 1] = math.nan
-        got = label(Scripted(logits), images, index, passes=10, balanced=True)
-        want = label(Scripted(broken), resident(images.images), index, passes=10, balanced=True)
+        got = pseudo_label(Scripted(logits), images, index, passes=10, balanced=True)
+        want = pseudo_label(Scripted(broken), resident(images.images), index, passes=10, balanced=True)
         assert equal(got, want) and got.label.eq(-1).nonzero().tolist() == [[55 - gone]]
 
 
@@ -417,9 +419,9 @@ def test_intervals_are_wilson_s(right: int, count: int, low: float, high: float)
 def test_mistakes_come_by_their_number() -> None:
     truth = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
     label = torch.tensor([0, 1, 1, 2, 1, 0, 0, -1, 1])
-    assert mistakes(label, truth) == [(0, 1, 2), (2, 0, 2), (1, 2, 1), (2, 1, 1)]
-    assert mistakes(label, truth, most=1) == [(0, 1, 2)]
-    assert mistakes(truth, truth) == mistakes(truth[:0], truth[:0]) == []
+    assert top_confusions(label, truth) == [(0, 1, 2), (2, 0, 2), (1, 2, 1), (2, 1, 1)]
+    assert top_confusions(label, truth, most=1) == [(0, 1, 2)]
+    assert top_confusions(truth, truth) == top_confusions(truth[:0], truth[:0]) == []
 
 
 def test_reliability_by_hand() -> None:
@@ -441,12 +443,12 @@ def test_ece_of_nothing_and_of_empty_bins() -> None:
 # The report.
 
 
-def six_samples() -> Labelling:
+def six_samples() -> PseudoLabels:
     negative = torch.zeros(6, 34, dtype=torch.bool)
     negative[2, [0, 1, 33]] = True
     negative[3, [1, 32]] = True
     negative[5, 31] = True
-    return Labelling(
+    return PseudoLabels(
         index=torch.arange(6),
         label=torch.tensor([0, 1, 33, 33, 0, -1]),
         confidence=torch.tensor([0.9, 0.8, 0.6, 0.5, 0.9, math.nan]),

@@ -25,11 +25,11 @@ SET = [
     *FAST,
     "train.rounds=2",
     "train.epochs=4",
-    "train.first_epochs=8",
+    "train.round0_epochs=8",
     "select.passes=4",
     "select.tau_p=0.5",
 ]
-SET += ["select.kappa_p=inf", "engine.precision=float32", "data.crop=1", "checkpoint_seconds=0"]
+SET += ["select.kappa_p=inf", "runtime.precision=float32", "data.crop=1", "checkpoint_seconds=0"]
 
 
 def words(images: Path, folder: Path, *more: str) -> list[str]:
@@ -231,7 +231,7 @@ def test_what_does_not_fit_into_memory_stays_in_its_files(
 
 def test_arrays_may_stream_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     digits = str(CONFIG.parent / "digits.yaml")
-    tiny = ["train.rounds=1", "train.first_epochs=3", "model.name=wrn-10-1", "select.passes=2", "seed=1"]
+    tiny = ["train.rounds=1", "train.round0_epochs=3", "model.name=wrn-10-1", "select.passes=2", "seed=1"]
     for loader in ("plain", "resident"):
         assert train.main([digits, f"data.loader={loader}", f"run_dir={tmp_path / loader}", *tiny]) == 0
     assert all(

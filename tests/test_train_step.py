@@ -238,7 +238,7 @@ def test_a_lost_image_teaches_nothing() -> None:
             each.start(about, mix, network().state_dict(), augment_seed=1, dropout_seed=2)
             each(batch + 4, batch, lr=0.1)
             if lost:
-                each.images.lost[3] = "gone"
+                each.images.unreadable[3] = "gone"
             each(batch, batch + round, lr=0.1)
             found += [tensor.clone() for tensor in memory(each)]
         return found

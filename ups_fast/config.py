@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -125,12 +126,12 @@ class TrainConfig:
     )
     epochs: int = _key(30, "Epochs in each round.", within="[1, 1000000]")
     batch_size: int = _key(128, "Images in a batch.", within="[1, 1000000]")
-    first_epochs: int = _key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
-    first_batch_size: int = _key(
+    round0_epochs: int = _key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
+    round0_batch_size: int = _key(
         0, "Images in a batch of round 0. 0: train.batch_size.", within="[0, 1000000]"
     )
     lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
-    later_lr: float = _key(
+    later_rounds_lr: float = _key(
         0.0,
         "Highest learning rate of later rounds. Give a lower one with train.warm_start. 0: train.lr.",
         within="[0, 1000]",
@@ -147,7 +148,7 @@ class TrainConfig:
         False,
         "Later rounds go on from the last weights. In the published method each round starts from new ones.",
     )
-    repeat_labels: int = _key(
+    labeled_repeats: int = _key(
         1,
         "How often each labeled image occurs among the positives of later rounds. Published: 1.",
         within="[1, 1000]",
@@ -156,7 +157,7 @@ class TrainConfig:
 
 
 @dataclass
-class EngineConfig:
+class RuntimeConfig:
     step: str = _key(
         "auto",
         "How a training step runs. eager: op by op. compile: by torch.compile, which first takes a minute. graph: "
@@ -195,7 +196,7 @@ class SelectConfig:
         "Passes with dropout over each image. 1 turns uncertainty off: confidence alone decides.",
         within="[1, 10000]",
     )
-    dropouts: int = _key(
+    mc_layers: int = _key(
         0,
         "Number of dropout layers that act in labeling, counted from the last. Few are cheaper, but not the published "
         "method. 0: all.",
@@ -238,7 +239,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
 
 
@@ -258,7 +259,7 @@ _GROUPS: dict[str, type] = {
     "data": DataConfig,
     "model": ModelConfig,
     "train": TrainConfig,
-    "engine": EngineConfig,
+    "runtime": RuntimeConfig,
     "select": SelectConfig,
 }
 _NOUN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -274,6 +275,16 @@ def _keys() -> Iterator[Key]:
 
 
 KEYS: dict[str, Key] = {key.name: key for key in _keys()}
+# Old names, which work for one release.
+RENAMED = {
+    "engine.step": "runtime.step",
+    "engine.precision": "runtime.precision",
+    "train.first_epochs": "train.round0_epochs",
+    "train.first_batch_size": "train.round0_batch_size",
+    "train.later_lr": "train.later_rounds_lr",
+    "train.repeat_labels": "train.labeled_repeats",
+    "select.dropouts": "select.mc_layers",
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -335,7 +346,7 @@ def validate(cfg: Config) -> None:
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
             "equal (to do without uncertainty set select.passes=1)"
         )
-    shortest = min(train.epochs, train.first_epochs or train.epochs)
+    shortest = min(train.epochs, train.round0_epochs or train.epochs)
     if train.warmup_epochs > shortest:
         raise ValueError(
             f"train.warmup_epochs must not exceed a round's {shortest} epochs, got {train.warmup_epochs}"
@@ -413,9 +424,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in _GROUPS and isinstance(value, Mapping):
+        if key in (*_GROUPS, "engine") and isinstance(value, Mapping):
             yield from _flatten(value, f"{key}.")
-        elif key not in _GROUPS or value is not None:  # "train:" with nothing under it changes nothing
+        elif (
+            key not in (*_GROUPS, "engine") or value is not None
+        ):  # "train:" with nothing under it changes nothing
             yield key, value
 
 
@@ -434,8 +447,21 @@ def _parse(word: str) -> tuple[str, Any]:
         raise ValueError(f"{shown(name)}: {error}") from None
 
 
-def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
+def _renamed(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys by their names of today; each old name is said in a warning."""
     for name, value in values.items():
+        new = RENAMED.get(name)
+        if new in values:
+            raise ValueError(f"{new} is given twice, once by its old name {name}")
+        if new:
+            warnings.warn(
+                f"{name} is now {new}: the old name works for one release", FutureWarning, stacklevel=4
+            )
+        yield new or name, value
+
+
+def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
+    for name, value in _renamed(values):
         if name in _GROUPS:
             member = next(key for key in KEYS if key.startswith(f"{name}."))
             raise ValueError(

@@ -19,7 +19,7 @@ from ups_fast.files import make_folder, writing
 Row = dict[str, Any]  # one line of metrics.jsonl
 
 
-class Board:
+class TensorBoard:
     """TensorBoard scalars: epochs/ over the epochs done since the run began, rounds/ over the rounds."""
 
     def __init__(self, folder: Path, epochs_done: int, rounds_done: int) -> None:
@@ -34,7 +34,7 @@ class Board:
             self.epochs = SummaryWriter(folder / "epochs", purge_step=epochs_done + 1, filename_suffix=name)
             self.rounds = SummaryWriter(folder / "rounds", purge_step=rounds_done, filename_suffix=name)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.stream import FileImages
-from ups_fast.selection import Labelling, label
+from ups_fast.selection import PseudoLabels, pseudo_label
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Supervision:
 def supervise(
     labels: Tensor,  # int64 [N], read at `labeled` only
     labeled: Tensor,  # int64 [L]
-    labelling: Labelling | None,  # on the host; None in round 0, which learns from the labels alone
+    pseudo_labels: PseudoLabels | None,  # on the host; None in round 0, which learns from the labels alone
     n_classes: int,
     *,
     repeat: int = 1,  # the labeled images come so often among the positives of rounds that have others
@@ -40,11 +40,11 @@ def supervise(
     target[labeled] = labels[labeled]
     negative = torch.zeros(len(labels), (n_classes + 31) // 32, dtype=torch.int32)
     positives, negatives = labeled, labeled[:0]
-    if labelling is not None:
-        found = labelling.index[labelling.positive]
-        target[found] = labelling.label[labelling.positive]
-        negative[labelling.index] = labelling.negative
-        negatives = labelling.index[labelling.negative.any(dim=1)]
+    if pseudo_labels is not None:
+        found = pseudo_labels.index[pseudo_labels.positive]
+        target[found] = pseudo_labels.label[pseudo_labels.positive]
+        negative[pseudo_labels.index] = pseudo_labels.negative
+        negatives = pseudo_labels.index[pseudo_labels.negative.any(dim=1)]
         positives = expand(torch.cat([labeled.repeat(repeat), found]), len(negatives), generator)
     return Supervision(target.to(device), negative.to(device), positives, negatives)
 
@@ -140,7 +140,7 @@ def lr_at(step: int, total: int, *, lr: float, warmup: float = 0.0, cosine: floa
 
 
 class Evaluation(NamedTuple):
-    """A network on those of M labeled images that are not lost, on the host. Accuracy is the mean of `correct`."""
+    """A network on those of M labeled images that can be read, on the host. Accuracy is the mean of `correct`."""
 
     index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
     confidence: Tensor  # float32 [m], NaN where a logit was NaN or infinite
@@ -154,14 +154,14 @@ def evaluate(
     labels: Tensor,  # int64 [M]
     *,
     batch_size: int = 512,
-    forward: Callable[..., Tensor] | None = None,  # as of `label`
+    forward: Callable[..., Tensor] | None = None,  # as of `pseudo_label`
 ) -> Evaluation:
     """One pass without dropout over all `images`, under the rule that labels the unlabeled ones."""
     index = torch.arange(len(images), device=images.device)
     inf = math.inf
-    found = label(
+    found = pseudo_label(
         model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
     ).cpu()
-    kept = ~torch.isin(found.index, torch.tensor(sorted(images.lost), dtype=torch.int64))
+    kept = ~torch.isin(found.index, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
     confidence, correct, answer = found.confidence, found.label == labels.cpu(), found.label
     return Evaluation(found.index[kept], confidence[kept], correct[kept], answer[kept])

@@ -46,7 +46,7 @@ FEW_TESTS = 100  # images: their accuracy is a rough guess
 
 
 @contextmanager
-def blame(key: str) -> Iterator[None]:
+def naming_key(key: str) -> Iterator[None]:
     """Says which key of the config led to a ValueError."""
     try:
         yield
@@ -81,7 +81,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             folder, gone = _as_known(cfg, known, progress("comparing files"))
             console.print("the run goes on with the files of its first start")
         else:
-            with blame("data.root"):
+            with naming_key("data.root"):
                 folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
             if (tests := len(folder.test)) < FEW_TESTS:
                 note = f"only {tests:,} test images: each of them is {100 / tests:.1f} points of accuracy"
@@ -137,7 +137,7 @@ def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]
 
 
 def _listing(root: str) -> Listing:
-    with blame("data.root"):
+    with naming_key("data.root"):
         return listing(root)
 
 
@@ -151,8 +151,10 @@ def _again(data: ImageSet, known: Manifest, gone: list[int]) -> ImageSet:
     if not data.in_files:  # what could not be read is known
         return data
     n, why = known.train, {i: f"{known.paths[i]!r} is gone" for i in gone}
-    lost = {i: each for i, each in why.items() if i < n}
-    return replace(data, lost=lost, test_lost={i - n: each for i, each in why.items() if i >= n})
+    unreadable = {i: each for i, each in why.items() if i < n}
+    return replace(
+        data, unreadable=unreadable, test_unreadable={i - n: each for i, each in why.items() if i >= n}
+    )
 
 
 def write_files(run_dir: Path, data: ImageSet) -> None:
@@ -194,12 +196,12 @@ def open_images(
 ) -> ResidentImages | FileImages:
     """The training or the test part of the data, on the device or in its files."""
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
-    images, names, lost = data.train_images, data.names, data.lost
+    images, names, unreadable = data.train_images, data.names, data.unreadable
     if test:
-        images, names, lost = data.test_images, data.test_names, data.test_lost
-    common["lost"] = lost
+        images, names, unreadable = data.test_images, data.test_names, data.test_unreadable
+    common["unreadable"] = unreadable
     if not data.in_files and cfg.data.loader in ("auto", "resident"):
-        with blame("data.crop"):
+        with naming_key("data.crop"):
             return ResidentImages(images, **common)
     _, height, width, channels = images.shape
     if height != width:
@@ -207,7 +209,7 @@ def open_images(
             f"data.loader={cfg.data.loader} needs square images, got {height}x{width}: use resident"
         )
     try:
-        with blame("data.crop"):
+        with naming_key("data.crop"):
             return file_images(
                 cfg.data.loader,
                 data.root if data.in_files else None,
@@ -226,7 +228,7 @@ def open_images(
 def policy_of(cfg: Config) -> Policy:
     """What is done to training images."""
     data = cfg.data
-    with blame("data.ops"):
+    with naming_key("data.ops"):
         ops = parse_ops(data.ops)
     return Policy(
         ops=ops,
@@ -242,7 +244,7 @@ def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
     """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed."""
     if data.labeled is None:
         seed = derive(cfg.seed, "split")
-        with blame("data.n_labels"):
+        with naming_key("data.n_labels"):
             return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
     unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
     unlabeled[data.labeled] = False

@@ -38,7 +38,7 @@ try:
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection
     from ups_fast.report import label_rows, label_table
-    from ups_fast.selection import labelling_rows, passes_over, skipped
+    from ups_fast.selection import labeling_rows, passes_over, skipped
     from ups_fast.words import many
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
@@ -81,14 +81,14 @@ class Predictor:
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError
             done = read_bytes(home(run_dir) / "metrics.jsonl").count(b"\n")
-            self.passes, dropouts = int(select["passes"]), int(select.get("dropouts", 0))
+            self.passes, mc_layers = int(select["passes"]), int(select.get("mc_layers", 0))
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
                 f"{path}, which says by which thresholds to label, or metrics.jsonl beside it is gone or damaged"
             ) from error
-        self.skip = skipped(model, dropouts)
+        self.skip = skipped(model, mc_layers)
         self.unfinished = f"{done} of {rounds} rounds" if done < rounds else ""
-        self.rows = max(1, labelling_rows(self.device, self.height, self.width) // self.passes)
+        self.rows = max(1, labeling_rows(self.device, self.height, self.width) // self.passes)
 
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""

@@ -26,7 +26,7 @@ from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
 from ups_fast.reference import Selection, unpack_mask
-from ups_fast.selection import Labelling, Reliability, ece, interval, recall, reliability
+from ups_fast.selection import PseudoLabels, Reliability, ece, interval, recall, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ MOST_POINTS = 6000  # of the plane: further ones would only lie on top of each o
 
 def write_pseudo_labels(
     path: str | Path,
-    labelling: Labelling,  # U samples, on the CPU
+    pseudo_labels: PseudoLabels,  # U samples, on the CPU
     classes: Sequence[str],  # C names
     *,
     first: int = 0,  # the training set's index that counts as 0
@@ -65,7 +65,7 @@ def write_pseudo_labels(
     table = io.StringIO(newline="")
     columns = ["index", "label", "confidence", "std", "positive", "negative", "name"]
     write = label_table(table, [*columns, "path"] if names else columns)
-    for index, row in zip(labelling.index.tolist(), label_rows(labelling, classes), strict=True):
+    for index, row in zip(pseudo_labels.index.tolist(), label_rows(pseudo_labels, classes), strict=True):
         write({**row, "index": str(index - first), "path": names[index] if names else ""})
     # A file's name may be no text.
     write_atomic(Path(path), table.getvalue().encode("utf-8", "surrogateescape"))
@@ -83,7 +83,7 @@ def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, 
     return write
 
 
-def label_rows(found: Labelling | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
+def label_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
     """Of each sample the columns of `write_pseudo_labels` that a network's answer gives."""
     columns = zip(
         found.label.tolist(),
@@ -107,7 +107,7 @@ def label_rows(found: Labelling | Selection, classes: Sequence[str]) -> Iterator
 def write_report(
     run_dir: str | Path,
     rows: Rows,
-    labelling: Labelling,  # of the last round: U samples, on the CPU
+    pseudo_labels: PseudoLabels,  # of the last round: U samples, on the CPU
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
     cfg: Config,
     classes: Sequence[str],  # C names
@@ -118,16 +118,16 @@ def write_report(
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
-    truth = torch.full_like(labelling.label, -1) if truth is None else truth
+    truth = torch.full_like(pseudo_labels.label, -1) if truth is None else truth
     image = io.BytesIO()
     labeled = cfg.data.n_labels if labeled is None else labeled
-    draw(rows, labelling, truth, cfg, labeled).savefig(image, format="png", dpi=144)
+    draw(rows, pseudo_labels, truth, cfg, labeled).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
-    table = _class_table(rows[-1], labelling, truth, classes, class_labels, class_tests)
+    table = _class_table(rows[-1], pseudo_labels, truth, classes, class_labels, class_tests)
     if class_labels and (note := uneven(classes, class_labels)):
         notes = [note, *notes]
-    text = _page(rows, labelling, truth, cfg, classes, notes, image.getvalue(), table)
+    text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table)
     write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
@@ -135,7 +135,7 @@ def write_report(
 # The picture --------------------------------------------------------------------------------------
 
 
-def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, labeled: int) -> Figure:
+def draw(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, labeled: int) -> Figure:
     """The four panels as a matplotlib figure; arguments as in `write_report`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -162,11 +162,11 @@ def draw(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config, labeled: 
         )
         accuracy, counts, calibration, plane = (figure.add_subplot(grid[i]) for i in range(4))
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
-        figure.text(0.06, 0.918, _subline(labelling, cfg, labeled), fontsize=11, color=MUTED)
+        figure.text(0.06, 0.918, _subline(pseudo_labels, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
-        _draw_counts(counts, rows, len(labelling.index), all_known=bool((truth >= 0).all()))
-        _draw_calibration(calibration, _bins(rows[-1], labelling, truth))
-        _draw_plane(plane, labelling, truth, cfg)
+        _draw_counts(counts, rows, len(pseudo_labels.index), all_known=bool((truth >= 0).all()))
+        _draw_calibration(calibration, _bins(rows[-1], pseudo_labels, truth))
+        _draw_plane(plane, pseudo_labels, truth, cfg)
     return figure
 
 
@@ -179,9 +179,9 @@ def headline(rows: Rows, cfg: Config) -> str:
     return f"{name}: test accuracy {_percent(first)} → {_percent(last)} in {len(rows)} rounds"
 
 
-def _subline(labelling: Labelling, cfg: Config, labeled: int) -> str:
+def _subline(pseudo_labels: PseudoLabels, cfg: Config, labeled: int) -> str:
     return (
-        f"{labeled:,} labeled and {len(labelling.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
+        f"{labeled:,} labeled and {len(pseudo_labels.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
         f"Round 0 trained on the labeled images alone."
     )
 
@@ -269,17 +269,17 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool) -> 
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _bins(row: Mapping[str, Any], labelling: Labelling, truth: Tensor) -> dict[str, Reliability]:
+def _bins(row: Mapping[str, Any], pseudo_labels: PseudoLabels, truth: Tensor) -> dict[str, Reliability]:
     """How far confidence is deserved, by groups of images: of unlabeled ones, or else of test images."""
     if not (truth >= 0).any():
         found = row.get("test_bins") or {}
         names = {"all": "all test images", "selected": "selected"}
         return {names[key]: Reliability(*torch.tensor(found[key]).T) for key in names if found.get(key)}
-    groups = {"all unlabeled": torch.ones_like(labelling.positive), "selected": labelling.positive}
-    judged = {name: each & (truth >= 0) & (labelling.label >= 0) for name, each in groups.items()}
-    correct = labelling.label == truth
+    groups = {"all unlabeled": torch.ones_like(pseudo_labels.positive), "selected": pseudo_labels.positive}
+    judged = {name: each & (truth >= 0) & (pseudo_labels.label >= 0) for name, each in groups.items()}
+    correct = pseudo_labels.label == truth
     return {
-        name: reliability(labelling.confidence[each], correct[each])
+        name: reliability(pseudo_labels.confidence[each], correct[each])
         for name, each in judged.items()
         if each.any()
     }
@@ -302,15 +302,15 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
     axes.grid(color=RULE)
 
 
-def _draw_plane(axes: Axes, labelling: Labelling, truth: Tensor, cfg: Config) -> None:
+def _draw_plane(axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> None:
     tau, kappa = cfg.select.tau_p, cfg.select.kappa_p
-    finite = np.flatnonzero(labelling.label >= 0)
+    finite = np.flatnonzero(pseudo_labels.label >= 0)
     drawn = finite
     if len(finite) > MOST_POINTS:
         drawn = np.random.default_rng(0).choice(finite, MOST_POINTS, replace=False)
-    x, y = labelling.confidence.numpy()[drawn], labelling.std.numpy()[drawn]
+    x, y = pseudo_labels.confidence.numpy()[drawn], pseudo_labels.std.numpy()[drawn]
     known = truth.numpy()[drawn] >= 0
-    correct = (labelling.label == truth).numpy()[drawn]
+    correct = (pseudo_labels.label == truth).numpy()[drawn]
 
     left = min(x.min(initial=1), tau) - 0.03
     top = 1.08 * max(y.max(initial=0), 1.4 * kappa if math.isfinite(kappa) else 0, 0.02)
@@ -380,7 +380,7 @@ _READING = """
 
 def _page(
     rows: Rows,
-    labelling: Labelling,
+    pseudo_labels: PseudoLabels,
     truth: Tensor,
     cfg: Config,
     classes: Sequence[str],
@@ -409,7 +409,7 @@ def _page(
 <body>
 <main>
 <h1>{title}</h1>
-<p>{html.escape(_summary(rows, labelling, truth, cfg))}</p>
+<p>{html.escape(_summary(rows, pseudo_labels, truth, cfg))}</p>
 <img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
@@ -428,8 +428,8 @@ def _page(
 """
 
 
-def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> str:
-    last, unlabeled = rows[-1], len(labelling.index)
+def _summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
+    last, unlabeled = rows[-1], len(pseudo_labels.index)
     kept = f"{last['positives']:,} of {unlabeled:,} unlabeled images have a positive pseudo-label"
     if last["positive_acc"] is not None:
         kept += f", {_percent(last['positive_acc'])} of them correct"
@@ -444,22 +444,22 @@ def _summary(rows: Rows, labelling: Labelling, truth: Tensor, cfg: Config) -> st
     elif known < unlabeled:
         told += f" (checked on the {known:,} images whose true class is known)"
     if last["test_acc"] is None:
-        return f"No test image could be read. {kept}; {told}. {_doubts(labelling, cfg)}"
+        return f"No test image could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
     step = ""
     if len(rows) > 1 and rows[0]["test_acc"] is not None:
         step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
     right = f"The network is right on {_percent(last['test_acc'])} of the test images{step}."
-    return f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(labelling, cfg)}".replace("  ", " ")
+    return f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)}".replace("  ", " ")
 
 
-def _doubts(labelling: Labelling, cfg: Config) -> str:
+def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
     """What uncertainty has done."""
     if not math.isfinite(cfg.select.kappa_p):
         return ""
-    sure = labelling.confidence >= cfg.select.tau_p
-    doubted = int((sure & ~labelling.candidate).sum())
+    sure = pseudo_labels.confidence >= cfg.select.tau_p
+    doubted = int((sure & ~pseudo_labels.candidate).sum())
     said = f"Of {int(sure.sum()):,} confident labels {doubted:,} were too uncertain (std above {cfg.select.kappa_p:g})"
-    dropped = int((labelling.candidate & ~labelling.positive).sum())
+    dropped = int((pseudo_labels.candidate & ~pseudo_labels.positive).sum())
     return said + (f", and {dropped:,} more were left out to balance the classes." if dropped else ".")
 
 
@@ -469,8 +469,8 @@ def advice(rows: Rows, cfg: Config) -> str:
     settings = {
         "more train.epochs": True,
         "a higher select.tau_p": True,
-        "train.warm_start=true with train.later_lr a third of train.lr": not train.warm_start,
-        "a higher train.repeat_labels": train.repeat_labels == 1,
+        "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
+        "a higher train.labeled_repeats": train.labeled_repeats == 1,
         f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,
         "augmentation (data.ops)": not cfg.data.ops,
     }
@@ -533,7 +533,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def _class_table(
     row: Mapping[str, Any],  # of the last round
-    labelling: Labelling,
+    pseudo_labels: PseudoLabels,
     truth: Tensor,
     classes: Sequence[str],
     labels: Sequence[int] | None,
@@ -541,7 +541,7 @@ def _class_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns that nothing is known of are left out."""
     n, names = len(classes), range(len(classes))
-    positive = [labelling.positive & (labelling.label == c) for c in names]
+    positive = [pseudo_labels.positive & (pseudo_labels.label == c) for c in names]
     judged = [truth[each & (truth >= 0)] for each in positive]
     columns: dict[str, Sequence[str]] = {"class": classes, "number": list(map(str, names))}
     if labels is not None:
@@ -551,7 +551,7 @@ def _class_table(
     if (found := row.get("test_recall")) is not None:
         columns["test recall"] = list(map(_percent, found))
     if bool((truth >= 0).any()):
-        columns["unlabeled recall"] = list(map(_percent, recall(labelling.label, truth, n)))
+        columns["unlabeled recall"] = list(map(_percent, recall(pseudo_labels.label, truth, n)))
     columns["positives"] = [f"{int(each.sum()):,}" for each in positive]
     columns["correct"] = [
         _percent(float((each == c).double().mean()) if len(each) else None) for c, each in enumerate(judged)

@@ -35,7 +35,7 @@ from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
 from ups_fast.data.classes import class_counts, classes_line, uneven
 from ups_fast.data.fingerprint import differences, fingerprint
-from ups_fast.display import HEADER, Board, Row, progress_bar, table_line
+from ups_fast.display import HEADER, Row, TensorBoard, progress_bar, table_line
 from ups_fast.engine import (
     Mix,
     Supervision,
@@ -48,22 +48,22 @@ from ups_fast.engine import (
 )
 from ups_fast.files import RunFolderError, write_arrays, write_atomic
 from ups_fast.fullgraph import fullgraph
-from ups_fast.inputs import IMAGES, blame, open_images, policy_of, split_of, write_files
+from ups_fast.inputs import IMAGES, naming_key, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import (
-    Labelling,
+    PseudoLabels,
     ece,
-    label,
-    labelling_rows,
-    mistakes,
-    on_test,
+    labeling_rows,
     or_none,
     passes_over,
+    pseudo_label,
     recall,
     reliability,
     report,
     skipped,
+    test_selection,
+    top_confusions,
 )
 from ups_fast.state import Checkpoint
 from ups_fast.step import TrainStep, plan_step
@@ -81,10 +81,12 @@ class Result:
 
     folder: Path
     rows: list[Row]  # one per round
-    labelling: Labelling  # of the last round
-    truth: Tensor  # int64 [U], in the order of `labelling`, -1 where unknown
+    pseudo_labels: PseudoLabels  # of the last round
+    truth: Tensor  # int64 [U], in the order of `pseudo_labels`, -1 where unknown
     labeled: Tensor  # int64 [L], into the training set
-    lost: list[str]  # sentences on files that could not be read any more, from which nothing was learned
+    unreadable: list[
+        str
+    ]  # sentences on files that could not be read any more, from which nothing was learned
 
 
 class Interrupted(KeyboardInterrupt):
@@ -109,7 +111,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
         if job.state.round < cfg.train.rounds:
             with (
                 torch.backends.cudnn.flags(enabled=True, deterministic=True),
-                Board(job.folder / TENSORBOARD, job.epochs_done(), job.state.round) as job.board,
+                TensorBoard(job.folder / TENSORBOARD, job.epochs_done(), job.state.round) as job.board,
                 job.progress,
             ):
                 while job.state.round < cfg.train.rounds:
@@ -122,7 +124,7 @@ class _Run:
     """One run: gives the config's values to the functions of `engine` and `selection`, keeps the folder."""
 
     stop: threading.Event
-    board: Board
+    board: TensorBoard
 
     def __init__(self, cfg: Config, data: ImageSet, console: Console) -> None:
         self.cfg, self.data, self.console = cfg, data, console
@@ -136,17 +138,17 @@ class _Run:
             "mean": data.mean,
             "std": data.std,
         }
-        with blame("model.name"):
+        with naming_key("model.name"):
             model = rebuild(self.about)  # an impossible network ends the run here, before it leaves a folder
         self._check_small_batches(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with blame("engine.step"):
-            plan = plan_step(cfg.engine.step, cfg.engine.precision, self.device)
+        with naming_key("runtime.step"):
+            plan = plan_step(cfg.runtime.step, cfg.runtime.precision, self.device)
         policy = policy_of(cfg)
         self.train_images = open_images(cfg, data, self.device, policy)
         self.test_images = open_images(cfg, data, self.device, POLICIES["none"], test=True)
-        with blame("select.dropouts"):
-            skipped(model, cfg.select.dropouts)
+        with naming_key("select.mc_layers"):
+            skipped(model, cfg.select.mc_layers)
         self.forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
         self.step = TrainStep(
             self.model,
@@ -158,13 +160,13 @@ class _Run:
         )
         self.state = Checkpoint(fingerprint(data, cfg.model.weights), *split_of(cfg, data))
         self.clock = self.saved_at = self.shown_at = time.monotonic()
-        self.lost = self.told_lost = 0
+        self.unreadable = self.reported = 0
         self.progress = progress_bar(console)
 
     def _check_small_batches(self, model: nn.Module) -> None:
         """ValueError where batch-norm would meet a single value per channel: a batch of one, images down to 1x1."""
         train = self.cfg.train
-        for key, size in (("first_batch_size", train.first_batch_size), ("batch_size", train.batch_size)):
+        for key, size in (("round0_batch_size", train.round0_batch_size), ("batch_size", train.batch_size)):
             if size != 1:
                 continue
             trial = copy.deepcopy(model).train()
@@ -201,8 +203,8 @@ class _Run:
         write_files(self.folder, self.data)
         write_arrays(self.folder / "split.npz", {"labeled": state.labeled, "unlabeled": state.unlabeled})
         self._write_rows()
-        if state.labelling:
-            self._write_selection(state.labelling)
+        if state.pseudo_labels:
+            self._write_selection(state.pseudo_labels)
         self._say(
             f"{self.data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, "
             f"{len(self.data.test_labels):,} test images; {self.cfg.model.name} on {self.device}"
@@ -299,65 +301,69 @@ class _Run:
     def finish_round(self) -> None:
         """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         state, data = self.state, self.data
-        size = self._labelling_batch()
+        size = self._labeling_batch()
         with self._outside():
             test = evaluate(
                 self.model, self.test_images, data.test_labels, batch_size=size, forward=self.forward
             )
         self._check_answers(test.label)
-        labelling = self._label(
+        pseudo_labels = self._label(
             "labeling",
             self.train_images,
             state.unlabeled,
             balanced=state.round < self.cfg.select.balance_rounds,
         )
-        kept = ~torch.isin(state.unlabeled, torch.tensor(list(self.train_images.lost), dtype=torch.int64))
-        self._check_answers(labelling.label[kept])
+        kept = ~torch.isin(
+            state.unlabeled, torch.tensor(list(self.train_images.unreadable), dtype=torch.int64)
+        )
+        self._check_answers(pseudo_labels.label[kept])
         guess = {}
         if not (self._truth() >= 0).any():
             index = torch.arange(len(data.test_labels))
-            guess = on_test(self._label("labeling test images", self.test_images, index), data.test_labels)
+            guess = test_selection(
+                self._label("labeling test images", self.test_images, index), data.test_labels
+            )
         accuracy = or_none(test.correct.double().mean())
         before = [row["test_acc"] or 0 for row in state.rows]
         with self._outside():
             save_model(self.folder, self.model, self.about, best=(accuracy or 0) >= max(before, default=0))
-            self._write_selection(vars(labelling))
+            self._write_selection(vars(pseudo_labels))
         row = {
             "round": state.round,
             "test_acc": accuracy,
-            **report(labelling, self._truth(), len(data.classes)),
+            **report(pseudo_labels, self._truth(), len(data.classes)),
             "seconds": round(self._lap(), 3),
             "outside": round(state.outside / max(state.seconds, 1e-9), 4),
             "train_loss": state.train_loss,
             "test_ece": or_none(ece(reliability(test.confidence, test.correct))),
             "test_mistakes": [
-                list(each) for each in mistakes(test.label, data.test_labels[test.index])
+                list(each) for each in top_confusions(test.label, data.test_labels[test.index])
             ],  # as JSON has it
             "test_recall": recall(test.label, data.test_labels[test.index], len(data.classes)),
             **guess,
         }
         self.board.add_round(row)
         state.rows.append(row)
-        state.labelling = dict(vars(labelling))
+        state.pseudo_labels = dict(vars(pseudo_labels))
         state.model = self.model.state_dict() if self.cfg.train.warm_start else None
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
         self._write_rows()
         self._say(table_line(row))
-        for sentence in self._worries(row):
+        for sentence in self._warnings(row):
             self._say(f"round {row['round']}: {sentence}")
 
-    def _worries(self, row: Row) -> Iterator[str]:
+    def _warnings(self, row: Row) -> Iterator[str]:
         """What the user should know of a round's selection."""
-        each, lost = row["per_class_positives"], self.train_images.lost
+        each, unreadable = row["per_class_positives"], self.train_images.unreadable
         none = [repr(name) for name, n in zip(self.data.classes, each, strict=True) if not n]
         if not row["positives"] and not row["negatives"]:
             yield "nothing was selected. More epochs or a lower select.tau_p may help"
         elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
             yield (
                 f"nearly all positives are of class {self.data.classes[each.index(max(each))]!r}. If the images are "
-                "not, the network does not tell the classes apart yet: more train.first_epochs or a lower train.lr may "
-                "help"
+                "not, the network does not tell the classes apart yet: more train.round0_epochs or a lower "
+                "train.lr may help"
             )
         elif row["positives"] > 20 and none:
             yield (
@@ -365,46 +371,50 @@ class _Run:
                 + ", ".join(none[:3])
                 + f" and {len(none) - 3:,} more" * (len(none) > 3)
             )
-        if no_label := row["no_label"] - sum(i in lost for i in self.state.unlabeled.tolist()):
+        if no_label := row["no_label"] - sum(i in unreadable for i in self.state.unlabeled.tolist()):
             yield f"{no_label:,} images have no label: their logits are NaN or infinite"
 
     def _check_lost(self) -> None:
         """Says when files are gone, and when twice as many are; raises ValueError where what is left is too little."""
-        lost, test_lost = self.train_images.lost, self.test_images.lost
-        found = len(lost) + len(test_lost)
-        if found == self.lost:
+        unreadable, test_unreadable = self.train_images.unreadable, self.test_images.unreadable
+        found = len(unreadable) + len(test_unreadable)
+        if found == self.unreadable:
             return
-        self.lost = found
-        labeled = sum(i in lost for i in self.state.labeled.tolist())
-        some = next(iter([*lost.values(), *test_lost.values()]))
-        if labeled == len(self.state.labeled) or 2 * len(lost) > len(self.train_images):
-            what = f"all {labeled:,} labeled" if labeled == len(self.state.labeled) else f"{len(lost):,}"
+        self.unreadable = found
+        labeled = sum(i in unreadable for i in self.state.labeled.tolist())
+        some = next(iter([*unreadable.values(), *test_unreadable.values()]))
+        if labeled == len(self.state.labeled) or 2 * len(unreadable) > len(self.train_images):
+            what = (
+                f"all {labeled:,} labeled" if labeled == len(self.state.labeled) else f"{len(unreadable):,}"
+            )
             raise ValueError(
                 f"data.root={self.cfg.data.root}: {what} images cannot be read any more, such as {some}. Put them "
                 "back, and the same command goes on"
             )
-        if found >= 2 * self.told_lost:
-            self.told_lost = found
+        if found >= 2 * self.reported:
+            self.reported = found
             are = "is" if found == 1 else "are"
             self._say(
                 f"{many(found, 'file')} cannot be read any more and {are} no longer trained on, such as {some}"
             )
 
     def result(self) -> Result:
-        assert self.state.labelling is not None  # a config has at least one round
-        lost = sorted({*self.train_images.lost.values(), *self.test_images.lost.values()})
-        labelling = Labelling(**self.state.labelling)
-        return Result(self.folder, self.state.rows, labelling, self._truth(), self.state.labeled, lost)
+        assert self.state.pseudo_labels is not None  # a config has at least one round
+        unreadable = sorted({*self.train_images.unreadable.values(), *self.test_images.unreadable.values()})
+        pseudo_labels = PseudoLabels(**self.state.pseudo_labels)
+        return Result(
+            self.folder, self.state.rows, pseudo_labels, self._truth(), self.state.labeled, unreadable
+        )
 
     def _supervision(self, state: Checkpoint) -> Supervision:
         """What the round in progress learns from."""
-        last = state.labelling
+        last = state.pseudo_labels
         return supervise(
             self.data.train_labels,
             state.labeled,
-            Labelling(**last) if last else None,
+            PseudoLabels(**last) if last else None,
             len(self.data.classes),
-            repeat=self.cfg.train.repeat_labels,
+            repeat=self.cfg.train.labeled_repeats,
             device=self.device,
             generator=self._stream("expand"),
         )
@@ -421,7 +431,7 @@ class _Run:
 
     def _label(
         self, what: str, images: ResidentImages | FileImages, index: Tensor, *, balanced: bool = False
-    ) -> Labelling:
+    ) -> PseudoLabels:
         select = self.cfg.select
         bar = self._bar(what, len(index))
 
@@ -430,7 +440,7 @@ class _Run:
             self._check_lost()
             self._end_if_asked()  # training was saved when it ended
 
-        labelling = label(
+        pseudo_labels = pseudo_label(
             self.model,
             images,
             index.to(self.device),
@@ -440,15 +450,15 @@ class _Run:
             kappa_n=select.kappa_n,
             temp_nl=select.temp_nl,
             passes=select.passes,
-            batch_size=self._labelling_batch(),
-            dropouts=select.dropouts,
+            batch_size=self._labeling_batch(),
+            mc_layers=select.mc_layers,
             forward=self.forward,
             balanced=balanced,
             seed=self._seed("label"),
             progress=advance,
         )
         self.progress.remove_task(bar)
-        return labelling.cpu()
+        return pseudo_labels.cpu()
 
     def _end_epoch(self, loss: float, lr: float) -> None:
         state = self.state
@@ -502,7 +512,11 @@ class _Run:
     def _rate(self) -> tuple[str, float]:
         """The key of the learning rate that holds in this round, and its value."""
         train = self.cfg.train
-        return ("later_lr", train.later_lr) if self.state.round and train.later_lr else ("lr", train.lr)
+        return (
+            ("later_rounds_lr", train.later_rounds_lr)
+            if self.state.round and train.later_rounds_lr
+            else ("lr", train.lr)
+        )
 
     def _diverged(self, what: str) -> Diverged:
         state, (key, rate) = self.state, self._rate()
@@ -554,8 +568,8 @@ class _Run:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.state.rows)
         write_atomic(self.folder / "metrics.jsonl", lines.encode())
 
-    def _write_selection(self, labelling: dict[str, Tensor]) -> None:
-        write_arrays(self.folder / "selection.npz", {**labelling, "truth": self._truth()})
+    def _write_selection(self, pseudo_labels: dict[str, Tensor]) -> None:
+        write_arrays(self.folder / "selection.npz", {**pseudo_labels, "truth": self._truth()})
 
     def _truth(self) -> Tensor:
         return self.data.train_labels[self.state.unlabeled]
@@ -564,13 +578,13 @@ class _Run:
         """Epochs and batch size of a round; round 0 may have its own."""
         train, first = self.cfg.train, round == 0
         return (
-            train.first_epochs if first and train.first_epochs else train.epochs,
-            train.first_batch_size if first and train.first_batch_size else train.batch_size,
+            train.round0_epochs if first and train.round0_epochs else train.epochs,
+            train.round0_batch_size if first and train.round0_batch_size else train.batch_size,
         )
 
-    def _labelling_batch(self) -> int:
+    def _labeling_batch(self) -> int:
         _, height, width, _ = self.data.train_images.shape
-        return self.cfg.select.batch_size or labelling_rows(self.device, height, width)
+        return self.cfg.select.batch_size or labeling_rows(self.device, height, width)
 
     def epochs_done(self) -> int:
         """Of the whole run."""

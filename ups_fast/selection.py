@@ -1,6 +1,6 @@
 """Pseudo-labels: the labeling pass, the selection, the class balance, and the numbers to report about them.
 
-Each rule is one function: P passes over clean images, dropout alone being active (`label`, `passes_over`), the
+Each rule is one function: P passes over clean images, dropout alone being active (`pseudo_label`, `passes_over`), the
 thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
 (`drop_negatives`).
 """
@@ -27,24 +27,26 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Labelling:
+class PseudoLabels:
     """What a round's network says of the U unlabeled samples, after selection. All on one device."""
 
     index: Tensor  # int64 [U], into the training set
-    label: Tensor  # int64 [U], -1 where there is none: a logit was NaN or infinite, or the image is lost
+    label: (
+        Tensor  # int64 [U], -1 where there is none: a logit was NaN or infinite, or the image is unreadable
+    )
     confidence: Tensor  # float32 [U], mean probability of the label; NaN where label is -1
     std: Tensor  # float32 [U], of that probability over the passes; NaN where label is -1
     candidate: Tensor  # bool [U], passed the thresholds of a positive
     positive: Tensor  # bool [U], and was kept by the class balance
     negative: Tensor  # int32 [U, ceil(C / 32)], packed negative classes; 0 where positive
 
-    def cpu(self) -> Labelling:
+    def cpu(self) -> PseudoLabels:
         """The same on the host: one wait for the device, after which reports and files need no other."""
-        return Labelling(**{name: tensor.cpu() for name, tensor in vars(self).items()})
+        return PseudoLabels(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
 
 @torch.no_grad()
-def label(
+def pseudo_label(
     model: nn.Module,
     images: ResidentImages | FileImages,
     index: Tensor,  # int64 [U], on the device of the images
@@ -56,12 +58,12 @@ def label(
     temp_nl: float = 2.0,
     passes: int = 10,
     batch_size: int = 512,
-    dropouts: int = 0,
+    mc_layers: int = 0,
     balanced: bool = False,
     seed: int = 0,
     forward: Callable[..., Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
-) -> Labelling:
+) -> PseudoLabels:
     """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
 
     passes = 1 means no uncertainty: dropout is off too, and confidence alone decides, whatever the kappas are.
@@ -69,21 +71,22 @@ def label(
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
     order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
-    at once, whatever U and C are. An image that is lost (`images.lost`) gets no label and is selected for nothing.
+    at once, whatever U and C are. An image of `images.unreadable` gets no label and is selected for
+    nothing.
 
-    dropouts  if not 0, only so many of the network's last Dropouts act: another method, and cheaper, since all that
+    mc_layers  if not 0, only so many of the network's last Dropouts act: another method, and cheaper, since all that
               comes before them is computed once for all passes
     forward   `passes_over`, or what `fullgraph` made of it; it always gets batches of one size
 
     Raises ValueError for an impossible threshold (see `mc_select`), passes > 1 where the network has no
-    `ups_fast.models.Dropout` with p > 0, or `dropouts` where it has fewer.
+    `ups_fast.models.Dropout` with p > 0, or `mc_layers` where it has fewer.
     """
     thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
     if passes > 1 and not any(isinstance(module, Dropout) and module.p > 0 for module in model.modules()):
         raise ValueError(
             "model must have a Dropout of ups_fast.models with p > 0 for several passes, got none"
         )
-    skip, forward = skipped(model, dropouts), forward or passes_over
+    skip, forward = skipped(model, mc_layers), forward or passes_over
     salt = torch.full((), seed, dtype=torch.int64, device=index.device)
     rows = max(1, min(batch_size // passes, len(index)))
     parts = []
@@ -95,14 +98,14 @@ def label(
             parts.append(mc_select(logits, **thresholds, packed=True))
             progress(len(chunk))
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))
-    if images.lost:
-        found = _without(found, torch.isin(index, torch.tensor(list(images.lost), device=index.device)))
+    if images.unreadable:
+        found = _without(found, torch.isin(index, torch.tensor(list(images.unreadable), device=index.device)))
     positive = found.positive
     if balanced:
         # One pass has no std to rank by: confidence alone decides here too.
-        doubt = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
-        positive = balance(found.label, doubt, found.positive, n_classes=logits.shape[-1])
-    return Labelling(
+        uncertainty = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
+        positive = balance(found.label, uncertainty, found.positive, n_classes=logits.shape[-1])
+    return PseudoLabels(
         index=index,
         label=found.label,
         confidence=found.confidence,
@@ -124,17 +127,17 @@ def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
     )
 
 
-def labelling_rows(device: torch.device, height: int, width: int) -> int:
+def labeling_rows(device: torch.device, height: int, width: int) -> int:
     """How many images of this size a device takes at once, without gradients: no results depend on it."""
     return max(1, (8192 if device.type == "cuda" else 512) * 32 * 32 // (height * width))
 
 
-def skipped(model: nn.Module, dropouts: int) -> int:
-    """How many of the network's first Dropouts are off where its last `dropouts` act; 0 means that all do."""
+def skipped(model: nn.Module, mc_layers: int) -> int:
+    """How many of the network's first Dropouts are off where its last `mc_layers` act; 0 means that all do."""
     count = sum(isinstance(module, Dropout) for module in model.modules())
-    if not 0 <= dropouts <= count:
-        raise ValueError(f"dropouts must be in 0 .. {count}, as many as the network has, got {dropouts}")
-    return count - dropouts if dropouts else 0
+    if not 0 <= mc_layers <= count:
+        raise ValueError(f"mc_layers must be in 0 .. {count}, as many as the network has, got {mc_layers}")
+    return count - mc_layers if mc_layers else 0
 
 
 def passes_over(
@@ -216,8 +219,8 @@ def reliability(
     )
 
 
-def on_test(
-    labelling: Labelling,  # of test images, on the host
+def test_selection(
+    pseudo_labels: PseudoLabels,  # of test images, on the host
     truth: Tensor,  # int64 [U]
 ) -> dict[str, Any]:
     """What the selection does to images whose truth is known: a guess where that of the unlabeled is not.
@@ -225,10 +228,10 @@ def on_test(
     By their names in metrics.jsonl: test_positives, test_positive_acc (None where there is none), and test_bins:
     reliability of "all" and of the "selected", each bin that is not empty as [count, confidence, accuracy].
     """
-    read = labelling.label >= 0
-    correct, positive = labelling.label == truth, labelling.positive
+    read = pseudo_labels.label >= 0
+    correct, positive = pseudo_labels.label == truth, pseudo_labels.positive
     groups = {"all": read, "selected": positive}
-    bins = {name: reliability(labelling.confidence[each], correct[each]) for name, each in groups.items()}
+    bins = {name: reliability(pseudo_labels.confidence[each], correct[each]) for name, each in groups.items()}
     return {
         "test_positives": int(positive.sum()),
         "test_positive_acc": or_none(correct[positive].double().mean()),
@@ -252,7 +255,7 @@ def ece(bins: Reliability) -> float:
     return float((gap * bins.count).sum() / bins.count.sum())
 
 
-def mistakes(
+def top_confusions(
     label: Tensor,  # int64 [M], -1 where there is none
     truth: Tensor,  # int64 [M]
     most: int = 10,
@@ -276,7 +279,7 @@ def recall(
 
 
 def report(
-    labelling: Labelling,
+    pseudo_labels: PseudoLabels,
     truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
     n_classes: int,
 ) -> dict[str, Any]:
@@ -286,7 +289,7 @@ def report(
     class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by
     pseudo-label), no_label (samples without one). None where there is nothing to average.
     """
-    found = labelling.cpu()
+    found = pseudo_labels.cpu()
     truth = torch.full_like(found.label, -1) if truth is None else truth.cpu()
     known = truth >= 0
     correct = found.label == truth

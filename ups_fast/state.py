@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ups_fast.files import finite, misfit
 from ups_fast.reference import unpack_mask
-from ups_fast.selection import BINS, Labelling
+from ups_fast.selection import BINS, PseudoLabels
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
 
@@ -33,7 +33,7 @@ class Checkpoint:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
-    labelling: dict[str, Tensor] | None = None  # of the last finished round
+    pseudo_labels: dict[str, Tensor] | None = None  # of the last finished round
     # None at the start of a round, where they are made anew: weights from the seed, if not the last round's go on.
     model: dict[str, Any] | None = None
     momentum: dict[str, Any] | None = None
@@ -165,7 +165,7 @@ def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
     rows = state.rows
     yield "rows", type(rows) is list and len(rows) == state.round and all(type(row) is dict for row in rows)
     yield "rows", all(type(row.get("round")) is int and row["round"] == i for i, row in enumerate(rows))
-    yield "labelling", _labelling_fits(state)
+    yield "pseudo_labels", _pseudo_labels_fit(state)
     training = state.momentum is not None
     yield (
         "model or momentum",
@@ -175,8 +175,8 @@ def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
     yield "model or momentum", training == (state.epoch + state.step > 0)
 
 
-def _labelling_fits(state: Checkpoint) -> bool:
-    found, u = state.labelling, len(state.unlabeled)
+def _pseudo_labels_fit(state: Checkpoint) -> bool:
+    found, u = state.pseudo_labels, len(state.unlabeled)
     kinds = {
         "index": torch.int64,
         "label": torch.int64,
@@ -206,7 +206,9 @@ def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int
             return f"{name}, which is not the split that config and data give,"
     if not all(_row_fits(row, n_classes) for row in state.rows):
         return "rows"
-    if state.labelling and (wrong := _impossible(Labelling(**state.labelling), fresh.unlabeled, n_classes)):
+    if state.pseudo_labels and (
+        wrong := _impossible(PseudoLabels(**state.pseudo_labels), fresh.unlabeled, n_classes)
+    ):
         return f"labeling ({wrong})"
     if state.momentum is None and (state.model is not None) != (warm_start and state.round > 0):
         return "model, which is there only while a round is trained, or before it by train.warm_start,"
@@ -217,7 +219,7 @@ def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int
     return ""
 
 
-def _impossible(found: Labelling, unlabeled: Tensor, n_classes: int) -> str:
+def _impossible(found: PseudoLabels, unlabeled: Tensor, n_classes: int) -> str:
     """What a labeling of these samples cannot hold; "" if there is nothing."""
     words, none = (n_classes + 31) // 32, found.label < 0
     if not torch.equal(found.index, unlabeled):

@@ -28,7 +28,7 @@ class StepPlan(NamedTuple):
 
 
 def plan_step(step: str, precision: str, device: torch.device) -> StepPlan:
-    """What `engine.step` and `engine.precision` mean on this device.
+    """What `runtime.step` and `runtime.precision` mean on this device.
 
     Raises ValueError where it cannot be: a graph needs a GPU, and our kernels on it.
     """
@@ -39,7 +39,7 @@ def plan_step(step: str, precision: str, device: torch.device) -> StepPlan:
         lack = "has no fused kernels" if device.type == "cuda" else "is no GPU"
         raise ValueError(f"graph needs a GPU with fused kernels, but {device} {lack}: use auto")
     if step != "auto":
-        return StepPlan(step, dtype, f"engine.step={step}")
+        return StepPlan(step, dtype, f"runtime.step={step}")
     if device.type == "cuda":
         return StepPlan(
             "graph" if graphs else "compile", dtype, "on a GPU" + " without kernels" * (not graphs)
@@ -125,7 +125,7 @@ class TrainStep:
         self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
         # [B, C, S, S] where images come from files: their loader writes there; others are read in the step.
         self.batch: Tensor | None = None
-        self.lost = 0  # how many images the tables know to be lost
+        self.unreadable = 0  # how many images the tables know to be unreadable
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         self.optimizer = torch.optim.SGD(
@@ -159,7 +159,7 @@ class TrainStep:
             buffer.copy_(momentum[name]) if momentum else buffer.zero_()
         self.target.copy_(told.target)
         self.negative.copy_(told.negative)
-        self.lost = 0
+        self.unreadable = 0
         self.seeds[0], self.seeds[1] = augment_seed, dropout_seed
         positive = mix.positive(self.device)
         if len(positive) != len(self.positive):
@@ -178,11 +178,11 @@ class TrainStep:
     ) -> None:
         """One step; adds its loss to `loss`. Images from files must be in `batch`. Never waits for the device.
 
-        An image that is lost stays in its batch, but has neither a target nor negatives any more.
+        An image that is unreadable stays in its batch, but has neither a target nor negatives any more.
         """
-        if len(self.images.lost) > self.lost:
-            gone = torch.tensor(list(self.images.lost), device=self.device)
-            self.target[gone], self.negative[gone], self.lost = -1, 0, len(gone)
+        if len(self.images.unreadable) > self.unreadable:
+            gone = torch.tensor(list(self.images.unreadable), device=self.device)
+            self.target[gone], self.negative[gone], self.unreadable = -1, 0, len(gone)
         self.rows[0].copy_(index)
         self.rows[1].copy_(draw)
         self.lr.fill_(lr)

@@ -102,23 +102,23 @@ def _train(cfg: config.Config) -> None:
         console.print(note)
     result = rounds.run(cfg, data, console=console)
     table = result.folder / "pseudo_labels.csv"
-    lost = [f"no longer trained on: {sentence}" for sentence in result.lost]
+    unreadable = [f"no longer trained on: {sentence}" for sentence in result.unreadable]
     try:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
-        report.write_pseudo_labels(table, result.labelling, data.classes, first=first, names=data.names)
+        report.write_pseudo_labels(table, result.pseudo_labels, data.classes, first=first, names=data.names)
         labels = data.train_labels[result.labeled]
         png, page = report.write_report(
             result.folder,
             result.rows,
-            result.labelling,
+            result.pseudo_labels,
             result.truth,
             cfg,
             data.classes,
             labeled=len(labels),
             class_labels=class_counts(labels, len(data.classes)),
             class_tests=class_counts(data.test_labels, len(data.classes)),
-            notes=[*data.notes, *data.damaged, *lost],
+            notes=[*data.notes, *data.damaged, *unreadable],
         )
     except (ValueError, OSError) as error:
         again = "fix that, and the same command makes the report without training again"

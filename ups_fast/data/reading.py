@@ -124,7 +124,7 @@ def as_image_set(
 ) -> tuple[ImageSet, list[Damaged]]:
     """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
 
-    keep  these become black images that are told as lost, and no other changes its place; else they are left out.
+    keep  these become black images that are told as unreadable, and no other changes its place; else they are left out.
           Then `folder` has the notes on what images look like already
 
     The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
@@ -186,8 +186,8 @@ def as_image_set(
         root=str(left.root),
         notes=tuple(notes),
         damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
-        lost={row: why for row, why in rows.items() if row < n},
-        test_lost={row - n: why for row, why in rows.items() if row >= n},
+        unreadable={row: why for row, why in rows.items() if row < n},
+        test_unreadable={row - n: why for row, why in rows.items() if row >= n},
     )
     return data, _listed(folder, damaged)
 

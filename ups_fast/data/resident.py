@@ -21,7 +21,7 @@ class ResidentImages:
     images  uint8 [N, H, W, C], C = 1 or 3
     mean    per channel, of pixels in [0, 1];  std likewise, above 0
     policy  what is done to the images of `augmented`
-    lost    of images that were not there when the others were read: their positions, each with a sentence
+    unreadable    of images that were not there when the others were read: their positions, each with a sentence
 
     Raises ValueError or TypeError that names the argument.
     """
@@ -34,9 +34,9 @@ class ResidentImages:
         std: Sequence[float],
         device: torch.device | str,
         policy: Policy = POLICIES["none"],
-        lost: Mapping[int, str] | None = None,
+        unreadable: Mapping[int, str] | None = None,
     ) -> None:
-        self.device, self.lost = torch.device(device), dict(lost or {})
+        self.device, self.unreadable = torch.device(device), dict(unreadable or {})
         home = self.device if has_kernels(self.device) else torch.device("cpu")
         self.images = images.to(home).contiguous()
         self.mean, self.std, self.policy = tuple(mean), tuple(std), policy

@@ -52,8 +52,8 @@ class ImageSet:
     notes: tuple[str, ...] = ()  # sentences for the user
     damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read and was left out
     # Images that are gone since a run began, black here: their positions, each with a sentence.
-    lost: Mapping[int, str] = field(default_factory=dict)  # of the training set
-    test_lost: Mapping[int, str] = field(default_factory=dict)
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # of the training set
+    test_unreadable: Mapping[int, str] = field(default_factory=dict)
     manifest: Manifest | None = None  # of files: what a run compares at every start
 
 

@@ -51,14 +51,14 @@ class FileImages:
     threads       that read and decode; None: one for each core
     prefetch      batches made ahead: prefetch + 1 of them are all that is held of files
     images        uint8 [N, H, W, C] in place of the files: then root is None and paths are empty
-    lost          ids of files that are known to be gone, each with a sentence
+    unreadable          ids of files that are known to be gone, each with a sentence
 
     Files that are gone or damaged never stop a run: such an image is black before it is normalized, and before its
-    batch is handed out `lost` has its id, so that nobody learns from it. Raises ValueError or TypeError that names the
-    argument.
+    batch is handed out `unreadable` has its id, so that nobody learns from it. Raises ValueError or TypeError that
+    names the argument.
     """
 
-    lost: dict[int, str]  # by sample id
+    unreadable: dict[int, str]  # by sample id
     home: torch.device  # where batches are put together
 
     def __init__(
@@ -77,7 +77,7 @@ class FileImages:
         threads: int | None = None,
         prefetch: int = 2,
         images: Tensor | None = None,  # [N, H, W, C] uint8
-        lost: Mapping[int, str] | None = None,
+        unreadable: Mapping[int, str] | None = None,
     ) -> None:
         for name, value, low in (("size", size, 1), ("resize", resize, size), ("threads", threads, 1)):
             if value is not None and value < low:
@@ -103,7 +103,7 @@ class FileImages:
         self.threads, self.prefetch = threads or cores(), prefetch
         self.device = torch.device(device)
         self.home = self.device if has_kernels(self.device) else torch.device("cpu")
-        self.lost = dict(lost or {})
+        self.unreadable = dict(unreadable or {})
         none = torch.zeros(0, dtype=torch.int64)
         self._finished(torch.zeros(0, size, size, channels, dtype=torch.uint8), none, none, 0, policy)
 
@@ -239,7 +239,7 @@ class FileImages:
     def _by_pillow(
         self, i: int, row: int, box_of: BoxOf, encoded: bytes | None = None
     ) -> np.ndarray:  # [S, S, C] uint8
-        """One image from its file, or from what that holds; black where it is lost."""
+        """One image from its file, or from what that holds; black where it is unreadable."""
         try:
             if self.images is not None:
                 image = self.images[i]
@@ -250,7 +250,7 @@ class FileImages:
                 box = box_of(row, *found.pixels.shape[:2])
                 return resize_box(found.pixels, box, self.size)
         except DamagedImage as error:
-            self.lost[i] = str(error)
+            self.unreadable[i] = str(error)
             return np.zeros((self.size, self.size, self.channels), np.uint8)
 
     def _file(self, i: int) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from torch import nn
 
 from ups_fast import config_file
-from ups_fast.config import KEYS, ModelConfig, pick_device
 from ups_fast.files import (
     NotDense,
     RunFolderError,
@@ -33,11 +31,16 @@ from ups_fast.files import (
     open_regular,
     read_bytes,
     remove_leftovers,
+    write_arrays,
     write_atomic,
     writing,
 )
+from ups_fast.machine import pick_device
 from ups_fast.models import Network, build
-from ups_fast.state import Checkpoint, alone, among
+from ups_fast.models.options import ModelConfig
+from ups_fast.schema import keys_of
+from ups_fast.selection import PseudoLabels
+from ups_fast.state import Checkpoint, Keeps, Row, alone, among
 from ups_fast.words import shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
@@ -60,19 +63,19 @@ RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUC
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
 FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
-FORMAT, VERSION = "ups_fast checkpoint", 4
+FORMAT, VERSION = "ups_fast checkpoint", 5
 MOST_CONFIG = 100_000  # bytes of a config.yaml; one has some 3,000
 
 
 @contextmanager
-def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+def open_folder(folder: Path, config: Mapping[str, Any], free: Collection[str] = FREE_KEYS) -> Iterator[str]:
     """Holds a run's folder for this process; makes it, with its config.yaml, at first use.
 
     config  nested plain values, as resolved
 
     Yields a warning where the folder cannot be locked, else "". The folder itself may be a link. Raises
     RunFolderError: it is not a folder, holds files but no run, or a link or pipe in place of a run's file, is in use by
-    another process, or its config.yaml contradicts `config` in more than FREE_KEYS.
+    another process, or its config.yaml contradicts `config` in more than the keys `free`.
     """
     with writing(folder):  # a name may be too long
         there = folder.exists()
@@ -89,7 +92,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
             check_plain(folder / TENSORBOARD / name, folder=True)
     with locked(folder / LOCK) as warning:
         if known.exists():
-            _check_config(known, config)
+            _check_config(known, config, free)
         else:
             write_atomic(known, config_file.write(config).encode())
         with writing(folder):
@@ -130,7 +133,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def _check_config(path: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
     tree = read_config(path)
     here, there = dict(_flat(config)), dict(_flat(tree))
     if not here.keys() & there.keys():
@@ -138,7 +141,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     differing = [
         f"{shown(key)} is {shown(here.get(key, 'absent'))} and was {shown(there.get(key, 'absent'))}"
         for key in {**here, **there}
-        if key not in FREE_KEYS and here.get(key) != there.get(key)
+        if key not in free and here.get(key) != there.get(key)
     ]
     if differing:
         more = f" and {len(differing) - 5} others" if len(differing) > 5 else ""
@@ -162,6 +165,21 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
     made_by = {"format": FORMAT, "version": VERSION, "torch_version": str(torch.__version__)}
     torch.save({**vars(state), **made_by}, buffer)
     write_atomic(folder / CHECKPOINT, buffer.getbuffer())
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    write_atomic(folder / "metrics.jsonl", lines.encode())
+
+
+def write_split(folder: Path, state: Checkpoint) -> None:
+    val = {"val": state.val} if len(state.val) else {}
+    parts = {"labeled": state.labeled, "unlabeled": state.unlabeled, **val}
+    write_arrays(folder / "split.npz", parts)
+
+
+def write_selection(folder: Path, found: PseudoLabels, truth: torch.Tensor) -> None:
+    write_arrays(folder / "selection.npz", {**vars(found), "truth": truth})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -197,10 +215,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def check_state(
-    folder: Path, state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int, *, warm_start: bool
+    folder: Path,
+    state: Checkpoint,
+    fresh: Checkpoint,
+    weights: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
+    n_classes: int,
+    *,
+    keeps: Keeps,
 ) -> None:
     """Raises RunFolderError where the checkpoint of `folder` cannot come from this run; arguments as `state.among`."""
-    if wrong := among(state, fresh, model, n_classes, warm_start=warm_start):
+    if wrong := among(state, fresh, weights, trained, n_classes, keeps=keeps):
         raise _unbelievable(folder / CHECKPOINT, wrong)
 
 
@@ -283,8 +308,9 @@ def _check_about(about: Any) -> None:
     """Raises ValueError or KeyError where a file's metadata are not those of `save_model`."""
     if type(about) is not dict or type(about["model"]) is not dict:
         raise ValueError("its metadata are not those of a network")
+    kinds = {each.name: each.type for each in keys_of(ModelConfig)}
     for name, value in about["model"].items():
-        kind = KEYS[f"model.{name}"].type if name in {each.name for each in fields(ModelConfig)} else None
+        kind = kinds.get(name)
         if type(value) is not kind and (type(value), kind) != (int, float):
             raise ValueError(f"model.{name} in its metadata is unknown, or not of its type")
     if about["model"].get("weights"):

@@ -7,164 +7,143 @@ values, each with one sentence. The same fields print the help.
 
 from __future__ import annotations
 
-import difflib
 import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from ups_fast import config_file
+from ups_fast.machine import device_parts
+from ups_fast.methods import METHODS, Options
+from ups_fast.models.options import ModelConfig
+from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, typed
 from ups_fast.words import said, shown
-
-if TYPE_CHECKING:
-    import torch
 
 RECIPES = Path(__file__).parent / "recipes"
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "folder")
 
 
-def _key(default: Any, text: str, *, within: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field with its sentence and its legal values: an interval such as "[0, 1)", or a list of words."""
-    return field(default=default, metadata={"help": text, "within": within, "choices": choices})
-
-
 @dataclass
 class DataConfig:
-    name: str = _key(
+    name: str = key(
         "digits", "Which data set; folder means your own image files, npz your own arrays.", choices=DATA_SETS
     )
-    root: str = _key(
+    root: str = key(
         "data",
         "Where the data set is, or where to download it. For npz the .npz file, for folder a folder or a CSV file.",
     )
-    n_labels: int = _key(
+    n_labels: int = key(
         0,
         "Number of labeled images to draw, equally many of each class. 0 for folder and npz, whose files decide.",
         within="[0, inf]",
     )
-    size: int = _key(
+    size: int = key(
         0,
         "For folder: the shorter side is scaled to this length and the middle of the longer one is kept. Else 0.",
         within="[0, 4096]",
     )
-    channels: int = _key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
-    test_share: float = _key(
+    channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
+    test_share: float = key(
         0.2,
         "For folder without test images: the share of labeled images that is held out to test.",
         within="(0, 1)",
     )
-    loader: str = _key(
+    val_share: float = key(
+        0.0,
+        "The share of labeled images that is held out to validate. The best network is the one that does best on "
+        "them. 0: none, unless the data have a validation part of their own.",
+        within="[0, 1)",
+    )
+    loader: str = key(
         "auto",
         "Where images live. resident: all in memory, on the device. dali, plain: in their files, decoded batch by "
         "batch by NVIDIA DALI or Pillow. auto: in memory if they fit into half of it.",
         choices=("auto", "resident", "dali", "plain"),
     )
-    resized_crop: float = _key(
+    resized_crop: float = key(
         0.0,
         "For folder: train on random parts of the images, each at least this share of the area. Reads from files. 0 "
         "is off.",
         within="[0, 1]",
     )
-    flip: bool = _key(False, "Mirrors half of the training images left to right.")
-    crop: int = _key(
+    flip: bool = key(False, "Mirrors half of the training images left to right.")
+    crop: int = key(
         0,
         "Shifts images at random by up to this many pixels. Mirrored pixels fill the gap. 0 is off.",
         within="[0, 2047]",
     )
-    ops: str = _key(
+    ops: str = key(
         "",
         "RandAugment's operations: published, ups (the same, but never a black image), or your own, each with the "
         "values to draw from: 'TranslateX -1 0 1, Rotate -9 9'. Empty is off.",
     )
-    n_ops: int = _key(3, "Number of operations of data.ops that each training image gets.", within="[0, 64]")
-    jitter: float = _key(
+    n_ops: int = key(3, "Number of operations of data.ops that each training image gets.", within="[0, 64]")
+    jitter: float = key(
         0.0, "Scales brightness, contrast and saturation by factors of 1 - this to 1 + this.", within="[0, 1]"
     )
-    cutout: int = _key(
+    cutout: int = key(
         0, "Blanks out a square of at most this side in each training image. 0 is off.", within="[0, 2048]"
     )
 
 
 @dataclass
-class ModelConfig:
-    name: str = _key(
-        "wrn-28-2",
-        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
-        "timm:NAME, such as torchvision:resnet50.",
-    )
-    weights: str = _key(
-        "",
-        "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
-        "from it. Empty: none.",
-    )
-    dropout: float = _key(
-        0.3, "Dropout rate. Dropout also makes the labeling passes differ.", within="[0, 1)"
-    )
-    preact: str = _key(
-        "fixed",
-        "Input of the first convolution of WRN stages 2 and 3. published: not activated, as in the UPS code. fixed: "
-        "activated.",
-        choices=("published", "fixed"),
-    )
-    activation: str = _key("mish", "Activation of a WRN. cnn13 has its own.", choices=("mish", "leaky_relu"))
-    bn_momentum: float = _key(
-        0.1,
-        "Momentum of batch-norm's statistics. The published WRN has 0.001, which is too slow for short runs.",
-        within="(0, 1]",
-    )
-
-
-@dataclass
 class TrainConfig:
-    rounds: int = _key(
-        6, "Number of rounds. Round 0 trains on the labeled images alone.", within="[1, 10000]"
-    )
-    epochs: int = _key(30, "Epochs in each round.", within="[1, 1000000]")
-    batch_size: int = _key(128, "Images in a batch.", within="[1, 1000000]")
-    round0_epochs: int = _key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
-    round0_batch_size: int = _key(
+    rounds: int = key(6, "Number of rounds. Round 0 trains on the labeled images alone.", within="[1, 10000]")
+    epochs: int = key(30, "Epochs in each round.", within="[1, 1000000]")
+    batch_size: int = key(128, "Images in a batch.", within="[1, 1000000]")
+    round0_epochs: int = key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
+    round0_batch_size: int = key(
         0, "Images in a batch of round 0. 0: train.batch_size.", within="[0, 1000000]"
     )
-    lr: float = _key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
-    later_rounds_lr: float = _key(
+    lr: float = key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
+    later_rounds_lr: float = key(
         0.0,
         "Highest learning rate of later rounds. Give a lower one with train.warm_start. 0: train.lr.",
         within="[0, 1000]",
     )
-    momentum: float = _key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
-    weight_decay: float = _key(5e-4, "Weight decay of SGD. The published runs have 0.", within="[0, inf)")
-    cosine: float = _key(
+    momentum: float = key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
+    weight_decay: float = key(5e-4, "Weight decay of SGD. The published runs have 0.", within="[0, inf)")
+    decay_norms: bool = key(
+        True, "Whether weight decay acts on biases and normalization, too. The FixMatch family has false."
+    )
+    ema: float = key(
+        0.0,
+        "Decay of an average of the weights over the steps, such as 0.999. The average is then tested, labels and is "
+        "saved. 0: none.",
+        within="[0, 1)",
+    )
+    cosine: float = key(
         7 / 16,
         "The rate is lr * cos(cosine * pi * t), where t goes from 0 to 1 in a round. 0.4375 (published) decays to 19.5 "
         "% of lr, 0.5 to 0.",
         within="(0, 0.5]",
     )
-    warm_start: bool = _key(
+    warm_start: bool = key(
         False,
         "Later rounds go on from the last weights. In the published method each round starts from new ones.",
     )
-    labeled_repeats: int = _key(
+    labeled_repeats: int = key(
         1,
         "How often each labeled image occurs among the positives of later rounds. Published: 1.",
         within="[1, 1000]",
     )
-    warmup_epochs: float = _key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
+    warmup_epochs: float = key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
 
 
 @dataclass
 class RuntimeConfig:
-    step: str = _key(
+    step: str = key(
         "auto",
         "How a training step runs. eager: op by op. compile: by torch.compile, which first takes a minute. graph: "
         "compiled, as one CUDA graph. auto: graph on a GPU, eager on a CPU, and it says why.",
         choices=("auto", "eager", "compile", "graph"),
     )
-    precision: str = _key(
+    precision: str = key(
         "auto",
         "Precision of convolutions and matrix products in training. auto: bfloat16 where the device has it. Labeling "
         "always runs in float32.",
@@ -174,38 +153,38 @@ class RuntimeConfig:
 
 @dataclass
 class SelectConfig:
-    tau_p: float = _key(0.70, "A positive label has at least this mean probability.", within="[0, 1]")
-    tau_n: float = _key(
+    tau_p: float = key(0.70, "A positive label has at least this mean probability.", within="[0, 1]")
+    tau_n: float = key(
         0.05, "A negative class has less than this mean probability, at select.temp_nl.", within="[0, 1]"
     )
-    kappa_p: float = _key(
+    kappa_p: float = key(
         0.05, "A positive label has less than this standard deviation over the passes.", within="[0, inf]"
     )
-    kappa_n: float = _key(
+    kappa_n: float = key(
         0.005,
         "A negative class has less than this standard deviation over the passes, at select.temp_nl.",
         within="[0, inf]",
     )
-    temp_nl: float = _key(
+    temp_nl: float = key(
         2.0,
         "Softmax temperature of the probabilities that decide on negative classes.",
         within="[0.001, 1000]",
     )
-    passes: int = _key(
+    passes: int = key(
         10,
         "Passes with dropout over each image. 1 turns uncertainty off: confidence alone decides.",
         within="[1, 10000]",
     )
-    mc_layers: int = _key(
+    mc_layers: int = key(
         0,
         "Number of dropout layers that act in labeling, counted from the last. Few are cheaper, but not the published "
         "method. 0: all.",
         within="[0, 1000]",
     )
-    balance_rounds: int = _key(
+    balance_rounds: int = key(
         0, "Number of first rounds that keep equal numbers of positives per class.", within="[0, inf]"
     )
-    batch_size: int = _key(
+    batch_size: int = key(
         0,
         "Rows in a labeling batch: images times passes. Changes memory and speed, not the method. 0: by device and "
         "image size, 512 on a CPU and 8192 on a GPU for 32x32.",
@@ -215,23 +194,23 @@ class SelectConfig:
 
 @dataclass
 class Config:
-    recipe: str = _key(
+    recipe: str = key(
         "none",
         "Settings to start from, which the file then changes. none: the defaults. paper: the published ones. fast: "
         "ours for small budgets.",
         choices=("none", "paper", "fast"),
     )
-    seed: int = _key(0, "All randomness of the run derives from this number.", within="[0, inf]")
-    run_dir: str = _key("", "Folder for all files of the run. Empty: runs/<name of the config file>.")
-    device: str = _key(
+    seed: int = key(0, "All randomness of the run derives from this number.", within="[0, inf]")
+    run_dir: str = key("", "Folder for all files of the run. Empty: runs/<name of the config file>.")
+    device: str = key(
         "auto", "Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."
     )
-    threads: int = _key(
+    threads: int = key(
         0,
         "CPU threads. 0: torch decides. For tiny images 1 is often fastest.",
         within="[0, 1024]",
     )
-    checkpoint_seconds: float = _key(
+    checkpoint_seconds: float = key(
         30.0,
         "Seconds between saves: a killed run repeats at most this much training. 0 saves after every step.",
         within="[0, inf)",
@@ -240,19 +219,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    method: Options = field(default_factory=METHODS["ups"].Options)  # those of method.name
     select: SelectConfig = field(default_factory=SelectConfig)
-
-
-@dataclass(frozen=True)
-class Key:
-    """What is known about one key, for checks and help."""
-
-    name: str  # dotted, such as "select.tau_p"
-    type: type
-    default: Any
-    help: str
-    within: str
-    choices: tuple[str, ...]
 
 
 _GROUPS: dict[str, type] = {
@@ -260,21 +228,18 @@ _GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "train": TrainConfig,
     "runtime": RuntimeConfig,
+    "method": Options,
     "select": SelectConfig,
 }
-_NOUN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-_BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
-
-
-def _keys() -> Iterator[Key]:
-    for prefix, cls in [("", Config)] + [(f"{group}.", cls) for group, cls in _GROUPS.items()]:
-        types = get_type_hints(cls)
-        for item in fields(cls):
-            if item.metadata:
-                yield Key(prefix + item.name, types[item.name], item.default, **item.metadata)
-
-
-KEYS: dict[str, Key] = {key.name: key for key in _keys()}
+# The keys of every run; those of its method are beside them in `keys`.
+KEYS: dict[str, Key] = {
+    each.name: each
+    for prefix, cls in [("", Config)] + [(f"{group}.", cls) for group, cls in _GROUPS.items()]
+    for each in keys_of(cls, prefix)
+}
+METHOD_KEYS = {
+    name: {each.name: each for each in keys_of(method.Options, "method.")} for name, method in METHODS.items()
+}
 # Old names, which work for one release.
 RENAMED = {
     "engine.step": "runtime.step",
@@ -285,6 +250,11 @@ RENAMED = {
     "train.repeat_labels": "train.labeled_repeats",
     "select.dropouts": "select.mc_layers",
 }
+
+
+def keys(cfg: Config) -> dict[str, Key]:
+    """All keys of a run, its method's among them."""
+    return KEYS | METHOD_KEYS[cfg.method.name]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -299,6 +269,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     words = dict(_parse(word) for word in overrides)
     try:
         given = _read(path)
+        name = words.get("method.name", given.get("method.name", "ups"))
+        if name not in METHODS:
+            raise ValueError(
+                f"method.name must be one of {', '.join(METHODS)}, got {said(name)}{hint(str(name), METHODS)}"
+            )
+        cfg.method = METHODS[name].Options(name)
         recipe = words.get("recipe", given.get("recipe"))
         if recipe in KEYS["recipe"].choices[1:]:
             _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
@@ -325,16 +301,8 @@ def _at_home(key: str, path: str) -> str:
 
 def validate(cfg: Config) -> None:
     """Raise ValueError with one sentence when a value is impossible, alone or together with another one."""
-    for name, key in KEYS.items():
-        value = _get(cfg, name)
-        if key.choices and value not in key.choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(key.choices)}, "
-                f"got {said(value)}{_hint(value, key.choices)}"
-            )
-        if key.within and not _inside(value, key.within):
-            raise ValueError(f"{name} must be {_words(key.within)}, got {said(value)}")
-
+    for name, each in keys(cfg).items():
+        check(each, _get(cfg, name))
     select, train = cfg.select, cfg.train
     if select.tau_n > select.tau_p:
         raise ValueError(
@@ -373,51 +341,40 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
-    _device_parts(cfg.device)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for the value of `device`; ValueError where it is unknown or this machine lacks it."""
-    import torch
-
-    kind, index = _device_parts(name)
-    count = torch.cuda.device_count()
-    if kind == "auto":
-        return torch.device("cuda" if count else "cpu")
-    if kind == "cuda" and not count:
-        why = "sees no GPU" if torch.version.cuda else "was built without CUDA"
-        raise ValueError(
-            f"device={name} needs a GPU, but this PyTorch ({torch.__version__}) {why}: use device=cpu"
-        )
-    if index is not None and index >= count:
-        raise ValueError(f"device={name} does not exist: this machine has cuda:0 to cuda:{count - 1}")
-    return torch.device(name)
+    device_parts(cfg.device)
 
 
 def help_text(width: int = 80) -> str:
-    """Every key with its default, its sentence and its legal values, in groups."""
-    indent = " " * 6
+    """Every key with its default, its sentence and its legal values, in groups, and then those of each method."""
     lines: list[str] = []
     for group in ("", *_GROUPS):
         lines.append(f"{group or 'the run'}:")
-        for key in KEYS.values():
-            if key.name.rpartition(".")[0] == group:
-                default = str(key.default).lower() if key.type is bool else key.default
-                legal = " | ".join(key.choices) or f"{_NOUN[key.type]} {_words(key.within)}".strip()
-                text = f"{key.help} [{legal}]"
-                lines.append(f"  {key.name}={default}")
-                lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+        lines += _key_lines((each for each in KEYS.values() if each.name.rpartition(".")[0] == group), width)
         lines.append("")
+    for name, found in METHOD_KEYS.items():
+        if own := [each for each in found.values() if each.name not in KEYS]:
+            lines += [f"method.name={name}:", *_key_lines(own, width), ""]
     return "\n".join(lines[:-1])
+
+
+def _key_lines(found: Iterable[Key], width: int) -> Iterator[str]:
+    indent = " " * 6
+    for each in found:
+        default = str(each.default).lower() if each.type is bool else each.default
+        legal = " | ".join(each.choices) or f"{NOUN[each.type]} {interval(each.within)}".strip()
+        yield f"  {each.name}={default}"
+        yield from textwrap.wrap(
+            f"{each.help} [{legal}]", width, initial_indent=indent, subsequent_indent=indent
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The YAML file as {dotted key: value}."""
     flat: dict[str, Any] = {}
-    for key, value in _flatten(config_file.read(path)):
-        if key in flat:
-            raise ValueError(f"{shown(key)} is given twice")
-        flat[key] = value
+    for name, value in _flatten(config_file.read(path)):
+        if name in flat:
+            raise ValueError(f"{shown(name)} is given twice")
+        flat[name] = value
     return flat
 
 
@@ -436,8 +393,8 @@ def _parse(word: str) -> tuple[str, Any]:
     """One "key=value" word of the command line."""
     name, equals, raw = word.partition("=")
     if not equals:
-        raise ValueError(f"expected key=value, got {said(word)}{_hint(name, KEYS)}")
-    if name in KEYS and KEYS[name].type is str:
+        raise ValueError(f"expected key=value, got {said(word)}{hint(name, KEYS)}")
+    if any(found[name].type is str for found in (KEYS, *METHOD_KEYS.values()) if name in found):
         return name, raw  # text stands as it was typed: run_dir=010 is not the number 8
     try:
         return name, config_file.parse(raw)
@@ -467,76 +424,31 @@ def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is a group of keys, such as {member}, and has no value itself, got {said(value)}"
             )
-        if name not in KEYS:
-            raise ValueError(f"unknown key {said(name)}{_hint(name, [*KEYS, *_GROUPS])}")
-        kind = KEYS[name].type
+        known = keys(cfg)
+        if name not in known:
+            raise ValueError(f"unknown key {said(name)}{_whose(name) or hint(name, [*known, *_GROUPS])}")
+        kind = known[name].type
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{name} must not hold a NUL character, got {said(value)}")
         if isinstance(value, str) and ("${" in value or value == "???"):
             raise ValueError(
-                f"{name} must be {_NOUN[kind]} itself and not a reference to it, got {said(value)}"
+                f"{name} must be {NOUN[kind]} itself and not a reference to it, got {said(value)}"
             )
         try:
-            typed = _typed(kind, value)
+            plain = typed(kind, value)
         except (ValueError, OverflowError):
             got = "nothing" if value is None else said(value)
-            raise ValueError(f"{name} must be {_NOUN[kind]}, got {got}") from None
+            raise ValueError(f"{name} must be {NOUN[kind]}, got {got}") from None
         group, _, last = name.rpartition(".")
-        setattr(getattr(cfg, group) if group else cfg, last, typed)
+        setattr(getattr(cfg, group) if group else cfg, last, plain)
 
 
-def _typed(kind: type, value: Any) -> Any:
-    """The value as a key of this type takes it: 1 and 0 may be true and false, "3" is 3, but 8 is no text."""
-    word = isinstance(value, str)
-    if kind is str and word:
-        value.encode("utf-8", "surrogateescape")  # ValueError for half a character, as no file's name has it
-        return value
-    if kind is bool and (isinstance(value, (bool, int, float)) and value in (0, 1)):
-        return bool(value)
-    if kind is bool and word and value in _BOOL_WORDS:
-        return value in ("true", "yes", "on")
-    if kind is int and (word or type(value) is int):
-        return config_file.integer(value) if word else value
-    if kind is float and (word or type(value) in (int, float)):
-        return config_file.decimal(value) if word else float(value)
-    raise ValueError
-
-
-def _hint(name: str, valid: Iterable[str]) -> str:
-    """ " (did you mean ...?)" for the nearest valid name, or the one whose last part is nearest."""
-    names = {key.rpartition(".")[2]: key for key in reversed(list(valid))}
-    names |= {key: key for key in valid}
-    near = difflib.get_close_matches(name[:100], names, n=1)
-    return f" (did you mean {names[near[0]]}?)" if near else ""
+def _whose(name: str) -> str:
+    """Which methods have a key that this one lacks."""
+    names = [method for method, found in METHOD_KEYS.items() if name in found]
+    return f" for this method: it belongs to method.name={', '.join(names)}" if names else ""
 
 
 def _get(cfg: Config, name: str) -> Any:
     group, _, last = name.rpartition(".")
     return getattr(getattr(cfg, group) if group else cfg, last)
-
-
-def _inside(value: float, interval: str) -> bool:
-    """Whether `value` is in an interval such as "[0, 1)"; NaN is in none."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
-
-
-def _words(interval: str) -> str:
-    """The interval as people say it: "at least 0", "above 0 and finite", "in [0, 1)"; "" for no interval."""
-    if not interval:
-        return ""
-    low, high = interval[1:-1].split(", ")
-    if high != "inf":
-        return f"in {interval}"
-    return (
-        f"{'at least' if interval[0] == '[' else 'above'} {low}{'' if interval[-1] == ']' else ' and finite'}"
-    )
-
-
-def _device_parts(name: str) -> tuple[str, int | None]:
-    kind, colon, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {said(name)}")
-    return kind, int(index) if colon else None

@@ -3,20 +3,103 @@
 from __future__ import annotations
 
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from ups_fast import terminal
 from ups_fast.files import make_folder, writing
+from ups_fast.state import Checkpoint, Row
 
-Row = dict[str, Any]  # one line of metrics.jsonl
+REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
+LOG_SECONDS = 60.0  # likewise, a line where there is no terminal for a bar
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended the run, and everything is saved. The message says where it stands."""
+
+
+class Watch:
+    """What a run shows while it goes, how long it takes, and whether somebody has asked it to stop."""
+
+    def __init__(self, console: Console, state: Checkpoint, stop: threading.Event) -> None:
+        self.console, self.state, self.stop = console, state, stop
+        self.clock = self.saved_at = self.shown_at = time.monotonic()
+        self.unreadable = self.reported = 0  # files: found to be gone, and said so
+        self.progress = progress_bar(console)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def overhead(self) -> Iterator[None]:
+        """Counts what is done in it as neither training nor labeling: it keeps a GPU waiting."""
+        start = time.monotonic()
+        yield
+        self.state.outside += time.monotonic() - start
+
+    def lap(self) -> float:
+        """Seconds spent on this round so far, by all processes that worked on it."""
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+        return self.state.seconds
+
+    def bar(self, what: str, images: int, done: int = 0) -> TaskID:
+        name = f"round {self.state.round}: {what}"
+        return self.progress.add_task(name, total=images, completed=done, now="")
+
+    def show(self, bar: TaskID, images: int, epochs: int, lr: float, read_loss: Callable[[], float]) -> None:
+        """The step's place, if the last look was long ago."""
+        now, state = time.monotonic(), self.state
+        if now - self.shown_at < (LOG_SECONDS if self.progress.disable else REFRESH_SECONDS):
+            return
+        self.shown_at = now
+        seen = f"loss {read_loss() / state.step:.3f}  lr {lr:.4f}"
+        self.progress.update(bar, completed=images, now=seen)
+        if self.progress.disable:
+            self.say(f"round {state.round}: epoch {state.epoch + 1} of {epochs}, {seen}")
+
+    def end_if_asked(self, folder: Path) -> None:
+        if self.stop.is_set():
+            at = f"round {self.state.round}, epoch {self.state.epoch}"
+            raise Interrupted(f"stopped in {at}; everything is saved in {folder}")
+
+
+@contextmanager
+def stop_signal(console: Console) -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM, so that the step ends and is saved; the second kills at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        console.show_cursor()  # the progress bar hides it, and a killed process cannot bring it back
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    # What the parent has ignored, as nohup and some shells do for background jobs, stays ignored.
+    signals = [
+        each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN
+    ]
+    before = {each: signal.signal(each, ask) for each in signals}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class TensorBoard:
@@ -114,7 +197,8 @@ def table_line(row: Row) -> str:
     """A row under HEADER; "-" where not defined. `right` is accuracy, `selected` the ECE of the positives."""
 
     def percent(key: str) -> str:
-        return "-" if row[key] is None else f"{100 * row[key]:.1f}%"
+        value: Any = row[key]  # type: ignore[literal-required]
+        return "-" if value is None else f"{100 * value:.1f}%"
 
     return (
         f"{row['round']:>5}  {percent('test_acc'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
+
+from ups_fast.words import said
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cores() -> int:
@@ -36,3 +42,28 @@ def memory_bytes() -> int:
         except (OSError, ValueError):  # there is none, or it says "max"
             pass
     return min(size for size in found if size > 0)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for the value of `device`; ValueError where it is unknown or this machine lacks it."""
+    import torch
+
+    kind, index = device_parts(name)
+    count = torch.cuda.device_count()
+    if kind == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if kind == "cuda" and not count:
+        why = "sees no GPU" if torch.version.cuda else "was built without CUDA"
+        raise ValueError(
+            f"device={name} needs a GPU, but this PyTorch ({torch.__version__}) {why}: use device=cpu"
+        )
+    if index is not None and index >= count:
+        raise ValueError(f"device={name} does not exist: this machine has cuda:0 to cuda:{count - 1}")
+    return torch.device(name)
+
+
+def device_parts(name: str) -> tuple[str, int | None]:
+    kind, colon, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {said(name)}")
+    return kind, int(index) if colon else None

@@ -15,12 +15,22 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ups_fast.data.resident import ResidentImages
-from ups_fast.data.stream import FileImages
+from ups_fast.data.images import Images
 from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
 from ups_fast.ops import mc_select
 from ups_fast.reference import Selection, dropout_keys, unpack_mask
+
+
+class Thresholds(NamedTuple):
+    """Which labels are selected; see `mc_select`."""
+
+    tau_p: float = 0.70
+    tau_n: float = 0.05
+    kappa_p: float = 0.05
+    kappa_n: float = 0.005
+    temp_nl: float = 2.0
+
 
 BALANCE_FLOOR = 25  # published: a rarer class would starve all the others
 BINS = 15
@@ -48,7 +58,7 @@ class PseudoLabels:
 @torch.no_grad()
 def pseudo_label(
     model: nn.Module,
-    images: ResidentImages | FileImages,
+    images: Images,
     index: Tensor,  # int64 [U], on the device of the images
     *,
     tau_p: float = 0.70,
@@ -114,6 +124,21 @@ def pseudo_label(
         positive=positive,
         negative=drop_negatives(found.negative, positive),
     )
+
+
+@torch.no_grad()
+def features_of(
+    model: Network,
+    images: Images,
+    index: Tensor,  # int64 [n], sample ids
+    *,
+    batch_size: int = 512,
+) -> Tensor:  # float32 [n, D], on the device
+    """What the classifier gets for clean images, without dropout."""
+    index = index.to(images.device)
+    with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
+        parts = [model.embed(model.prefix(batch), None) for batch in images.clean_batches(index, batch_size)]
+    return torch.cat(parts)
 
 
 def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
@@ -192,6 +217,36 @@ def drop_negatives(
 ) -> Tensor:  # int32 [U, ceil(C / 32)]
     """Clears the negative classes of kept positives; what balance dropped becomes a negative sample."""
     return negative.masked_fill(positive[:, None], 0)
+
+
+class Evaluation(NamedTuple):
+    """A network on those of M labeled images that can be read, on the host. Accuracy is the mean of `correct`."""
+
+    index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
+    confidence: Tensor  # float32 [m], NaN where a logit was NaN or infinite
+    correct: Tensor  # bool [m], False there
+    label: Tensor  # int64 [m], -1 there
+
+
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    labels: Tensor,  # int64 [M]
+    index: Tensor | None = None,  # int64 [M], which of the images; None: all
+    *,
+    batch_size: int = 512,
+    forward: Callable[..., Tensor] | None = None,  # as of `pseudo_label`
+) -> Evaluation:
+    """One pass without dropout over images, under the rule that labels the unlabeled ones."""
+    index = torch.arange(len(images)) if index is None else index
+    index, inf = index.to(images.device), math.inf
+    found = pseudo_label(
+        model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
+    ).cpu()
+    kept = ~torch.isin(found.index, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
+    confidence, correct, answer = found.confidence, found.label == labels.cpu(), found.label
+    place = torch.arange(len(kept))
+    return Evaluation(place[kept], confidence[kept], correct[kept], answer[kept])
 
 
 class Reliability(NamedTuple):

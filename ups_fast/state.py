@@ -6,16 +6,54 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ups_fast.files import finite, misfit
 from ups_fast.reference import unpack_mask
 from ups_fast.selection import BINS, PseudoLabels
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
+
+
+class Keeps(NamedTuple):
+    """What goes on from a round to the next one."""
+
+    weights: bool
+    momentum: bool
+
+
+class _Guess(TypedDict, total=False):
+    """What the thresholds do to test images, where the truth of the unlabeled ones is not known."""
+
+    test_positives: int
+    test_positive_acc: float | None
+    test_bins: dict[str, list[list[float]]]
+
+
+class Row(_Guess):
+    """A finished round, a line of metrics.jsonl. None where there is nothing to average."""
+
+    round: int
+    test_acc: float | None
+    val_acc: float | None
+    positives: int
+    positive_acc: float | None
+    negatives: int
+    negative_acc: float | None
+    negative_samples: int
+    ece: float | None
+    ece_selected: float | None
+    per_class_positives: list[int]
+    no_label: int
+    seconds: float
+    outside: float
+    train_loss: float | None
+    test_ece: float | None
+    test_mistakes: list[list[int]]
+    test_recall: list[float | None]
 
 
 @dataclass
@@ -25,6 +63,7 @@ class Checkpoint:
     data: str  # fingerprint
     labeled: Tensor  # int64 [L]
     unlabeled: Tensor  # int64 [U]
+    val: Tensor  # int64 [V], to validate: in neither of them
     round: int = 0  # the one in progress; all are done when it equals train.rounds
     epoch: int = 0  # epochs of the round done
     step: int = 0  # steps of the epoch done
@@ -32,10 +71,10 @@ class Checkpoint:
     outside: float = 0.0  # of these, on neither steps nor labeling
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
-    rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished round
+    rows: list[Row] = field(default_factory=list)  # one per finished round
     pseudo_labels: dict[str, Tensor] | None = None  # of the last finished round
-    # None at the start of a round, where they are made anew: weights from the seed, if not the last round's go on.
-    model: dict[str, Any] | None = None
+    # Of the method and its optimizer; None at the start of a round that begins with new weights.
+    method: dict[str, Any] | None = None
     momentum: dict[str, Any] | None = None
     torch_version: str = str(torch.__version__)  # of the process that saved it
 
@@ -86,6 +125,7 @@ def _bins(value: Any) -> bool:
 _ROW: dict[str, Callable[[Any], bool]] = {
     "round": _count,
     "test_acc": _share,
+    "val_acc": _share,
     "positives": _count,
     "positive_acc": _share,
     "negatives": _count,
@@ -160,19 +200,19 @@ def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
     yield "seconds or loss", _number(state.seconds) and _number(state.outside)
     yield "seconds or loss", _tensor(state.loss, torch.float32) and finite(state.loss)
     yield "train_loss", _loss(state.train_loss)
-    split = state.labeled, state.unlabeled
-    yield "labeled or unlabeled", all(_tensor(each, torch.int64, -1) for each in split)
+    split = state.labeled, state.unlabeled, state.val
+    yield "labeled, unlabeled or val", all(_tensor(each, torch.int64, -1) for each in split)
     rows = state.rows
     yield "rows", type(rows) is list and len(rows) == state.round and all(type(row) is dict for row in rows)
     yield "rows", all(type(row.get("round")) is int and row["round"] == i for i, row in enumerate(rows))
     yield "pseudo_labels", _pseudo_labels_fit(state)
     training = state.momentum is not None
     yield (
-        "model or momentum",
-        all(each is None or isinstance(each, dict) for each in (state.model, state.momentum)),
+        "method or momentum",
+        all(each is None or isinstance(each, dict) for each in (state.method, state.momentum)),
     )
-    yield "model or momentum", bool(state.model) >= training  # a model alone begins a round
-    yield "model or momentum", training == (state.epoch + state.step > 0)
+    yield "method or momentum", bool(state.method) >= training  # a method alone begins a round
+    yield "method or momentum", training >= (state.epoch + state.step > 0)
 
 
 def _pseudo_labels_fit(state: Checkpoint) -> bool:
@@ -194,14 +234,24 @@ def _pseudo_labels_fit(state: Checkpoint) -> bool:
     return all(_tensor(found[name], dtype, u, *words.get(name, ())) for name, dtype in kinds.items())
 
 
-def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int, *, warm_start: bool) -> str:
+def among(
+    state: Checkpoint,
+    fresh: Checkpoint,
+    weights: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    n_classes: int,
+    *,
+    keeps: Keeps,
+) -> str:
     """The first parts of a checkpoint that its run cannot have left behind, "" if all are right.
 
-    state      one in which `alone` found nothing
-    fresh      the state in which config and data begin a run
-    model      the run's network, with any weights
+    state    one in which `alone` found nothing
+    fresh    the state in which config and data begin a run
+    weights  of the run's method, any values
+    trained  those that the optimizer moves, any values
+    keeps    what goes on from round to round
     """
-    for name in ("labeled", "unlabeled"):
+    for name in ("labeled", "unlabeled", "val"):
         if not torch.equal(getattr(state, name), getattr(fresh, name)):
             return f"{name}, which is not the split that config and data give,"
     if not all(_row_fits(row, n_classes) for row in state.rows):
@@ -209,12 +259,14 @@ def among(state: Checkpoint, fresh: Checkpoint, model: nn.Module, n_classes: int
     if state.pseudo_labels and (
         wrong := _impossible(PseudoLabels(**state.pseudo_labels), fresh.unlabeled, n_classes)
     ):
-        return f"labeling ({wrong})"
-    if state.momentum is None and (state.model is not None) != (warm_start and state.round > 0):
-        return "model, which is there only while a round is trained, or before it by train.warm_start,"
-    if state.model is not None and (wrong := misfit(state.model, model.state_dict())):
-        return f"model ({wrong})"
-    if state.momentum is not None and (wrong := misfit(state.momentum, dict(model.named_parameters()))):
+        return f"pseudo_labels ({wrong})"
+    if state.epoch + state.step == 0:
+        for name, kept in (("method", keeps.weights), ("momentum", keeps.momentum)):
+            if (getattr(state, name) is not None) != (kept and state.round > 0):
+                return f"{name}, which is there only while a round is trained, or before one that goes on with it,"
+    if state.method is not None and (wrong := misfit(state.method, weights)):
+        return f"method ({wrong})"
+    if state.momentum is not None and (wrong := misfit(state.momentum, trained)):
         return f"momentum ({wrong})"
     return ""
 

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ups_fast.data.resident import ResidentImages
-from ups_fast.data.stream import FileImages
-from ups_fast.engine import Mix, Supervision
+from ups_fast.data.images import Images, View
 from ups_fast.fullgraph import fullgraph
-from ups_fast.ops import has_kernels, ups_loss
+from ups_fast.methods import Batch, Layout, Method
+from ups_fast.ops import has_kernels
 from ups_fast.reference import dropout_keys
 
 WARM_UP = 3  # steps before a capture, in which libraries choose their kernels and allocate
@@ -56,136 +55,120 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
-def loss_function(
-    model: nn.Module, *, compiled: bool = False, dtype: torch.dtype = torch.float32
-) -> Callable[..., Tensor]:
-    """The loss of a batch as a function of (images, keys, target, positive, negative), as `train_step` has them.
+def loss_function(method: Method, *, compiled: bool = False) -> Callable[[Batch], Tensor]:
+    """The method's loss of a batch; compiled by `fullgraph`, anew for each layout and for nothing else."""
 
-    One forward pass over the joined batch, so that batch-norm sees both kinds; then CE + NCE.
-
-    compiled  by `fullgraph`, anew for each shape of the batch and for nothing else
-    dtype     of convolutions and products; statistics of batch-norm, the loss and all weights stay float32
-    """
-
-    def loss(
-        images: Tensor, keys: Tensor | None, target: Tensor, positive: Tensor, negative: Tensor
-    ) -> Tensor:
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images, keys)
-        return ups_loss(logits, target, positive, negative)
+    def loss(batch: Batch) -> Tensor:
+        return method.loss(batch)
 
     return fullgraph(loss) if compiled else loss
-
-
-def train_step(
-    loss_of: Callable[..., Tensor],  # of `loss_function`
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,  # float32 [B, C, H, W]
-    keys: Tensor | None,  # int32 [B], by which dropout drops; None: by torch's generator
-    target: Tensor,  # int64 [B], -1 where not positive
-    positive: Tensor,  # bool [B]
-    negative: Tensor,  # int32 [B, ceil(C / 32)]
-) -> Tensor:  # float32 [], on the device
-    """One step of the optimizer. Never waits for the device."""
-    loss = loss_of(images, keys, target, positive, negative)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 class TrainStep:
     """The step of a run: augment, forward, backward, optimizer, sum of the losses, on a batch of sample ids.
 
     All that it reads or writes keeps its place in memory, and `start` begins a round in place: so a CUDA graph can
-    repeat the step, and no round but one with another batch size compiles or captures anything again.
+    repeat the step, and no round but one with another layout compiles or captures anything again.
     """
 
     loss: Tensor  # float32 [], sum over the steps since somebody last set it to 0
 
     def __init__(
         self,
-        model: nn.Module,
-        images: ResidentImages | FileImages,  # N of them
-        n_classes: int,
+        method: Method,  # on the device of the images
+        images: Images,  # N of them
         plan: StepPlan,
         *,
         momentum: float,
         weight_decay: float,
+        decay_norms: bool = True,
     ) -> None:
-        self.model, self.images, self.plan, self.device = model, images, plan, images.device
-        self.loss_of = loss_function(model, compiled=plan.mode != "eager", dtype=plan.dtype)
-        self.loss, self.lr = (torch.zeros((), device=self.device) for _ in range(2))
-        self.target = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-        self.negative = torch.zeros(
-            len(images), (n_classes + 31) // 32, dtype=torch.int32, device=self.device
-        )
+        self.method, self.images, self.plan, self.device = method, images, plan, images.device
+        method.dtype = plan.dtype
+        self.loss_of = loss_function(method, compiled=plan.mode != "eager")
+        self.loss, self.lr, self.t = (torch.zeros((), device=self.device) for _ in range(3))
+        self.tables: dict[str, Tensor] = {}  # [N, ...] by sample id
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
-        self.positive = torch.zeros(0, dtype=torch.bool, device=self.device)
-        # [B, C, S, S] where images come from files: their loader writes there; others are read in the step.
-        self.batch: Tensor | None = None
+        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], of images
+        self.views: tuple[View, ...] = ()
         self.unreadable = 0  # how many images the tables know to be unreadable
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
+        trained = method.trained()
+        groups = [list(trained.values())]
+        decays = [weight_decay]
+        if not decay_norms:  # of biases and of normalization neither
+            groups = [[p for p in trained.values() if (p.ndim <= 1) == small] for small in (False, True)]
+            decays.append(0.0)
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            [{"params": group, "weight_decay": each} for group, each in zip(groups, decays, strict=True)],
             momentum=momentum,
             nesterov=momentum > 0,
-            weight_decay=weight_decay,
             fused=True,
         )
-        self.optimizer.param_groups[0]["lr"] = self.lr  # a tensor: a number would be part of the graph
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # a tensor: a number would be part of the graph
         # There from the start, as a graph could not make them: SGD's first step on zeros is the same as on none.
-        self.momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        for name, parameter in model.named_parameters():
+        self.momentum = {name: torch.zeros_like(p) for name, p in trained.items()}
+        for name, parameter in trained.items():
             self.optimizer.state[parameter]["momentum_buffer"] = self.momentum[name]
 
     @torch.no_grad()
     def start(
         self,
-        told: Supervision,
-        mix: Mix,
-        weights: Mapping[str, Tensor],  # as of model.state_dict()
+        layout: Layout,
+        views: tuple[View, ...],  # of the layout's groups
+        tables: Mapping[str, Tensor],  # as of `Targets`
+        weights: Mapping[str, Tensor],  # as of method.state_dict()
         momentum: Mapping[str, Tensor] | None = None,  # as `self.momentum`; None: zeros
         *,
         augment_seed: int,
         dropout_seed: int,
     ) -> None:
         """Begins a round, or goes on in the middle of one."""
-        self.model.load_state_dict(weights)
-        self.model.train()
+        self.method.load_state_dict(weights)
+        self.method.train()
         for name, buffer in self.momentum.items():
             buffer.copy_(momentum[name]) if momentum else buffer.zero_()
-        self.target.copy_(told.target)
-        self.negative.copy_(told.negative)
+        everything = {**tables, "readable": torch.ones(len(self.images), dtype=torch.bool)}
+        fits = {name: (each.shape, each.dtype) for name, each in everything.items()}
+        if fits == {name: (each.shape, each.dtype) for name, each in self.tables.items()}:
+            for name, table in self.tables.items():
+                table.copy_(everything[name])
+        else:
+            self.tables = {name: each.to(self.device, copy=True) for name, each in everything.items()}
+            self.graph = None
         self.unreadable = 0
         self.seeds[0], self.seeds[1] = augment_seed, dropout_seed
-        positive = mix.positive(self.device)
-        if len(positive) != len(self.positive):
-            self.rows, self.positive = self.rows.new_zeros(2, len(positive)), positive
-            if isinstance(self.images, FileImages):
-                shape = len(positive), self.images.channels, self.images.size, self.images.size
-                self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
-            self.graph = self._capture() if self.plan.mode == "graph" else None
-        self.positive.copy_(positive)
+        if views != self.views:
+            shape = layout.rows, *self.images.shape
+            self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
+            self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
+        self.method.layout = layout
+        if self.plan.mode == "graph" and self.graph is None:
+            self.graph = self._capture()
 
     def __call__(
         self,
-        index: Tensor,  # int64 [B], sample ids, the positives first
+        index: Tensor,  # int64 [B], sample ids, group by group
         draw: Tensor,  # int64 [B], which of a sample's augmentations and dropout masks
         lr: float,
+        t: float = 0.0,  # progress of the schedule, in [0, 1)
     ) -> None:
-        """One step; adds its loss to `loss`. Images from files must be in `batch`. Never waits for the device.
+        """One step, before which `images.ahead` was asked; adds its loss to `loss`. Never waits for the device.
 
-        An image that is unreadable stays in its batch, but has neither a target nor negatives any more.
+        An image that is unreadable stays in its batch, but nothing is learned from it any more.
         """
         if len(self.images.unreadable) > self.unreadable:
             gone = torch.tensor(list(self.images.unreadable), device=self.device)
-            self.target[gone], self.negative[gone], self.unreadable = -1, 0, len(gone)
+            for name, table in self.tables.items():
+                table[gone] = -1 if name == "target" else 0
+            self.unreadable = len(gone)
         self.rows[0].copy_(index)
         self.rows[1].copy_(draw)
         self.lr.fill_(lr)
+        self.t.fill_(t)
         if self.graph is None:
             self._step()
         else:
@@ -193,20 +176,17 @@ class TrainStep:
 
     def _step(self) -> None:
         index, draw = self.rows
-        images = self.batch
-        if isinstance(self.images, ResidentImages):
-            images = self.images.augmented(index, seed=self.seeds[0], epoch=draw)
-        assert images is not None
+        self.images.read(index, draw, self.views, seed=self.seeds[0], out=self.batch)
         keys = dropout_keys(index, seed=self.seeds[1], draw=draw)
-        target, negative = self.target[index], self.negative[index]
-        positive = self.positive & (target >= 0)
-        self.loss += train_step(self.loss_of, self.optimizer, images, keys, target, positive, negative)
+        rows = {name: table[index] for name, table in self.tables.items()}
+        batch = Batch(self.batch, keys, index, rows, self.t)
+        self.loss += self.method.step(self.loss_of, self.optimizer, batch)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; what its trial steps change is put back."""
         self.captures += 1
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        changing = [*self.model.state_dict().values(), *self.momentum.values(), self.loss]
+        changing = [*self.method.state_dict().values(), *self.momentum.values(), self.loss]
         with torch.cuda.device(self.device), _put_back(changing), torch.enable_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(here)

@@ -77,7 +77,7 @@ def _below_here(path: str) -> bool:
 
 def _train(cfg: config.Config) -> None:
     console = open_console()
-    device = config.pick_device(cfg.device)
+    device = machine.pick_device(cfg.device)
     command.check_packages()
     command.check_kernels(device)
     if cfg.threads:
@@ -94,8 +94,8 @@ def _train(cfg: config.Config) -> None:
 
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
+    from ups_fast.build import load_data
     from ups_fast.data.classes import class_counts
-    from ups_fast.inputs import load_data
 
     data = load_data(cfg, device, console)
     for note in data.notes:

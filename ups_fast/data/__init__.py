@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
 from ups_fast.data.folder import Folder, Listing, listing, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
+from ups_fast.data.images import Images, View
 from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import ImageSet, load_set
 from ups_fast.data.split import stratified_split
-from ups_fast.data.stream import FileImages, PlainImages, file_images
+from ups_fast.data.stream import NO_DALI, FileImages, PlainImages
 
 __all__ = [
     "Damaged",
@@ -16,9 +22,11 @@ __all__ = [
     "FileImages",
     "Folder",
     "ImageSet",
+    "Images",
     "Listing",
     "PlainImages",
     "ResidentImages",
+    "View",
     "as_file_set",
     "as_image_set",
     "check",
@@ -30,3 +38,22 @@ __all__ = [
     "scan",
     "stratified_split",
 ]
+
+
+def file_images(loader: str, root: str | Path | None, paths: Sequence[str], **settings: object) -> FileImages:
+    """The loader by its name, with the arguments of `FileImages`.
+
+    auto   DALI where it is installed; without it the plain one, and a warning says what to install
+    dali   raises ImportError with the same sentence where DALI is not installed
+    plain  Pillow
+    """
+    if loader not in ("auto", "dali", "plain"):
+        raise ValueError(f"loader must be auto, dali or plain, got {loader!r}")
+    if loader == "auto" and find_spec("nvidia.dali") is None:
+        warnings.warn(f"files are decoded by Pillow, which is slower: {NO_DALI}", stacklevel=2)
+        loader = "plain"
+    if loader == "plain":
+        return PlainImages(root, paths, **settings)  # type: ignore[arg-type]
+    from ups_fast.data.dali import DaliImages
+
+    return DaliImages(root, paths, **settings)  # type: ignore[arg-type]

@@ -6,11 +6,13 @@ copied: the op's reference goes through Pillow image by image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
+from ups_fast.data.images import View
 from ups_fast.ops import augment, has_kernels
 from ups_fast.policy import POLICIES, Policy, normalization, tables
 
@@ -42,9 +44,12 @@ class ResidentImages:
         self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
         nothing = torch.zeros(0, dtype=torch.int64, device=home)
         self._read(nothing, policy, 0, 0)  # what is wrong with the arguments is said now
-        size = (self.images.shape[1], self.images.shape[2], self.images.shape[3])
+        height, width, channels = self.images.shape[1:]
+        self.shape = channels, height, width
+        size = height, width, channels
         # A CUDA graph goes on reading them: they must outlive the cache that they come from.
-        self._tables = tables(policy, *size, home), normalization(self.mean, self.std, torch.float32, home)
+        self._size, self._tables = size, {policy: tables(policy, *size, home)}
+        self._normalization = normalization(self.mean, self.std, torch.float32, home)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,10 +81,34 @@ class ResidentImages:
         """
         return self._read(index, self.policy, seed, epoch)
 
-    def _read(self, index: Tensor, policy: Policy, seed: int | Tensor, epoch: int | Tensor) -> Tensor:
+    def ahead(
+        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
+    ) -> Iterator[None]:
+        """Nothing."""
+        for view in views:
+            self._tables[view.policy] = tables(view.policy, *self._size, self.images.device)
+        return repeat(None)
+
+    def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
+        """Augments each view into its rows of the batch, as `augmented` does."""
+        for view in views:
+            rows = slice(view.first, view.last)
+            self._read(index[rows], view.policy, seed, draw[rows], out[rows])
+
+    def _read(
+        self,
+        index: Tensor,
+        policy: Policy,
+        seed: int | Tensor,
+        epoch: int | Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
         home = self.images.device
         index, epoch = index.to(home), epoch.to(home) if isinstance(epoch, Tensor) else epoch
+        here = out if home == self.device else None
         batch = augment(
-            self.images, index, policy=policy, seed=seed, epoch=epoch, mean=self.mean, std=self.std
+            self.images, index, policy=policy, seed=seed, epoch=epoch, mean=self.mean, std=self.std, out=here
         )
-        return batch.to(self.device)
+        if out is None or here is not None:
+            return batch.to(self.device)
+        return out.copy_(batch)

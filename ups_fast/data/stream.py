@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from ups_fast.data.boxes import Box, box_draws, middle_box, random_box
 from ups_fast.data.image import DamagedImage, picture_of, read_bytes, resize_box
+from ups_fast.data.images import View
 from ups_fast.machine import cores
 from ups_fast.ops import augment, augment_plan, has_kernels
 from ups_fast.policy import POLICIES, Policy
@@ -101,6 +100,7 @@ class FileImages:
         self.mean, self.std, self.resized_crop = tuple(mean), tuple(std), resized_crop
         self.share = size / (resize or size)
         self.threads, self.prefetch = threads or cores(), prefetch
+        self.shape = channels, size, size
         self.device = torch.device(device)
         self.home = self.device if has_kernels(self.device) else torch.device("cpu")
         self.unreadable = dict(unreadable or {})
@@ -121,11 +121,39 @@ class FileImages:
 
         `steps` is read `prefetch` steps ahead: over the end of an epoch, too, if it has several.
         """
+        for ids, draw, batch in self._decoded(steps, None, seed):
+            yield self._finished(batch, ids, draw, seed, self.policy, out)
+
+    def ahead(
+        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
+    ) -> Iterator[None]:
+        """Each view of a step in its rows of the batch; the file of a sample is decoded once for all its views."""
+        for ids, draw, batch in self._decoded(steps, views, seed):
+            for view in views:
+                rows, source = slice(view.first, view.last), view.source
+                pixels = batch[source : source + view.last - view.first]
+                self._finished(pixels, ids[rows], draw[rows], seed, view.policy, out[rows])
+            yield
+
+    def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
+        """Nothing: `ahead` has written the batch."""
+
+    def _decoded(
+        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View] | None, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each step the ids and draws, and the uint8 images of the views that read some; None: of all rows."""
         checked = ((self._checked("index", ids), self._checked_draw(ids, draw)) for ids, draw in steps)
         ours, theirs = itertools.tee(checked)
-        batches = self._streamed((ids, self._drawn(ids, draw, seed)) for ids, draw in theirs)
+
+        def read(rows: Tensor) -> Tensor:
+            if views is None:
+                return rows
+            return torch.cat([rows[view.first : view.last] for view in views if not view.again])
+
+        once = ((read(ids), read(draw)) for ids, draw in theirs)
+        batches = self._streamed((ids, self._drawn(ids, draw, seed)) for ids, draw in once)
         for (ids, draw), batch in zip(ours, batches, strict=True):
-            yield self._finished(batch, ids, draw, seed, self.policy, out)
+            yield ids, draw, batch
 
     def clean_batches(
         self,
@@ -259,22 +287,3 @@ class FileImages:
 
 class PlainImages(FileImages):
     """Files decoded by Pillow, in threads: what every other loader is held against."""
-
-
-def file_images(loader: str, root: str | Path | None, paths: Sequence[str], **settings: object) -> FileImages:
-    """The loader by its name, with the arguments of `FileImages`.
-
-    auto   DALI where it is installed; without it the plain one, and a warning says what to install
-    dali   raises ImportError with the same sentence where DALI is not installed
-    plain  Pillow
-    """
-    if loader not in ("auto", "dali", "plain"):
-        raise ValueError(f"loader must be auto, dali or plain, got {loader!r}")
-    if loader == "auto" and find_spec("nvidia.dali") is None:
-        warnings.warn(f"files are decoded by Pillow, which is slower: {NO_DALI}", stacklevel=2)
-        loader = "plain"
-    if loader == "plain":
-        return PlainImages(root, paths, **settings)  # type: ignore[arg-type]
-    from ups_fast.data.dali import DaliImages
-
-    return DaliImages(root, paths, **settings)  # type: ignore[arg-type]

@@ -78,13 +78,17 @@ class Backbone(Network):
     ) -> Tensor:  # [B, features]: what the first Dropout gets, or the one after `skip` of them
         return self.head.before(self.net(images), skip)
 
-    def suffix(
+    def embed(
         self,
         hidden: Tensor,  # as of `prefix`
         keys: Tensor | None,  # int32 [B]
         skip: int = 0,
-    ) -> Tensor:  # [B, n_classes]
-        return self.head.after(hidden, keys, skip)
+    ) -> Tensor:  # [B, features]
+        return self.head.after(hidden, keys, skip, -1)
+
+    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
+        logits: Tensor = self.head[-1](features)
+        return logits
 
 
 def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) -> Callable[[], nn.Module]:

@@ -56,11 +56,14 @@ class CNN13(Network):
         """All that comes before the first dropout: 42 % of the multiply-adds."""
         return self.features.before(images, skip)
 
-    def suffix(
+    def embed(
         self,
         hidden: Tensor,  # as of `prefix`
         keys: Tensor | None,  # int32 [B]
         skip: int = 0,
-    ) -> Tensor:  # [B, n_classes]
-        logits: Tensor = self.linear(self.features.after(hidden, keys, skip))
+    ) -> Tensor:  # [B, 128]
+        return self.features.after(hidden, keys, skip)
+
+    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
+        logits: Tensor = self.linear(features)
         return logits

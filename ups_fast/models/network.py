@@ -18,9 +18,9 @@ class Chain(nn.Sequential):
             hidden = module(hidden)
         return hidden
 
-    def after(self, hidden: Tensor, keys: Tensor | None, skip: int) -> Tensor:
-        """That Dropout and all the rest."""
-        for module in self[self._cut(skip) :]:
+    def after(self, hidden: Tensor, keys: Tensor | None, skip: int, last: int | None = None) -> Tensor:
+        """That Dropout and all the rest, up to the module `last`."""
+        for module in self[self._cut(skip) : last]:
             hidden = module(hidden, keys) if isinstance(module, Dropout) else module(hidden)
         return hidden
 
@@ -32,8 +32,8 @@ class Network(nn.Module, ABC):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
 
     `prefix` has no dropout that acts, so it is the same in every pass over an image and is computed once for all of
-    them; `suffix` has the dropout. With `skip`, the first so many Dropouts belong to the prefix, in eval mode, and
-    are off.
+    them; `suffix` has the dropout. It is `embed`, which gives the features, and `classify`. With `skip`, the first so
+    many Dropouts belong to the prefix, in eval mode, and are off.
     """
 
     min_size: int  # of height and width
@@ -59,5 +59,18 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def prefix(self, images: Tensor, skip: int = 0) -> Tensor: ...
 
+    def suffix(
+        self,
+        hidden: Tensor,  # as of `prefix`
+        keys: Tensor | None,  # int32 [B]
+        skip: int = 0,
+    ) -> Tensor:  # [B, n_classes]
+        return self.classify(self.embed(hidden, keys, skip))
+
     @abstractmethod
-    def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor: ...
+    def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:  # [B, D]
+        """The features: what the last linear layer gets."""
+
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
+        """The last linear layer."""

@@ -143,13 +143,17 @@ class WideResNet(Network):
             hidden = block(hidden, None)
         return hidden
 
-    def suffix(
+    def embed(
         self,
         hidden: Tensor,  # as of `prefix`
         keys: Tensor | None,  # int32 [B]
         skip: int = 0,
-    ) -> Tensor:  # [B, n_classes]
+    ) -> Tensor:  # [B, 64 k]
         for block in self.blocks[skip:]:
             hidden = block(hidden, keys)
-        logits: Tensor = self.linear(self.head(hidden))
+        features: Tensor = self.head(hidden)
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
+        logits: Tensor = self.linear(features)
         return logits

@@ -1,24 +1,26 @@
-"""From the config to what a run works on: the data set, its split, the images and what is done to them."""
+"""From the config to what a run works on: the data, their split, the images, the method and its step."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from ups_fast.checkpoint import READABLE
+from ups_fast.checkpoint import READABLE, rebuild
 from ups_fast.config import Config
 from ups_fast.data import (
     Damaged,
-    FileImages,
     Folder,
+    Images,
     ImageSet,
     Listing,
     ResidentImages,
@@ -32,13 +34,18 @@ from ups_fast.data import (
     stratified_split,
 )
 from ups_fast.data.equal import notes_on_equal_arrays
-from ups_fast.data.fingerprint import array_record
+from ups_fast.data.fingerprint import array_record, fingerprint
 from ups_fast.data.manifest import Changed, Manifest, compare, take
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
-from ups_fast.machine import memory_bytes
-from ups_fast.policy import Policy, parse_ops
+from ups_fast.fullgraph import fullgraph
+from ups_fast.machine import memory_bytes, pick_device
+from ups_fast.methods import METHODS, Method, Setting
+from ups_fast.policy import POLICIES, Policy, parse_ops
 from ups_fast.seeds import derive
+from ups_fast.selection import Thresholds, labeling_rows, passes_over, skipped
+from ups_fast.state import Checkpoint, Keeps
+from ups_fast.step import TrainStep, plan_step
 
 FILES = "files.json"  # in a run's folder: which files it is about
 IMAGES = "images.npz"  # or else: a hash and a label of each image
@@ -193,7 +200,7 @@ def _readable(cfg: Config) -> Path | None:
 
 def open_images(
     cfg: Config, data: ImageSet, device: torch.device, policy: Policy, *, test: bool = False
-) -> ResidentImages | FileImages:
+) -> Images:
     """The training or the test part of the data, on the device or in its files."""
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
     images, names, unreadable = data.train_images, data.names, data.unreadable
@@ -225,12 +232,15 @@ def open_images(
         raise ValueError(f"data.loader={cfg.data.loader}: {error}") from error
 
 
-def policy_of(cfg: Config) -> Policy:
-    """What is done to training images."""
+def policies_of(cfg: Config, size: tuple[int, int]) -> dict[str, Policy]:
+    """What is done to training images: all that the config says, or in the weak view mirroring and shifts alone.
+
+    Where the config has no shifts, the weak view has those of FixMatch: by up to an eighth of the side.
+    """
     data = cfg.data
     with naming_key("data.ops"):
         ops = parse_ops(data.ops)
-    return Policy(
+    strong = Policy(
         ops=ops,
         n_ops=data.n_ops if ops else 0,
         flip=data.flip,
@@ -238,6 +248,7 @@ def policy_of(cfg: Config) -> Policy:
         jitter=(data.jitter,) * 3,
         cutout=data.cutout,
     )
+    return {"strong": strong, "weak": Policy(flip=data.flip, crop=data.crop or min(size) // 8)}
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
@@ -249,3 +260,174 @@ def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
     unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
     unlabeled[data.labeled] = False
     return data.labeled, unlabeled.nonzero()[:, 0]
+
+
+def hold_out(
+    labeled: Tensor,  # int64 [L], sample ids
+    labels: Tensor,  # int64 [N]
+    share: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:  # int64, ascending: what stays labeled, and the validation part
+    """Draws a share of the labeled images of each class, rounded down, but of no class the last one."""
+    if not share:
+        return labeled, labeled[:0]
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    drawn = torch.zeros(len(labeled), dtype=torch.bool)
+    for c in labels[labeled].unique().tolist():
+        members = random.permutation(np.flatnonzero((labels[labeled] == c).numpy()))
+        drawn[members[: min(int(share * len(members)), len(members) - 1)]] = True
+    if not drawn.any():
+        raise ValueError(
+            f"data.val_share={share} holds out no image, because no class has enough labeled ones: raise it, or label "
+            "more images"
+        )
+    return labeled[~drawn], labeled[drawn]
+
+
+@dataclass
+class Run:
+    """All that the rounds work on. What is wrong with config and data has been said before one is made."""
+
+    cfg: Config
+    data: ImageSet
+    device: torch.device
+    about: dict[str, Any]  # what a saved network says of itself
+    policies: dict[str, Policy]  # by the views of a method
+    images: Images  # the training set
+    test_images: Images
+    new_method: Callable[[], Method]  # on the host, its weights drawn from torch's generator
+    step: TrainStep
+    forward: Callable[..., Tensor]  # `passes_over`, perhaps compiled
+    state: Checkpoint  # at first that of a new run
+
+    @property
+    def method(self) -> Method:
+        return self.step.method
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run_dir)
+
+    @property
+    def truth(self) -> Tensor:
+        """int64 [U], of the unlabeled images, -1 where unknown."""
+        return self.data.train_labels[self.state.unlabeled]
+
+    @property
+    def keeps(self) -> Keeps:
+        goes_on = self.method.continues
+        return Keeps(weights=goes_on or self.cfg.train.warm_start, momentum=goes_on)
+
+    def budget(self, round: int) -> tuple[int, int]:
+        """Epochs and batch size of a round; round 0 may have its own where each round is a training of its own."""
+        train, own = self.cfg.train, round == 0 and not self.method.continues
+        return (
+            train.round0_epochs if own and train.round0_epochs else train.epochs,
+            train.round0_batch_size if own and train.round0_batch_size else train.batch_size,
+        )
+
+    def lr(self, round: int) -> tuple[str, float]:
+        """The key of the highest learning rate that holds in this round, and its value."""
+        train = self.cfg.train
+        if round and train.later_rounds_lr and not self.method.continues:
+            return "later_rounds_lr", train.later_rounds_lr
+        return "lr", train.lr
+
+    def epochs_done(self) -> int:
+        """Of the whole run."""
+        return sum(self.budget(round)[0] for round in range(self.state.round)) + self.state.epoch
+
+    def labeling_rows(self) -> int:
+        _, height, width, _ = self.data.train_images.shape
+        return self.cfg.select.batch_size or labeling_rows(self.device, height, width)
+
+    def seed(self, stream: str, *path: int) -> int:
+        return derive(self.cfg.seed, stream, self.state.round, *path)
+
+    def stream(self, stream: str, *path: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(stream, *path))
+
+
+def prepare(cfg: Config, data: ImageSet) -> Run:
+    """Raises ValueError, with the key and one sentence, where config and data cannot work. Writes nothing."""
+    device = pick_device(cfg.device)
+    _, height, width, channels = data.train_images.shape
+    about = {
+        "model": asdict(cfg.model),
+        "classes": data.classes,
+        "channels": channels,
+        "size": [height, width],
+        "mean": data.mean,
+        "std": data.std,
+    }
+    select, train = cfg.select, cfg.train
+    setting = Setting(
+        network=lambda: rebuild(about),
+        options=cfg.method,
+        select=Thresholds(*(getattr(select, name) for name in Thresholds._fields)),
+        n_images=len(data.train_labels),
+        n_classes=len(data.classes),
+        labeled_repeats=train.labeled_repeats,
+        ema=train.ema,
+    )
+    make = METHODS[cfg.method.name]
+    with naming_key("model.name"):
+        method = make(setting)
+    _check_small_batches(cfg, method.network, (1, channels, height, width))
+    policies = policies_of(cfg, (height, width))
+    labeled, unlabeled = split_of(cfg, data)
+    labeled, val = hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
+    _check_method(cfg, method, policies, len(labeled), len(unlabeled))
+    memory_format: Any = {"memory_format": torch.channels_last}
+    method.to(device, **memory_format)
+    with naming_key("runtime.step"):
+        plan = plan_step(cfg.runtime.step, cfg.runtime.precision, device)
+    images = open_images(cfg, data, device, policies["strong"])
+    test_images = open_images(cfg, data, device, POLICIES["none"], test=True)
+    with naming_key("select.mc_layers"):
+        skipped(method.network, select.mc_layers)
+    step = TrainStep(
+        method,
+        images,
+        plan,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        decay_norms=train.decay_norms,
+    )
+    state = Checkpoint(fingerprint(data, cfg.model.weights), labeled, unlabeled, val)
+    forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
+    return Run(
+        cfg, data, device, about, policies, images, test_images, lambda: make(setting), step, forward, state
+    )
+
+
+def _check_method(
+    cfg: Config, method: Method, policies: Mapping[str, Policy], labeled: int, unlabeled: int
+) -> None:
+    """ValueError where data, batch and method do not go together."""
+    name, train = f"method.name={cfg.method.name}", cfg.train
+    if method.two_views and policies["strong"].ops == ():
+        raise ValueError(
+            f"{name} compares a weak view of each image with a strong one, but data.ops is empty: set data.ops=ups, "
+            "and data.cutout to half of the images' side"
+        )
+    for key in ("batch_size", *(["round0_batch_size"] if train.round0_batch_size else [])):
+        with naming_key(f"{name} with train.{key}={getattr(train, key)}"):
+            method.check({"labeled": labeled, "unlabeled": unlabeled}, getattr(train, key))
+
+
+def _check_small_batches(cfg: Config, model: nn.Module, shape: tuple[int, ...]) -> None:
+    """ValueError where batch-norm would meet a single value per channel: a batch of one, images down to 1x1."""
+    train = cfg.train
+    for key, size in (("round0_batch_size", train.round0_batch_size), ("batch_size", train.batch_size)):
+        if size != 1:
+            continue
+        trial = copy.deepcopy(model).train()
+        try:
+            with torch.no_grad():
+                trial(torch.zeros(shape), torch.zeros(1, dtype=torch.int32))
+        except ValueError as error:
+            raise ValueError(
+                f"train.{key}=1 is too small a batch for model.name={cfg.model.name}, whose normalization "
+                f"needs more than one value per channel: raise it to 2 or more ({error})"
+            ) from error

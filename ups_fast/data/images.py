@@ -1,0 +1,65 @@
+"""What a run asks of images, wherever they live: `ResidentImages` on the device, `FileImages` in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ups_fast.policy import Policy
+
+
+class View(NamedTuple):
+    """Rows of a batch whose images are augmented in one way."""
+
+    first: int
+    last: int  # behind the last row
+    policy: Policy
+    source: int  # of the images that a batch reads, each once, the one that is in row `first`
+    again: bool = False  # an earlier view reads these images
+
+
+class Images(Protocol):
+    """A training or test set, read by sample id, a batch at a time.
+
+    A batch is a tensor float32 [B, C, H, W] in channels_last on the device, and each step writes over the last one.
+    What is drawn depends on seed, draw and sample id alone.
+    """
+
+    device: torch.device
+    shape: tuple[int, int, int]  # [C, H, W] of an image in a batch
+    unreadable: dict[
+        int, str
+    ]  # ids of images that are not there, each with a sentence: black, not to be learned from
+
+    def __len__(self) -> int: ...
+
+    def ahead(
+        self,
+        steps: Iterable[tuple[Tensor, Tensor]],  # of each step sample ids and draws, int64 [B], on the host
+        views: Sequence[View],
+        *,
+        seed: int,
+        out: Tensor,  # the batch
+    ) -> Iterator[None]:
+        """Before each step: what cannot be done on the device, such as reading files."""
+
+    def read(
+        self,
+        index: Tensor,  # int64 [B], on the device
+        draw: Tensor,  # int64 [B], likewise
+        views: Sequence[View],
+        *,
+        seed: Tensor,  # int64 []
+        out: Tensor,
+    ) -> None:
+        """In each step: all the rest. Never waits for the device."""
+
+    def clean_batches(
+        self,
+        index: Tensor,  # int64 [n], on the device
+        batch_size: int,
+    ) -> Iterator[Tensor]:  # each [batch_size, C, H, W], the last may be short
+        """Images that are normalized, and nothing else."""

@@ -1,0 +1,228 @@
+"""What a method is: which images a batch has, what is learned from them, and what is remembered from step to step.
+
+A method is an nn.Module, and its state_dict is everything that it learns: checkpoints and CUDA graphs need no more.
+docs/methods.md shows how to add one in a file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ups_fast.models import Network
+from ups_fast.schema import key
+from ups_fast.selection import PseudoLabels, Thresholds
+
+
+class Group(NamedTuple):
+    """Rows of every batch that are drawn and seen alike."""
+
+    source: str  # the list of `Targets` that their samples are drawn from
+    rows: int
+    view: str = "strong"  # all of the run's augmentation, or "weak": mirrored and shifted alone
+    view_of: int | None = None  # number of an earlier group: the same samples, augmented again
+
+
+class Layout(NamedTuple):
+    """How a round's batches are made up."""
+
+    groups: tuple[Group, ...]
+    steps: int  # of an epoch
+    note: str = ""  # a sentence for the user where the sizes forced something unusual
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+
+class Targets(NamedTuple):
+    """What a round learns from."""
+
+    lists: dict[str, Tensor]  # int64 [n] on the host: sample ids to draw from
+    tables: dict[str, Tensor]  # [N, ...] by sample id, such as target: int64 [N], -1 where there is none
+
+
+class Known(NamedTuple):
+    """What is known when a round begins. All on the host."""
+
+    round: int
+    last: bool  # no round comes after it
+    labels: Tensor  # int64 [N], to be read at `labeled` only
+    labeled: Tensor  # int64 [L], sample ids
+    unlabeled: Tensor  # int64 [U], likewise
+    found: PseudoLabels | None  # by the last round's network
+    generator: torch.Generator
+
+
+class Batch(NamedTuple):
+    """What a step learns from: B rows, the groups of the layout one after the other. All on the device."""
+
+    images: Tensor  # float32 [B, C, H, W]
+    keys: Tensor | None  # int32 [B], by which dropout drops; None: by torch's generator
+    index: Tensor  # type: ignore[assignment]  # int64 [B], sample ids
+    rows: dict[
+        str, Tensor
+    ]  # [B, ...] of each of the tables, and "readable": bool [B], False where a file is gone
+    t: Tensor  # float32 [], progress of the schedule in [0, 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is made from."""
+
+    network: Callable[[], Network]  # a new one, its weights drawn from torch's generator
+    options: Any  # the method's own `Options`
+    select: Thresholds
+    n_images: int  # of the training set, N
+    n_classes: int
+    labeled_repeats: int = 1
+    ema: float = 0.0  # decay of an average of the weights, which then labels and is tested; 0: none
+
+
+@dataclass
+class Options:
+    """The keys that every method has."""
+
+    name: str = key(
+        "ups",
+        "How to learn from unlabeled images: ups, supervised, self_training, pseudo_label, fixmatch, flexmatch, "
+        "freematch, softmatch, dash, uda, comatch, mean_teacher, cps, label_propagation, em or meta_pseudo_labels. "
+        "docs/methods.md explains them.",
+    )
+
+
+class Method(nn.Module):
+    """The base of all methods: one network, learning from lists of samples."""
+
+    Options: ClassVar[type[Options]] = Options
+    # False: each round trains a new network on its own schedule. True: one training and one schedule, which the
+    # rounds divide into equal parts.
+    continues: ClassVar[bool] = False
+    two_views: ClassVar[bool] = False  # it needs a strong view that differs from the weak one
+
+    network: Network  # the one that is trained
+    ema: Network | None  # its average
+    dtype = torch.float32  # of convolutions and products
+    layout: Layout  # of the round
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.options, self.n_classes, self.n_images = setting.options, setting.n_classes, setting.n_images
+        self.decay, self.limits = setting.ema, setting.select
+        self.network = setting.network()
+        self.ema = frozen_copy(self.network) if self.decay else None
+
+    @property
+    def answers(self) -> Network:
+        """The network that is tested, labels and is saved."""
+        return self.network if self.ema is None else self.ema
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that the optimizer moves, by name."""
+        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+
+    def train(self, mode: bool = True) -> Method:
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
+    # What a round learns from ------------------------------------------------------------------------------
+
+    def targets(self, known: Known) -> Targets:
+        """By default the labels, beside all unlabeled samples."""
+        target = torch.full_like(known.labels, -1)
+        target[known.labeled] = known.labels[known.labeled]
+        return Targets({"labeled": known.labeled, "unlabeled": known.unlabeled}, {"target": target})
+
+    def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
+        """The groups of the round's batches; `sizes` are those of the lists. ValueError where it cannot be."""
+        raise NotImplementedError
+
+    def check(self, sizes: dict[str, int], batch_size: int) -> None:
+        """ValueError, one sentence, where data of these sizes cannot serve the method. Before anything is written."""
+        self.lay_out(sizes, batch_size)
+
+    # A step ------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> Tensor:  # float32 []
+        """Compiled as one graph, so: no wait for the device, and what it remembers changes in place."""
+        raise NotImplementedError
+
+    def step(
+        self, loss_of: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> Tensor:  # float32 []
+        """A step of the optimizer. Never waits for the device.
+
+        loss_of  `loss`, perhaps compiled
+        """
+        loss = loss_of(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        self.after_step(batch)
+        return loss.detach()
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch) -> None:
+        """By default the average of the weights moves on."""
+        if self.ema is not None:
+            average(self.ema, self.network, self.decay)
+
+    def keep(self, found: PseudoLabels, round: int) -> PseudoLabels:
+        """Which of the selected labels of a round stay positive. By default all."""
+        return found
+
+    def end_round(self, look: Look) -> None:
+        """Learns, once a round is trained and all is labeled, what the next one needs. By default nothing."""
+
+    # For subclasses ----------------------------------------------------------------------------------------
+
+    def logits(self, images: Tensor, keys: Tensor | None, network: nn.Module | None = None) -> Tensor:
+        """One forward pass, by default of the trained network, in the run's precision."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return (network or self.network)(images, keys)
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of a batch, group by group."""
+        return rows.split([group.rows for group in self.layout.groups])
+
+
+class Look(NamedTuple):
+    """What a method may look at when a round ends."""
+
+    found: PseudoLabels  # of the unlabeled samples, on the host
+    labels: Tensor  # int64 [N], to be read at `labeled` only
+    labeled: Tensor  # int64 [L], sample ids
+    features: Callable[
+        [Tensor], Tensor
+    ]  # int64 [n] sample ids -> float32 [n, D], of clean images, on the device
+
+
+def frozen_copy(network: Network) -> Network:
+    """With the same weights, which no optimizer moves."""
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in place; statistics of normalization are copied."""
+    theirs: list[Tensor] = list(ema.parameters())
+    ours: list[Tensor] = list(network.parameters())
+    if isinstance(decay, Tensor):
+        for mean, weight in zip(theirs, ours, strict=True):
+            mean.lerp_(weight, 1 - decay)
+    else:
+        torch._foreach_lerp_(theirs, ours, 1 - decay)
+    for old, new in zip(ema.buffers(), network.buffers(), strict=True):
+        old.copy_(new)
+
+
+def epoch_steps(lists: Sequence[int], rows: int) -> int:
+    """Steps of an epoch: as many as complete batches of `rows` distinct images fill, at least one."""
+    return max(1, sum(lists) // rows)

@@ -1,0 +1,34 @@
+"""The keys of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ups_fast.schema import key
+
+
+@dataclass
+class ModelConfig:
+    name: str = key(
+        "wrn-28-2",
+        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
+        "timm:NAME, such as torchvision:resnet50.",
+    )
+    weights: str = key(
+        "",
+        "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
+        "from it. Empty: none.",
+    )
+    dropout: float = key(0.3, "Dropout rate. Dropout also makes the labeling passes differ.", within="[0, 1)")
+    preact: str = key(
+        "fixed",
+        "Input of the first convolution of WRN stages 2 and 3. published: not activated, as in the UPS code. fixed: "
+        "activated.",
+        choices=("published", "fixed"),
+    )
+    activation: str = key("mish", "Activation of a WRN. cnn13 has its own.", choices=("mish", "leaky_relu"))
+    bn_momentum: float = key(
+        0.1,
+        "Momentum of batch-norm's statistics. The published WRN has 0.001, which is too slow for short runs.",
+        within="(0, 1]",
+    )

@@ -361,22 +361,28 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
         "std": data.std,
     }
     select, train = cfg.select, cfg.train
+    labeled, unlabeled = split_of(cfg, data)
+    labeled, val = hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
+    with naming_key("model.name"):
+        trial = rebuild(about).eval()
+    _check_small_batches(cfg, trial, (1, channels, height, width))
+    with torch.no_grad():
+        features = trial.embed(trial.prefix(torch.zeros(1, channels, height, width)), None).shape[1]
     setting = Setting(
         network=lambda: rebuild(about),
         options=cfg.method,
         select=Thresholds(*(getattr(select, name) for name in Thresholds._fields)),
         n_images=len(data.train_labels),
+        n_unlabeled=len(unlabeled),
         n_classes=len(data.classes),
+        batch_size=train.batch_size,
+        features=features,
         labeled_repeats=train.labeled_repeats,
         ema=train.ema,
     )
     make = METHODS[cfg.method.name]
-    with naming_key("model.name"):
-        method = make(setting)
-    _check_small_batches(cfg, method.network, (1, channels, height, width))
+    method = make(setting)
     policies = policies_of(cfg, (height, width))
-    labeled, unlabeled = split_of(cfg, data)
-    labeled, val = hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
     _check_method(cfg, method, policies, len(labeled), len(unlabeled))
     memory_format: Any = {"memory_format": torch.channels_last}
     method.to(device, **memory_format)

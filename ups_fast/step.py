@@ -55,13 +55,8 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
-def loss_function(method: Method, *, compiled: bool = False) -> Callable[[Batch], Tensor]:
-    """The method's loss of a batch; compiled by `fullgraph`, anew for each layout and for nothing else."""
-
-    def loss(batch: Batch) -> Tensor:
-        return method.loss(batch)
-
-    return fullgraph(loss) if compiled else loss
+def as_it_is(function: Callable) -> Callable:
+    return function
 
 
 class TrainStep:
@@ -85,7 +80,7 @@ class TrainStep:
     ) -> None:
         self.method, self.images, self.plan, self.device = method, images, plan, images.device
         method.dtype = plan.dtype
-        self.loss_of = loss_function(method, compiled=plan.mode != "eager")
+        self.loss_of = method.prepare(as_it_is if plan.mode == "eager" else fullgraph)
         self.loss, self.lr, self.t = (torch.zeros((), device=self.device) for _ in range(3))
         self.tables: dict[str, Tensor] = {}  # [N, ...] by sample id
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
@@ -145,7 +140,7 @@ class TrainStep:
             shape = layout.rows, *self.images.shape
             self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
             self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
-        self.method.layout = layout
+        self.method.begin(layout)
         if self.plan.mode == "graph" and self.graph is None:
             self.graph = self._capture()
 

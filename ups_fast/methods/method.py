@@ -79,7 +79,10 @@ class Setting:
     options: Any  # the method's own `Options`
     select: Thresholds
     n_images: int  # of the training set, N
+    n_unlabeled: int
     n_classes: int
+    batch_size: int
+    features: int  # width of what the classifier gets
     labeled_repeats: int = 1
     ema: float = 0.0  # decay of an average of the weights, which then labels and is tested; 0: none
 
@@ -148,11 +151,23 @@ class Method(nn.Module):
         """ValueError, one sentence, where data of these sizes cannot serve the method. Before anything is written."""
         self.lay_out(sizes, batch_size)
 
+    def begin(self, layout: Layout) -> None:
+        """A round begins, on the device."""
+        self.layout = layout
+
     # A step ------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> Tensor:  # float32 []
         """Compiled as one graph, so: no wait for the device, and what it remembers changes in place."""
         raise NotImplementedError
+
+    def prepare(self, how: Callable[[Callable], Callable]) -> Callable[[Batch], Tensor]:
+        """The loss as a function, made by `how` from a plain one: itself, or compiled."""
+
+        def loss(batch: Batch) -> Tensor:
+            return self.loss(batch)
+
+        return how(loss)
 
     def step(
         self, loss_of: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, batch: Batch

@@ -1,0 +1,135 @@
+"""Meta Pseudo Labels: a teacher learns to give labels from which a student learns     Pham et al., CVPR 2021
+
+    student  H(softmax T(A(u)), S(A(u))) on unlabeled images; its soft targets carry no gradient
+    h        CE_l(S new) - CE_l(S old) on the labeled batch, both in train mode, less its running mean
+    teacher  CE_l + w(t) UDA + h H(softmax T(A(u)), T(A(u))), the target without gradient
+
+The student labels and is tested. Over the last round it learns from the labels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ups_fast.methods.fixmatch import check_mu, consistency
+from ups_fast.methods.method import (
+    Batch,
+    Group,
+    Known,
+    Layout,
+    Method,
+    Options,
+    Setting,
+    Targets,
+    epoch_steps,
+)
+from ups_fast.ops import ups_loss
+from ups_fast.schema import key
+
+
+@dataclass
+class MetaPseudoLabelsOptions(Options):
+    mu: int = key(7, "Unlabeled images in a batch for each labeled one.", within="[1, 1000]")
+    weight: float = key(8.0, "Weight of the teacher's consistency (UDA) in the end.", within="[0, 1000]")
+    ramp: float = key(0.05, "Share of the training over which that weight grows.", within="(0, 1]")
+    tau: float = key(0.6, "Confidence from which on the consistency counts.", within="[0, 1]")
+    temperature: float = key(0.7, "Of the consistency's soft target.", within="(0, 100]")
+    label_smoothing: float = key(0.15, "Of the labels, for both networks.", within="[0, 1)")
+    finetune: float = key(0.1, "Factor of the learning rate in the last round.", within="(0, 1]")
+
+
+class MetaPseudoLabels(Method):
+    Options = MetaPseudoLabelsOptions
+    continues = True
+    two_views = True
+    finetuning = False
+    mean_h: Tensor  # float32 []
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.teacher = setting.network()
+        self.register_buffer("mean_h", torch.zeros(()))
+
+    def targets(self, known: Known) -> Targets:
+        self.finetuning = known.last and known.round > 0
+        return super().targets(known)
+
+    def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
+        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
+        steps = epoch_steps(list(sizes.values()), batch_size + unlabeled)
+        weak = Group("unlabeled", unlabeled, "weak")
+        groups = Group("labeled", batch_size, "weak"), weak, Group("unlabeled", unlabeled, view_of=1)
+        return Layout(groups[:1] if self.finetuning else groups, steps)
+
+    def prepare(self, how: Callable[[Callable], Callable]) -> Callable[[Batch], Tensor]:
+        def teach(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self.teach(batch)
+
+        def learn(batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+            return self.learn(batch, target)
+
+        self.parts = how(teach), how(learn)
+        return super().prepare(how)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """CE of the student's labeled rows."""
+        target = self.split(batch.rows["target"])[0]
+        n = len(target)
+        keys = None if batch.keys is None else batch.keys[:n]
+        return self.labeled_loss(self.logits(batch.images[:n], keys), target)
+
+    def labeled_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        return ups_loss(logits, target, target >= 0, label_smoothing=self.options.label_smoothing)
+
+    def teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's logits of strong rows, and its loss but for the student's part."""
+        options = self.options
+        labeled, weak, strong = self.split(self.logits(batch.images, batch.keys, self.teacher))
+        q = weak.detach().float().softmax(-1)
+        soft = (q.log().clamp(min=-1e4) / options.temperature).softmax(-1)
+        weight = (q.amax(-1) >= options.tau).float() * self.split(batch.rows["readable"])[1]
+        ramp = options.weight * (batch.t / options.ramp).clamp(max=1)
+        target = self.split(batch.rows["target"])[0]
+        return strong, self.labeled_loss(labeled, target) + ramp * consistency(strong, soft, weight)
+
+    def learn(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's loss on the teacher's soft labels, and its loss on the labels, without gradient."""
+        n = self.layout.groups[0].rows
+        u = n + self.layout.groups[1].rows
+        assert batch.keys is not None
+        images, keys = (torch.cat([each[:n], each[u:]]) for each in (batch.images, batch.keys))
+        logits = self.logits(images, keys)
+        labels = self.split(batch.rows["target"])[0]
+        readable = self.split(batch.rows["readable"])[1].float()
+        return consistency(logits[n:], target, readable), self.labeled_loss(logits[:n].detach(), labels)
+
+    def step(
+        self, loss_of: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        if self.finetuning:
+            loss = loss_of(batch)
+            (loss * self.options.finetune).backward()
+            optimizer.step()
+            self.after_step(batch)
+            return loss.detach()
+        teach, learn = self.parts
+        strong, supervised = teach(batch)
+        soft = strong.detach().float().softmax(-1)
+        loss, before = learn(batch, soft)
+        loss.backward()
+        optimizer.step()  # of the student: the teacher has no gradient yet
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            h = loss_of(batch) - before
+            self.mean_h += 0.01 * (h - self.mean_h)
+            h = h - self.mean_h
+        readable = self.split(batch.rows["readable"])[1].float()
+        (supervised + h * consistency(strong, soft, readable)).backward()
+        optimizer.step()
+        self.after_step(batch)
+        return loss.detach()

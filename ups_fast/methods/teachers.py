@@ -1,0 +1,118 @@
+"""Two networks that teach one another.
+
+mean_teacher  CE + w(t) MSE(softmax student, softmax teacher), the teacher an average of the student's weights
+              Tarvainen and Valpola, NeurIPS 2017
+cps           CE + CE + lambda (H(argmax p2, p1) + H(argmax p1, p2)) on labeled and unlabeled images
+              cross pseudo supervision, Chen et al., CVPR 2021
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ups_fast.methods.fixmatch import check_mu
+from ups_fast.methods.method import (
+    Batch,
+    Group,
+    Layout,
+    Method,
+    Options,
+    Setting,
+    average,
+    epoch_steps,
+    frozen_copy,
+)
+from ups_fast.ops import ups_loss
+from ups_fast.schema import key
+
+
+@dataclass
+class MeanTeacherOptions(Options):
+    mu: int = key(1, "Unlabeled images in a batch for each labeled one.", within="[1, 1000]")
+    decay: float = key(
+        0.999, "Decay of the teacher's weights, where train.ema is 0. It begins lower.", within="[0, 1)"
+    )
+    weight: float = key(
+        50.0, "Weight of the consistency, a mean over classes, in the end.", within="[0, 1000000]"
+    )
+    ramp: float = key(0.4, "Share of the training over which that weight grows.", within="(0, 1]")
+
+
+class MeanTeacher(Method):
+    """The student sees the strong view and the teacher, which labels and is tested, the weak one."""
+
+    Options = MeanTeacherOptions
+    continues = True
+    steps: Tensor  # float32 []
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.decay = setting.ema or self.options.decay
+        self.ema = self.ema or frozen_copy(self.network)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
+        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
+        groups = (
+            Group("labeled", batch_size),
+            Group("unlabeled", unlabeled),
+            Group("unlabeled", unlabeled, "weak", view_of=1),
+        )
+        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.keys is not None
+        n = sum(group.rows for group in self.layout.groups[:2])
+        labeled, student = self.logits(batch.images[:n], batch.keys[:n]).split(
+            [group.rows for group in self.layout.groups[:2]]
+        )
+        with torch.no_grad():
+            teacher = self.logits(batch.images[n:], batch.keys[n:], self.ema).float().softmax(-1)
+        target = self.split(batch.rows["target"])[0]
+        apart = (student.float().softmax(-1) - teacher).square().mean(-1)
+        ramp = torch.exp(-5 * (1 - (batch.t / self.options.ramp).clamp(max=1)).square())
+        readable = self.split(batch.rows["readable"])[1]
+        return ups_loss(labeled, target, target >= 0) + self.options.weight * ramp * (apart * readable).mean()
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch) -> None:
+        """decay is at most 1 - 1 / (steps + 1), so that the first weights are soon forgotten."""
+        assert self.ema is not None
+        self.steps += 1
+        average(self.ema, self.network, (1 - 1 / (self.steps + 1)).clamp(max=self.decay))
+
+
+@dataclass
+class CPSOptions(Options):
+    mu: int = key(1, "Unlabeled images in a batch for each labeled one.", within="[1, 1000]")
+    weight: float = key(1.5, "Weight of what each network learns from the other; lambda.", within="[0, 1000]")
+
+
+class CPS(Method):
+    """Two networks of other first weights; the first one labels and is tested."""
+
+    Options = CPSOptions
+    continues = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.partner = setting.network()
+
+    def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
+        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
+        groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)
+        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+
+    def loss(self, batch: Batch) -> Tensor:
+        ours, theirs = (self.logits(batch.images, batch.keys, net) for net in (self.network, self.partner))
+        target, readable = batch.rows["target"], batch.rows["readable"]
+        loss = self.options.weight * (
+            ups_loss(ours, theirs.detach().argmax(-1), readable)
+            + ups_loss(theirs, ours.detach().argmax(-1), readable)
+        )
+        for logits in (ours, theirs):
+            loss = loss + ups_loss(logits, target, target >= 0)
+        return loss

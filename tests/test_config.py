@@ -425,8 +425,8 @@ def test_an_unknown_method_has_a_hint(base, write):
         path = write(BASE + f"method:\n  name: {text}\n")
         said = refusal(path)
         assert said.startswith(f"{path}: method.name must be one of ups, ") and said.endswith(f"got {got}")
-    assert "method is a group of keys, such as method.name" in refusal(base, "method=ups")
-    cfg = load(base)
+    assert "method is a group of keys, such as method.name" in refusal(write(BASE), "method=ups")
+    cfg = load(write(BASE))
     cfg.method.name = "upss"
     with pytest.raises(ValueError, match=r"^method\.name must be one of .* \(did you mean ups\?\)$"):
         validate(cfg)

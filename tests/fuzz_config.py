@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ups_fast.config import KEYS, load
+from ups_fast.config import KEYS, METHOD_KEYS, RENAMED, load
 
 SCALARS = [
     "1", "0", "-1", "+1", "1.0", "1e3", "1e-3", "1e400", "-1e400", "1e", "1_000", "0x10", "0o17", "010", "0b101",
@@ -72,7 +73,7 @@ def cases(seed: int) -> Iterator[tuple[bytes, list[str]]]:
     yield from ((each.encode("utf-8", "surrogatepass"), []) for each in FILES)
     yield from ((each, []) for each in RAW)
     names, odd = (
-        list(KEYS),
+        [*KEYS, *RENAMED, *sorted({key for found in METHOD_KEYS.values() for key in found}.difference(KEYS))],
         [
             "",
             ".",
@@ -123,7 +124,9 @@ def fault(path: Path, content: bytes, words: list[str]) -> str:
     """What is wrong with the way `load` takes this; "" where it is a config, or refused by one sentence."""
     path.write_bytes(content)
     try:
-        load(path, words)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # old names say so
+            load(path, words)
     except (ValueError, FileNotFoundError) as error:
         said = str(error)
         long = len(said) > 700 or "\n" in said

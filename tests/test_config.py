@@ -7,6 +7,7 @@ import math
 import os
 import re
 import threading
+import warnings
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from ups_fast import config, config_file
-from ups_fast.config import KEYS, Config, load, pick_device, validate
+from ups_fast.config import KEYS, METHOD_KEYS, RENAMED, Config, load, validate
+from ups_fast.machine import pick_device
+from ups_fast.methods import METHODS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -307,6 +310,141 @@ def test_pick_device_with_and_without_gpus(monkeypatch):
     for name in ("cuda", "cuda:0"):
         with pytest.raises(ValueError, match=f"device={name} needs a GPU, but this PyTorch"):
             pick_device(name)
+
+
+# Old names and the keys of methods -----------------------------------------------------------------
+
+OLD = [
+    ("engine.step=compile", "runtime.step", "compile"),
+    ("engine.precision=bfloat16", "runtime.precision", "bfloat16"),
+    ("train.first_epochs=7", "train.round0_epochs", 7),
+    ("train.first_batch_size=9", "train.round0_batch_size", 9),
+    ("train.later_lr=1e-2", "train.later_rounds_lr", 0.01),
+    ("train.repeat_labels=3", "train.labeled_repeats", 3),
+    ("select.dropouts=2", "select.mc_layers", 2),
+]
+
+
+def test_every_old_name_is_tried_and_no_new_one_is_old():
+    assert {(word.partition("=")[0], new) for word, new, _ in OLD} == set(RENAMED.items())
+    assert set(RENAMED.values()) <= set(KEYS) and not set(RENAMED) & set(KEYS)
+
+
+@pytest.mark.parametrize(("word", "new", "value"), OLD)
+@pytest.mark.parametrize("form", ["word", "nested", "dotted"])
+def test_an_old_name_works_and_says_the_new_one(write, word, new, value, form):
+    old, _, raw = word.partition("=")
+    group, _, last = old.partition(".")
+    more = {"nested": f"{group}: {{{last}: {raw}}}\n", "dotted": f"{old}: {raw}\n", "word": ""}[form]
+    with pytest.warns(FutureWarning) as said:
+        cfg = load(write(BASE + more), [word] if form == "word" else [])
+    assert [str(each.message) for each in said] == [f"{old} is now {new}: the old name works for one release"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cfg == load(write(BASE), [f"{new}={raw}"])
+    assert config._get(cfg, new) == value and type(config._get(cfg, new)) is KEYS[new].type
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("word", "new", "value"), OLD)
+def test_an_old_name_beside_the_new_one_is_refused(base, write, word, new, value):
+    old, _, raw = word.partition("=")
+    sentence = f"{new} is given twice, once by its old name {old}"
+    for words in ([word, f"{new}={raw}"], [f"{new}={raw}", word]):
+        assert refusal(base, *words) == sentence
+    path = write(f"{BASE}{new}: {raw}\n{old}: {raw}\n")
+    assert refusal(path) == f"{path}: {sentence}"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_word_by_an_old_name_is_merged_over_a_file_and_checked_by_the_new_one(write):
+    path = write(BASE + "train: {round0_epochs: 3}\n")
+    assert load(path, ["train.first_epochs=5"]).train.round0_epochs == 5
+    assert "train.round0_epochs must be an integer, got 'x'" in refusal(path, "train.first_epochs=x")
+    assert "runtime.step must be one of auto, eager, compile, graph, got 'fast'" in refusal(
+        path, "engine.step=fast"
+    )
+    assert "unknown key 'engine.stop'" in refusal(path, "engine.stop=1")
+    assert "unknown key 'engine'" in refusal(path, "engine=1")
+
+
+def own_keys():
+    """Of each method the keys that not every method has."""
+    return [(name, key) for name in METHODS for key in METHOD_KEYS[name].values() if key.name not in KEYS]
+
+
+def test_a_method_has_its_own_keys_with_their_defaults(base):
+    assert type(load(base).method) is METHODS["ups"].Options and load(base).method.name == "ups"
+    for name, method in METHODS.items():
+        cfg = load(base, [f"method.name={name}", "data.ops=ups"])
+        assert type(cfg.method) is method.Options and cfg.method.name == name
+        assert set(config.keys(cfg)) == set(KEYS) | set(METHOD_KEYS[name])
+    for name, key in own_keys():
+        assert key.help[0].isupper() and key.help.endswith(".") and type(key.default) is key.type, key.name
+        assert not key.choices or key.default in key.choices, key.name
+        cfg = load(base, [f"method.name={name}", "data.ops=ups"])
+        assert config._get(cfg, key.name) == key.default
+
+
+def test_a_method_and_its_keys_are_read_from_file_and_words_in_any_order(base, write):
+    path = write(BASE + "method: {schedule: curriculum, name: self_training}\n")
+    for cfg in (load(path), load(base, ["method.schedule=curriculum", "method.name=self_training"])):
+        assert (cfg.method.name, cfg.method.schedule) == ("self_training", "curriculum")
+    assert load(path, ["method.schedule=threshold"]).method.schedule == "threshold"
+    assert (
+        "method.schedule must be one of threshold, curriculum, got 'curiculum' (did you mean cur"
+        in refusal(path, "method.schedule=curiculum")
+    )
+    assert asdict(load(path))["method"] == {"name": "self_training", "schedule": "curriculum"}
+
+
+def test_a_key_of_another_method_is_unknown_and_says_whose_it_is(base, write):
+    for name, key in own_keys():
+        for other in METHODS:
+            if key.name in METHOD_KEYS[other]:
+                continue
+            said = refusal(base, f"method.name={other}", f"{key.name}={key.default}")
+            assert said.startswith(f"unknown key '{key.name}' for this method: it belongs to method.name=")
+            assert name in said.partition("method.name=")[2].split(", ")
+    path = write(BASE + "method: {schedule: curriculum}\n")
+    assert refusal(path).startswith(f"{path}: unknown key 'method.schedule' for this method: it belongs to")
+    assert "unknown key 'method.shedule'" in refusal(path, "method.shedule=x", "method.name=self_training")
+    assert "(did you mean method.schedule?)" in refusal(base, "method.shedule=x", "method.name=self_training")
+
+
+def test_an_unknown_method_has_a_hint(base, write):
+    said = refusal(base, "method.name=self_traning")
+    assert said.startswith("method.name must be one of ups, supervised, self_training")
+    assert said.endswith("got 'self_traning' (did you mean self_training?)")
+    for text, got in (
+        ("upss", "'upss' (did you mean ups?)"),
+        ("3", "3"),
+        ("[ups]", "['ups'] (did you mean ups?)"),
+        ("", "None"),
+    ):
+        path = write(BASE + f"method:\n  name: {text}\n")
+        said = refusal(path)
+        assert said.startswith(f"{path}: method.name must be one of ups, ") and said.endswith(f"got {got}")
+    assert "method is a group of keys, such as method.name" in refusal(write(BASE), "method=ups")
+    cfg = load(write(BASE))
+    cfg.method.name = "upss"
+    with pytest.raises(ValueError, match=r"^method\.name must be one of .* \(did you mean ups\?\)$"):
+        validate(cfg)
+
+
+def test_the_help_has_the_keys_of_each_method_under_its_name():
+    text = config.help_text()
+    for name, key in own_keys():
+        part = text.partition(f"\nmethod.name={name}:\n")[2].partition("\n\n")[0]
+        assert f"  {key.name}=" in part and key.help in " ".join(part.split())
+
+
+def test_the_shares_and_averages_have_ranges(base):
+    cfg = load(base, ["data.val_share=0.25", "train.ema=0.999", "train.decay_norms=no"])
+    assert (cfg.data.val_share, cfg.train.ema, cfg.train.decay_norms) == (0.25, 0.999, False)
+    assert "data.val_share must be in [0, 1), got 1.0" in refusal(base, "data.val_share=1")
+    assert "train.ema must be in [0, 1), got 1.0" in refusal(base, "train.ema=1")
+    assert "train.ema must be in [0, 1), got -0.1" in refusal(base, "train.ema=-0.1")
 
 
 # Help and the files that come with the project ----------------------------------------------------

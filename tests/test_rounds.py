@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from ups_fast.engine import lr_at
 
 import ups_fast
 from ups_fast import reference, rounds, step
 from ups_fast.checkpoint import load_checkpoint
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
-from ups_fast.engine import lr_at
 from ups_fast.models import build
 from ups_fast.reference import dropout_keys
 from ups_fast.rounds import Result

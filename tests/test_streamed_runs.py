@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 from test_predict import CONFIG, FAST, images, table
+from ups_fast.engine import evaluate
 
 from ups_fast import inputs, rounds, step, train
-from ups_fast.engine import evaluate
 
 __all__ = ["images"]  # the fixture
 SPAWN = multiprocessing.get_context("spawn")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from ups_fast.engine import Mix, Supervision
 
 from ups_fast import reference, step
 from ups_fast.data import ResidentImages
-from ups_fast.engine import Mix, Supervision
 from ups_fast.models import build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys

@@ -8,23 +8,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ups_fast.data.images import View
+from ups_fast.data.images import VIEW_BITS, View
 from ups_fast.methods import Group, Layout
 from ups_fast.policy import Policy
 
-# Of the number by which an image's augmentation is drawn, from below: the epoch, how often the sample came before in
-# it, and which view of it this is.
-EPOCH_BITS, VIEW_BITS = 20, 56
+# Of the number by which things are drawn for an image, from below: the epoch, how often the sample came before in it,
+# and which view of it this is.
+EPOCH_BITS = 20
 
 
 def views_of(groups: Sequence[Group], policies: Mapping[str, Policy]) -> tuple[View, ...]:
     """Of each group the rows of the batch, and what is done to their images."""
     views: list[View] = []
     first = read = 0
-    for group in groups:
+    for number, group in enumerate(groups):
         again = group.view_of is not None
         source = views[group.view_of].source if group.view_of is not None else read
-        views.append(View(first, first + group.rows, policies[group.view], source, again))
+        rows = first, first + group.rows
+        views.append(View(*rows, policies[group.view], source, number if again else 0))
         first += group.rows
         read += 0 if again else group.rows
     return tuple(views)

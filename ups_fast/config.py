@@ -267,13 +267,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path, cfg = Path(os.path.expanduser(path)), Config()
     words = dict(_parse(word) for word in overrides)
+    if "method.name" in words:
+        _check_method(words["method.name"])
     try:
         given = _read(path)
-        name = words.get("method.name", given.get("method.name", "ups"))
-        if name not in METHODS:
-            raise ValueError(
-                f"method.name must be one of {', '.join(METHODS)}, got {said(name)}{hint(str(name), METHODS)}"
-            )
+        name = words.get("method.name") or _check_method(given.get("method.name", "ups"))
         cfg.method = METHODS[name].Options(name)
         recipe = words.get("recipe", given.get("recipe"))
         if recipe in KEYS["recipe"].choices[1:]:
@@ -299,8 +297,16 @@ def _at_home(key: str, path: str) -> str:
     return found
 
 
+def _check_method(name: Any) -> str:
+    if not isinstance(name, str) or name not in METHODS:
+        near = hint(str(name), METHODS)
+        raise ValueError(f"method.name must be one of {', '.join(METHODS)}, got {said(name)}{near}")
+    return name
+
+
 def validate(cfg: Config) -> None:
     """Raise ValueError with one sentence when a value is impossible, alone or together with another one."""
+    _check_method(cfg.method.name)
     for name, each in keys(cfg).items():
         check(each, _get(cfg, name))
     select, train = cfg.select, cfg.train

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ups_fast.policy import Policy
 
+# Of the numbers of 63 bits by which things are drawn, the uppermost say for which view of an image.
+VIEW_BITS = 56
+
 
 class View(NamedTuple):
     """Rows of a batch whose images are augmented in one way."""
@@ -18,7 +21,15 @@ class View(NamedTuple):
     last: int  # behind the last row
     policy: Policy
     source: int  # of the images that a batch reads, each once, the one that is in row `first`
-    again: bool = False  # an earlier view reads these images
+    number: int = 0  # of the view; 0 where no earlier one reads these images
+
+    @property
+    def again(self) -> bool:
+        return self.number > 0
+
+    def seed(self, seed: int | Tensor) -> int | Tensor:
+        """By which the view is drawn. Of a draw `augment` reads 32 bits, which epochs and repeats need."""
+        return seed ^ (self.number << VIEW_BITS) if self.number else seed
 
 
 class Images(Protocol):

@@ -93,7 +93,7 @@ class ResidentImages:
         """Augments each view into its rows of the batch, as `augmented` does."""
         for view in views:
             rows = slice(view.first, view.last)
-            self._read(index[rows], view.policy, seed, draw[rows], out[rows])
+            self._read(index[rows], view.policy, view.seed(seed), draw[rows], out[rows])
 
     def _read(
         self,

@@ -132,7 +132,7 @@ class FileImages:
             for view in views:
                 rows, source = slice(view.first, view.last), view.source
                 pixels = batch[source : source + view.last - view.first]
-                self._finished(pixels, ids[rows], draw[rows], seed, view.policy, out[rows])
+                self._finished(pixels, ids[rows], draw[rows], view.seed(seed), view.policy, out[rows])
             yield
 
     def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
@@ -199,7 +199,13 @@ class FileImages:
         return lambda row, height, width: random_box(draws[row], height, width, scale)
 
     def _finished(
-        self, batch: Tensor, ids: Tensor, draw: Tensor, seed: int, policy: Policy, out: Tensor | None = None
+        self,
+        batch: Tensor,
+        ids: Tensor,
+        draw: Tensor,
+        seed: int | Tensor,
+        policy: Policy,
+        out: Tensor | None = None,
     ) -> Tensor:
         """[B, S, S, C] uint8 as [B, C, S, S] float32: what the policy draws for each, normalized."""
         if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early

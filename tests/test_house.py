@@ -29,6 +29,7 @@ ORDER = [
     "ops",
     "modules",
     "selection",
+    "calibration",
     "engine",
     "step",
     "inputs",

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ups_fast import config_file
+from ups_fast.calibration import Reliability, ece, interval, recall, reliability
 from ups_fast.checkpoint import BEST
 from ups_fast.config import Config
 from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
 from ups_fast.reference import Selection, unpack_mask
-from ups_fast.selection import PseudoLabels, Reliability, ece, interval, recall, reliability
+from ups_fast.selection import PseudoLabels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,6 +20,15 @@ from rich.console import Console
 from rich.progress import TaskID
 from torch import Tensor, nn
 
+from ups_fast.calibration import (
+    ece,
+    or_none,
+    recall,
+    reliability,
+    report,
+    test_selection,
+    top_confusions,
+)
 from ups_fast.checkpoint import (
     CHECKPOINT,
     MODEL,
@@ -51,20 +60,7 @@ from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import IMAGES, naming_key, open_images, policy_of, split_of, write_files
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
-from ups_fast.selection import (
-    PseudoLabels,
-    ece,
-    labeling_rows,
-    or_none,
-    passes_over,
-    pseudo_label,
-    recall,
-    reliability,
-    report,
-    skipped,
-    test_selection,
-    top_confusions,
-)
+from ups_fast.selection import PseudoLabels, labeling_rows, passes_over, pseudo_label, skipped
 from ups_fast.state import Checkpoint
 from ups_fast.step import TrainStep, plan_step
 from ups_fast.words import many

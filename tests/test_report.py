@@ -23,6 +23,7 @@ from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
+from ups_fast.report.figure import MOST_POINTS, draw
 from ups_fast.selection import PseudoLabels, drop_negatives
 
 NASTY = [
@@ -201,7 +202,7 @@ def test_recall_and_counts_by_class(tmp_path, cfg):
 
 
 def panels(pseudo_labels, truth, rows, cfg):
-    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
+    figure = draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # whatever cannot be drawn fails here
     return figure.axes
 
@@ -380,7 +381,7 @@ def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
 def test_own_arrays_give_the_run_its_name(cfg):
     pseudo_labels, truth, rows = case()
     cfg.data.name, cfg.data.root, cfg.data.n_labels = "npz", "/somewhere/my $\\frac{$ data.npz", 0
-    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
+    figure = draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
     assert figure.texts[1].get_text().startswith("40 labeled and 300 unlabeled images")
@@ -391,7 +392,7 @@ def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):
     first, again = (panels(pseudo_labels, truth, rows, cfg)[3] for _ in range(2))
     assert "6,000 of 9,000 images" in words(first)
     drawn = [np.concatenate([offsets(plane, "correct"), offsets(plane, "wrong")]) for plane in (first, again)]
-    assert len(drawn[0]) == report.MOST_POINTS and np.array_equal(*drawn)
+    assert len(drawn[0]) == MOST_POINTS and np.array_equal(*drawn)
     assert len(np.unique(drawn[0], axis=0)) > 5990  # drawn without replacement
 
 

@@ -37,7 +37,7 @@ try:
     from ups_fast.modules import mc_dropout
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection
-    from ups_fast.report import label_rows, label_table
+    from ups_fast.report.table import label_rows, label_table
     from ups_fast.selection import labeling_rows, passes_over, skipped
     from ups_fast.words import many
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done

@@ -176,17 +176,18 @@ def test_recall_and_counts_by_class(tmp_path, cfg):
     pseudo_labels, truth, rows = case(n=60, n_classes=3)
     rows = [{**row, "test_recall": [0.985, None, 1 / 3]} for row in rows]
     classes, unknown = ["cat", "dog", "<emu>"], torch.full_like(truth, -1)
-    how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3]}
+    how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3], "class_vals": [7, 1, 1200]}
     _, path = report.write_report(
         tmp_path, rows, pseudo_labels, unknown, cfg, classes, notes=["a note"], **how
     )
     page = Page(path.read_text())
     head, *body = page.tables[1]
-    assert head == ["class", "number", "labeled", "test images", "test recall", "positives", "correct"]
-    assert [cells[:5] for cells in body] == [
-        ["cat", "0", "200", "1,000", "98.5 %"],
-        ["dog", "1", "6", "0", "n/a"],
-        ["<emu>", "2", "40", "3", "33.3 %"],
+    assert head[:5] == ["class", "number", "labeled", "validation images", "test images"]
+    assert head[5:] == ["test recall", "positives", "correct"]
+    assert [cells[:6] for cells in body] == [
+        ["cat", "0", "200", "7", "1,000", "98.5 %"],
+        ["dog", "1", "6", "1", "0", "n/a"],
+        ["<emu>", "2", "40", "1,200", "3", "33.3 %"],
     ]
     assert (
         "the labels are uneven: 200 of class 'cat', 6 of class 'dog'" in page.text and "a note" in page.text

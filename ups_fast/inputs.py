@@ -241,11 +241,17 @@ def policy_of(cfg: Config) -> Policy:
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed."""
+    """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed.
+
+    Validation images are in neither.
+    """
+    rest = torch.ones(len(data.train_labels), dtype=torch.bool)
+    if data.val is not None:
+        rest[data.val] = False
     if data.labeled is None:
-        seed = derive(cfg.seed, "split")
+        index, seed = rest.nonzero()[:, 0], derive(cfg.seed, "split")
         with naming_key("data.n_labels"):
-            return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
-    unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
-    unlabeled[data.labeled] = False
-    return data.labeled, unlabeled.nonzero()[:, 0]
+            split = stratified_split(data.train_labels[index], cfg.data.n_labels, len(data.classes), seed)
+        return index[split[0]], index[split[1]]
+    rest[data.labeled] = False
+    return data.labeled, rest.nonzero()[:, 0]

@@ -107,7 +107,8 @@ def _looks(file: str) -> list[str]:
 
 
 def _notes_on_looks(folder: Folder, odd: Mapping[int, Collection[str]]) -> list[str]:
-    parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled, "test": folder.test}
+    parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled}
+    parts |= {"validation": folder.val, "test": folder.test}
     return notes_on_looks(
         odd, {part: ids.tolist() for part, ids in parts.items()}, lambda i: repr(folder.paths[i])
     )
@@ -127,14 +128,15 @@ def as_image_set(
     keep  these become black images that are told as unreadable, and no other changes its place; else they are left out.
           Then `folder` has the notes on what images look like already
 
-    The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
+    The labeled images come first in the training set, then the unlabeled ones, last those for validation, each in the
+    order of their paths. Mean and std are those of the first two.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    order = torch.cat([folder.labeled, folder.unlabeled, folder.test])
+    order = torch.cat([_training(folder), folder.test])
     images = _room(len(order), size, channels)
     pixels = images.numpy()
 
@@ -166,9 +168,9 @@ def as_image_set(
     if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
             pixels[row] = pixels[old]
-    train = torch.cat([left.labeled, left.unlabeled])
+    train = _training(left)
     train_images = images[: len(train)]
-    mean, std = moments(train_images)
+    mean, std = moments(train_images[: len(train) - len(left.val)])
     rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
     n = len(train)
     data = ImageSet(
@@ -181,6 +183,7 @@ def as_image_set(
         mean,
         std,
         labeled=torch.arange(len(left.labeled)),
+        val=_last(len(left.val), len(train)),
         names=[left.paths[i] for i in train.tolist()],
         test_names=[left.paths[i] for i in left.test.tolist()],
         root=str(left.root),
@@ -201,10 +204,11 @@ def as_file_set(
 ) -> ImageSet:
     """Images that stay in their files, to be streamed as [size, size, channels]. `check` the folder first.
 
-    Mean and std are those of MOMENTS training images, spread evenly over the set.
+    Its order is that of `as_image_set`. Mean and std are those of MOMENTS training images, spread evenly over the set.
     """
-    train = torch.cat([folder.labeled, folder.unlabeled])
-    some = train[torch.linspace(0, len(train) - 1, min(MOMENTS, len(train))).round().long()].tolist()
+    train = _training(folder)
+    n = len(train) - len(folder.val)
+    some = train[torch.linspace(0, n - 1, min(MOMENTS, n)).round().long()].tolist()
 
     def read(i: int) -> Tensor | None:
         try:
@@ -227,12 +231,23 @@ def as_file_set(
         mean,
         std,
         labeled=torch.arange(len(folder.labeled)),
+        val=_last(len(folder.val), len(train)),
         names=[folder.paths[i] for i in train.tolist()],
         notes=tuple(folder.notes),
         test_names=[folder.paths[i] for i in folder.test.tolist()],
         root=str(folder.root),
         in_files=True,
     )
+
+
+def _training(folder: Folder) -> Tensor:  # int64 [N]
+    """The places of the training set's images, in its order."""
+    return torch.cat([folder.labeled, folder.unlabeled, folder.val])
+
+
+def _last(n: int, total: int) -> Tensor | None:
+    """The last n ids of so many; None for none."""
+    return torch.arange(total - n, total) if n else None
 
 
 def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8

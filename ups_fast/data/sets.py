@@ -45,6 +45,8 @@ class ImageSet:
     mean: tuple[float, ...]  # [C], of pixels in [0, 1]
     std: tuple[float, ...]  # [C], above 0
     labeled: Tensor | None = None  # [L] int64, ascending
+    # [V] int64, ascending: validation images among the training set's ids; nothing trains on them.
+    val: Tensor | None = None
     names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
     test_names: list[str] | None = None  # [M] likewise
     root: str | None = None  # folder of these files
@@ -66,8 +68,9 @@ def load_set(name: str, root: str) -> ImageSet:
     fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
                    them) or as torchvision stores them; otherwise downloaded
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
-                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1) and, where the
-                   truth of unlabeled images is known, y_unlabeled (-1: unknown for this image)
+                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
+                   images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
+                   for this image)
 
     Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
     """
@@ -87,8 +90,10 @@ def load_set(name: str, root: str) -> ImageSet:
 def _looked_at(data: ImageSet) -> ImageSet:
     """With a note on images of a single color."""
     n, n_labeled = len(data.train_images), 0 if data.labeled is None else len(data.labeled)
+    n_val = 0 if data.val is None else len(data.val)
     rows = plain_rows(data.train_images.numpy()) + [n + i for i in plain_rows(data.test_images.numpy())]
     starts = {"labeled": 0, "unlabeled": n_labeled} if data.labeled is not None else {"training": 0}
+    starts |= {"validation": n - n_val} if n_val else {}
     starts["test"] = n
     ends = [*list(starts.values())[1:], n + len(data.test_images)]
     parts = {part: range(start, end) for (part, start), end in zip(starts.items(), ends, strict=True)}
@@ -321,6 +326,7 @@ def _check_belongs(data: ImageSet, root: Path) -> ImageSet:
 # --- the user's own arrays ----------------------------------------------------------------------------------
 
 _NPZ_ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
+_NPZ_OPTIONAL = ("y_unlabeled", "x_val", "y_val")
 
 
 def _npz(path: Path) -> ImageSet:
@@ -328,7 +334,8 @@ def _npz(path: Path) -> ImageSet:
     x_labeled, x_unlabeled, x_test = (
         _npz_images(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test")
     )
-    for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test)):
+    x_val = _npz_images(arrays, "x_val") if "x_val" in arrays else x_labeled[:0]
+    for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test), ("x_val", x_val)):
         if images.shape[1:] != x_labeled.shape[1:]:
             raise ValueError(
                 "all images must have one size and number of channels, "
@@ -337,6 +344,7 @@ def _npz(path: Path) -> ImageSet:
 
     y_labeled = _npz_labels(arrays, "y_labeled", len(x_labeled), lowest=0)
     y_test = _npz_labels(arrays, "y_test", len(x_test), lowest=0)
+    y_val = _npz_labels(arrays, "y_val", len(x_val), lowest=0) if len(x_val) else y_labeled[:0]
     y_unlabeled = torch.full((len(x_unlabeled),), -1)
     if "y_unlabeled" in arrays:
         y_unlabeled = _npz_labels(arrays, "y_unlabeled", len(x_unlabeled), lowest=-1)
@@ -348,23 +356,24 @@ def _npz(path: Path) -> ImageSet:
         raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
     if n_classes < 2:
         raise ValueError("y_labeled must hold at least two classes, got only class 0")
-    for key, labels in (("y_test", y_test), ("y_unlabeled", y_unlabeled)):
+    for key, labels in (("y_test", y_test), ("y_val", y_val), ("y_unlabeled", y_unlabeled)):
         if strange := labels[labels >= n_classes].unique().tolist():
             some = ", ".join(map(str, strange[:5]))
             raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
 
-    train_images = torch.cat([x_labeled, x_unlabeled])
-    mean, std = moments(train_images)
+    train_images, n = torch.cat([x_labeled, x_unlabeled, x_val]), len(x_labeled) + len(x_unlabeled)
+    mean, std = moments(train_images[:n])
     return ImageSet(
         "npz",
         [str(c) for c in range(n_classes)],
         train_images,
-        torch.cat([y_labeled, y_unlabeled]),
+        torch.cat([y_labeled, y_unlabeled, y_val]),
         x_test,
         y_test,
         mean,
         std,
         labeled=torch.arange(len(x_labeled)),
+        val=torch.arange(n, n + len(x_val)) if len(x_val) else None,
     )
 
 
@@ -390,14 +399,21 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
                 return _npz_refused(
                     path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}"
                 )
-            if unknown := [key for key in members if key not in (*_NPZ_ARRAYS, "y_unlabeled")]:
-                known = f"{', '.join(_NPZ_ARRAYS)} and y_unlabeled"
-                return _npz_refused(path, f"has {', '.join(unknown)}; known arrays are {known}")
+            known = (*_NPZ_ARRAYS, *_NPZ_OPTIONAL)
+            if unknown := [key for key in members if key not in known]:
+                said = f"{', '.join(known[:-1])} and {known[-1]}"
+                return _npz_refused(path, f"has {', '.join(unknown)}; known arrays are {said}")
+            if ("x_val" in members) != ("y_val" in members):
+                got, other = ("x_val", "y_val") if "x_val" in members else ("y_val", "x_val")
+                return _npz_refused(path, f"has {got} but lacks {other}: give both or neither")
             sizes = {}
             for key, member in members.items():
                 place = f" at {key}"
                 sizes[key] = _npz_size(archive, member)
-            needed = sum(sizes.values()) + sizes["x_labeled"] + sizes["x_unlabeled"]  # these become one array
+            # These become one array.
+            needed = sum(sizes.values()) + sum(
+                sizes.get(key, 0) for key in ("x_labeled", "x_unlabeled", "x_val")
+            )
             if needed > memory_bytes():
                 raise MemoryError
             for key, member in members.items():

@@ -68,6 +68,7 @@ def write_report(
     labeled: int | None = None,  # how many images; None: as the config says
     class_labels: Sequence[int] | None = None,  # [C] labeled images of each class; None: not known
     class_tests: Sequence[int] | None = None,  # [C] test images likewise
+    class_vals: Sequence[int] | None = None,  # [C] validation images likewise
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
@@ -77,7 +78,8 @@ def write_report(
     draw(rows, pseudo_labels, truth, cfg, labeled).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
-    table = _class_table(rows[-1], pseudo_labels, truth, classes, class_labels, class_tests)
+    counts = {"labeled": class_labels, "validation images": class_vals, "test images": class_tests}
+    table = _class_table(rows[-1], pseudo_labels, truth, classes, counts)
     if class_labels and (note := uneven(classes, class_labels)):
         notes = [note, *notes]
     text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table)
@@ -173,18 +175,16 @@ def _class_table(
     pseudo_labels: PseudoLabels,
     truth: Tensor,
     classes: Sequence[str],
-    labels: Sequence[int] | None,
-    tests: Sequence[int] | None,
+    counts: Mapping[str, Sequence[int] | None],  # by the name of a column: [C] images of each class
 ) -> tuple[list[str], list[list[str]]]:
     """Columns that nothing is known of are left out."""
     n, names = len(classes), range(len(classes))
     positive = [pseudo_labels.positive & (pseudo_labels.label == c) for c in names]
     judged = [truth[each & (truth >= 0)] for each in positive]
     columns: dict[str, Sequence[str]] = {"class": classes, "number": list(map(str, names))}
-    if labels is not None:
-        columns["labeled"] = [f"{each:,}" for each in labels]
-    if tests is not None:
-        columns["test images"] = [f"{each:,}" for each in tests]
+    for name, count in counts.items():
+        if count is not None:
+            columns[name] = [f"{each:,}" for each in count]
     if (found := row.get("test_recall")) is not None:
         columns["test recall"] = list(map(percent, found))
     if bool((truth >= 0).any()):

@@ -26,7 +26,7 @@ from ups_fast import command
 from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_first_three, swallow
 
 try:
-    from ups_fast.checkpoint import CONFIG, load_model, read_config
+    from ups_fast.checkpoint import CONFIG, read_config
     from ups_fast.config import pick_device
     from ups_fast.data.classes import suffixes
     from ups_fast.data.folder import seen_by_people
@@ -34,6 +34,7 @@ try:
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, read_bytes
+    from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection

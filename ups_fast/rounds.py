@@ -31,14 +31,11 @@ from ups_fast.calibration import (
 )
 from ups_fast.checkpoint import (
     CHECKPOINT,
-    MODEL,
     TENSORBOARD,
     check_state,
     load_checkpoint,
     open_folder,
-    rebuild,
     save_checkpoint,
-    save_model,
 )
 from ups_fast.config import Config, pick_device
 from ups_fast.data import FileImages, ImageSet, ResidentImages
@@ -58,6 +55,7 @@ from ups_fast.engine import (
 from ups_fast.files import RunFolderError, write_arrays, write_atomic
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import IMAGES, naming_key, open_images, policy_of, split_of, write_files
+from ups_fast.models.saved import MODEL, rebuild, save_model
 from ups_fast.policy import POLICIES
 from ups_fast.seeds import derive
 from ups_fast.selection import PseudoLabels, labeling_rows, passes_over, pseudo_label, skipped

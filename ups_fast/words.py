@@ -1,4 +1,4 @@
-"""Counts and values as they stand in sentences."""
+"""Counts, values and errors as they stand in sentences."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def shown(value: Any) -> str:
     """Likewise, text without quotes."""
     text = str(value)
     return _cut(text if text.isprintable() else ascii(text)[1:-1])
+
+
+def line_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _cut(text: str) -> str:

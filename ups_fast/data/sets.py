@@ -23,6 +23,7 @@ from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.split import stratified_split
 from ups_fast.files import home
 from ups_fast.machine import memory_bytes
+from ups_fast.words import line_of
 
 if TYPE_CHECKING:
     from ups_fast.data.manifest import Manifest
@@ -153,9 +154,8 @@ def _torchvision(name: str, kind: Any, root: Path, by_hand: str, **part: Any) ->
     try:
         return kind(root, download=True, **part)
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{name} is not complete in {str(root)!r} (data.root) and could not be downloaded ({reason}); "
+            f"{name} is not complete in {str(root)!r} (data.root) and could not be downloaded ({line_of(error)}); "
             f"without a network, put {by_hand} into that folder"
         ) from error
 
@@ -429,9 +429,8 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     except _NpzRefused:
         raise
     except Exception as error:  # whatever a stranger's bytes may cause
-        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {why}"
+            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {line_of(error)}"
         ) from error
     return arrays
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ups_fast.calibration import interval
-from ups_fast.checkpoint import BEST
 from ups_fast.config import Config
+from ups_fast.models.saved import BEST
 from ups_fast.selection import PseudoLabels
 
 Rows = Sequence[Mapping[str, Any]]  # one mapping per round, as in metrics.jsonl

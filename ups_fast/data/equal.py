@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.sets import ImageSet
+from ups_fast.data.image_set import ImageSet
 from ups_fast.words import many
 
 # Size, times of change of content and of entry in ns, inode: kept by what stays.

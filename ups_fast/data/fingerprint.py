@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.equal import row_digests
-from ups_fast.data.sets import ImageSet
+from ups_fast.data.image_set import ImageSet
 from ups_fast.files import load_arrays, read_bytes
 
 

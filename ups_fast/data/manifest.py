@@ -20,8 +20,8 @@ import torch
 from ups_fast.data.classes import class_order
 from ups_fast.data.equal import GONE, Stamp, file_digest, stamp
 from ups_fast.data.folder import Folder, Listing
+from ups_fast.data.image_set import ImageSet
 from ups_fast.data.reading import in_order
-from ups_fast.data.sets import ImageSet
 from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Tree, in_form
 from ups_fast.words import many
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, picture, resize_crop
+from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import COARSE, PLAIN, is_plain, notes_on_looks, plain_rows
-from ups_fast.data.sets import ImageSet, moments
 from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 

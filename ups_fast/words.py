@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MOST = 100  # characters of a value
@@ -10,6 +12,17 @@ MOST = 100  # characters of a value
 def many(n: int, what: str) -> str:
     """Such as "1 file" or "2,000 files"."""
     return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def are(n: int) -> str:
+    """What follows `many`: is or are."""
+    return "is" if n == 1 else "are"
+
+
+def did_you_mean(name: str, valid: Iterable[str], say: Callable[[str], str] = str, most: int = 1) -> str:
+    """ " (did you mean a or b?)" for the nearest of the valid names, each as `say` writes it; "" where none is near."""
+    near = difflib.get_close_matches(name[:MOST], list(valid), n=most)
+    return f" (did you mean {' or '.join(map(say, near))}?)" if near else ""
 
 
 def said(value: Any) -> str:

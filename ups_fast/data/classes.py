@@ -11,7 +11,7 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from ups_fast.words import many
+from ups_fast.words import are, many
 
 CONSOLE = 20  # classes that the console lists; the report lists all
 UNEVEN = 5  # times as many labeled images in one class as in another: worth a sentence
@@ -41,7 +41,7 @@ def class_order(names: Iterable[str]) -> list[str]:
 def lookalikes(counts: Mapping[str, int]) -> list[str]:
     """Sentences on classes that may be a mistake; `counts` are the images of each that have a label."""
     notes = [
-        f"{many(n, 'image')} {'is' if n == 1 else 'are'} of class {name!r}: if that means no label, leave the "
+        f"{many(n, 'image')} {are(n)} of class {name!r}: if that means no label, leave the "
         "label empty (in folders: move the images to unlabeled/)"
         for name, n in counts.items()
         if _folded(name) in _MISSING

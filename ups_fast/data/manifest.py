@@ -23,7 +23,7 @@ from ups_fast.data.folder import Folder, Listing
 from ups_fast.data.image_set import ImageSet
 from ups_fast.data.reading import in_order
 from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Tree, in_form
-from ups_fast.words import many
+from ups_fast.words import are, many
 
 FORMAT = "ups_fast files 3"
 Progress = Callable[[int, int], object]  # files done, files in all
@@ -230,7 +230,7 @@ def compare(
     note = ""
     if new:
         note = (
-            f"{many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
+            f"{many(len(new), 'unlabeled file')} {are(len(new))} new, such as {next(iter(new))!r}: "
             f"the run goes on without {'it' if len(new) == 1 else 'them'}. Choose another run_dir to use all files"
         )
     return found, Now(paths, gone, note)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -168,25 +168,13 @@ def as_image_set(
     if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
             pixels[row] = pixels[old]
-    train = _training(left)
-    train_images = images[: len(train)]
-    mean, std = moments(train_images[: len(train) - len(left.val)])
+    n = len(left.paths) - len(left.test)
     rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
-    n = len(train)
-    data = ImageSet(
-        "folder",
-        left.classes,
-        train_images,
-        left.label[train],
-        images[len(train) : len(left.paths)],
-        left.label[left.test],
-        mean,
-        std,
-        labeled=torch.arange(len(left.labeled)),
-        val=_last(len(left.val), len(train)),
-        names=[left.paths[i] for i in train.tolist()],
-        test_names=[left.paths[i] for i in left.test.tolist()],
-        root=str(left.root),
+    data = _image_set(
+        left,
+        images[:n],
+        images[n : len(left.paths)],
+        moments(images[: n - len(left.val)]),
         notes=tuple(notes),
         damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
         unreadable={row: why for row, why in rows.items() if row < n},
@@ -220,34 +208,40 @@ def as_file_set(
     found = [image for image in in_order(read, some, threads) if image is not None]
     if not found:
         raise ValueError(f"none of {len(some):,} images of {str(folder.root)!r} can be read any more")
-    mean, std = moments(torch.stack(found))
+    none = torch.empty(0, size, size, channels, dtype=torch.uint8)
+    return _image_set(
+        folder, none, none, moments(torch.stack(found)), notes=tuple(folder.notes), in_files=True
+    )
+
+
+def _image_set(
+    folder: Folder,
+    train_images: Tensor,
+    test_images: Tensor,
+    mean_and_std: tuple[tuple[float, ...], tuple[float, ...]],
+    **more: Any,
+) -> ImageSet:
+    train, n_val = _training(folder), len(folder.val)
     return ImageSet(
         "folder",
         folder.classes,
-        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        train_images,
         folder.label[train],
-        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        test_images,
         folder.label[folder.test],
-        mean,
-        std,
+        *mean_and_std,
         labeled=torch.arange(len(folder.labeled)),
-        val=_last(len(folder.val), len(train)),
+        val=torch.arange(len(train) - n_val, len(train)) if n_val else None,
         names=[folder.paths[i] for i in train.tolist()],
-        notes=tuple(folder.notes),
         test_names=[folder.paths[i] for i in folder.test.tolist()],
         root=str(folder.root),
-        in_files=True,
+        **more,
     )
 
 
 def _training(folder: Folder) -> Tensor:  # int64 [N]
     """The places of the training set's images, in its order."""
     return torch.cat([folder.labeled, folder.unlabeled, folder.val])
-
-
-def _last(n: int, total: int) -> Tensor | None:
-    """The last n ids of so many; None for none."""
-    return torch.arange(total - n, total) if n else None
 
 
 def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_fast.data.cells import read_cell
-from ups_fast.words import many
+from ups_fast.words import are, many
 
 PARTS = LABELED, UNLABELED, TEST, VAL = "labeled", "unlabeled", "test", "val"
 
@@ -72,15 +72,11 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
         )
     elif tree.other_case:
         notes.append(
-            f"{many(tree.missing, 'file')} that {where} lists {_is(tree.missing)} not there{tree.other_case}"
+            f"{many(tree.missing, 'file')} that {where} lists {are(tree.missing)} not there{tree.other_case}"
         )
     if repeated:
         notes.append(f"{many(repeated, 'row')} of {where} repeated others and were left out")
     return rows
-
-
-def _is(n: int) -> str:
-    return "is" if n == 1 else "are"
 
 
 def _text(file: Path) -> str:

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ups_fast import load_model, rounds
-from ups_fast.checkpoint import RunFolderError, save_model
 from ups_fast.config import Config, ModelConfig, TrainConfig
 from ups_fast.data import ImageSet
+from ups_fast.files import RunFolderError
 from ups_fast.models import Backbone, Dropout, build
+from ups_fast.models.saved import save_model
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import passes_over, skipped
 

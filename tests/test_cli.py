@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import ups_fast
-from ups_fast import inputs, report, rounds, train
+from ups_fast import inputs, rounds, train
 from ups_fast.config import KEYS
 from ups_fast.files import RunFolderError
+from ups_fast.report import page
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -120,7 +121,7 @@ def test_a_report_that_cannot_be_written_says_that_the_run_is_complete(capsys, t
     def full(path, content):
         raise RunFolderError(f"{path} could not be written: No space left on device")
 
-    monkeypatch.setattr(report, "write_atomic", full)
+    monkeypatch.setattr(page, "write_atomic", full)
     said = refusal(capsys, DIGITS, *TINY, "train.rounds=1", f"run_dir={tmp_path / 'run'}")
     assert (
         "the run is complete, but its report is not" in said and "the same command makes the report" in said

@@ -11,6 +11,7 @@ import struct
 import tarfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ups_fast.inputs import split_of
 
+from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages, load_set, stratified_split
 from ups_fast.policy import Policy
 
@@ -619,6 +622,42 @@ def test_npz_with_the_truth_of_the_unlabeled(tmp_path):
     assert data.train_labels[6:].tolist() == [0, -1, 2, -1, 1]
 
 
+def validation(**changes) -> dict[str, np.ndarray | None]:
+    return {"x_val": random_images(3, 8, 9, 3, seed=4).numpy(), "y_val": np.array([1, 0, 2]), **changes}
+
+
+def test_npz_with_a_validation_part(tmp_path):
+    before, data = load_npz(tmp_path), load_npz(tmp_path, **validation())
+    assert before.val is None and data.val is not None and data.val.tolist() == [11, 12, 13]
+    assert torch.equal(data.train_images[:11], before.train_images) and torch.equal(
+        data.labeled, before.labeled
+    )
+    assert np.array_equal(data.train_images[11:].numpy(), validation()["x_val"])
+    assert data.train_labels.tolist() == [*before.train_labels.tolist(), 1, 0, 2]
+    assert data.mean == before.mean and data.std == before.std
+    red = validation(x_val=np.full((3, 8, 9, 3), 9, np.uint8))
+    assert (
+        load_npz(tmp_path, **red)
+        .notes[0]
+        .startswith("3 images are of a single color (3 validation), such as validation image 0:")
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_validation_images_are_neither_labeled_nor_unlabeled(own):
+    labels, val = torch.arange(60) % 3, torch.tensor([1, 17, 58, 59])
+    images = torch.zeros(60, 2, 2, 1, dtype=torch.uint8)
+    labeled = torch.tensor([0, 2, 4]) if own else None
+    data = ImageSet("made", list("abc"), images, labels, images, labels, (0.0,), (1.0,), labeled, val)
+    cfg = Config(seed=3)
+    cfg.data.n_labels = 6
+    found, rest = split_of(cfg, data)
+    assert len(found) == (3 if own else 6) and labels[found].bincount().tolist() == [len(found) // 3] * 3
+    assert torch.cat([found, rest, val]).sort().values.tolist() == list(range(60))
+    without = replace(data, val=torch.zeros(0, dtype=torch.int64))
+    assert all(map(torch.equal, split_of(cfg, without), split_of(cfg, replace(data, val=None))))
+
+
 @pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1)])
 def test_npz_gray_images(shape, tmp_path):
     gray = {key: np.asfortranarray(np.ones((n, *shape), np.uint8)) for key, n in
@@ -636,7 +675,7 @@ def u8(*shape: int) -> np.ndarray:
     ("changes", "sentence"),
     [
         ({"x_test": None, "y_test": None}, r"lacks x_test, y_test; it has x_labeled, y_labeled, x_unlabeled"),
-        ({"y_unlabelled": np.zeros(5, int)}, r"has y_unlabelled; known arrays are x_.* and y_unlabeled$"),
+        ({"y_unlabelled": np.zeros(5, int)}, r"has y_unlabelled; known arrays are x_.* y_unlabeled, x_val and y_val$"),
         ({"x_test": np.array([None, 1, 2, 3])}, r"\.npz' at x_test: it holds Python objects$"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.float32)}, r"^x_labeled must be .* float32 \[6, 8, 9, 3\]"),
         ({"x_labeled": np.zeros((6, 8, 9, 3), np.int8)}, r"^x_labeled must be uint8 .* int8 \[6, 8, 9, 3\]"),
@@ -663,6 +702,14 @@ def u8(*shape: int) -> np.ndarray:
         ({"y_labeled": np.array([0, 0, 0, 0, 0, 10**9])}, r"0\.\.1000000000, .* of class 1, 2, 3, 4, 5$"),
         ({"y_labeled": np.zeros(6, int), "y_test": np.zeros(4, int)}, r"at least two classes, got only"),
         ({"y_test": np.array([0, 1, 4, 3])}, r"^y_test has class 3, 4, of which x_labeled has no image"),
+        (validation(y_val=None), r"\.npz' \(data\.root\) has x_val but lacks y_val: give both or neither$"),
+        (validation(x_val=None), r"has y_val but lacks x_val: give both or neither$"),
+        (validation(x_val=u8(0, 8, 9, 3), y_val=np.zeros(0, int)), r"^x_val must not be empty"),
+        (validation(x_val=u8(3, 8, 8, 3)), r"one size .*, got x_labeled \[6, 8, 9, 3\] and x_val \[3, 8, 8, 3\]"),
+        (validation(x_val=np.zeros((3, 8, 9, 3), np.float32)), r"^x_val must be uint8 .*, got float32"),
+        (validation(y_val=np.zeros(2, int)), r"^y_val must have one label for each image of x_val, got 2 for 3"),
+        (validation(y_val=np.array([0, -1, 0])), r"^y_val must be at least 0, got -1"),
+        (validation(y_val=np.array([0, 4, 0])), r"^y_val has class 4, of which x_labeled has no image"),
         ({"y_unlabeled": np.array([0, 1, 3, 1, 0])}, r"^y_unlabeled has class 3, of which x_labeled has no"),
     ],
 )  # fmt: skip

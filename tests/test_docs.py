@@ -12,9 +12,9 @@ import pytest
 
 import ups_fast
 from ups_fast import config, predict
-from ups_fast.checkpoint import save_model
 from ups_fast.data import load_set
 from ups_fast.models import build
+from ups_fast.models.saved import save_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

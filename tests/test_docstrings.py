@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ups_fast
-from ups_fast.checkpoint import rebuild, save_model
 from ups_fast.config import ModelConfig
+from ups_fast.models.saved import rebuild, save_model
 
 NAMES = [name for name in ups_fast.__all__ if name != "reference"]
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(ups_fast, name))]

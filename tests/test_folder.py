@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ups_fast.data import Folder, as_image_set, check, scan
+from ups_fast.data import Folder, as_file_set, as_image_set, check, scan
 from ups_fast.data import image as image_module
 from ups_fast.data.classes import class_counts, classes_line, uneven
 
@@ -41,11 +41,12 @@ def parts(folder: Folder) -> tuple[list[str], list[str], list[str]]:
     labeled, unlabeled, test = (
         [folder.paths[i] for i in index] for index in (folder.labeled, folder.unlabeled, folder.test)
     )
-    assert sorted(labeled + unlabeled + test) == folder.paths == sorted(set(folder.paths))
-    for index in (folder.label, folder.labeled, folder.unlabeled, folder.test):
+    val = [folder.paths[i] for i in folder.val]
+    assert sorted(labeled + unlabeled + test + val) == folder.paths == sorted(set(folder.paths))
+    for index in (folder.label, folder.labeled, folder.unlabeled, folder.test, folder.val):
         assert index.dtype == torch.int64
     assert (folder.label[folder.unlabeled] == -1).all() and len(folder.label) == len(folder.paths)
-    assert all((folder.label[index] >= 0).all() for index in (folder.labeled, folder.test))
+    assert all((folder.label[index] >= 0).all() for index in (folder.labeled, folder.test, folder.val))
     return labeled, unlabeled, test
 
 
@@ -90,14 +91,14 @@ def test_nested_hidden_and_foreign_files(tmp_path):
     assert len(scan(tmp_path).paths) == 19 and scan(tmp_path).notes == []
     for name in ("unlabeled/notes.txt", "unlabeled/more.TXT", "unlabeled/phone.heic", "unlabeled/jpg"):
         (tmp_path / name).write_bytes(b"1")
-    put(tmp_path, "labeled/stray.png", "test/stray2.png", "stray3.jpg", "val/cat/a.png")
+    put(tmp_path, "labeled/stray.png", "test/stray2.png", "stray3.jpg", "extra/cat/a.png")
     folder = scan(tmp_path)
     assert len(folder.paths) == 19 and {"labeled/cat/a/b/c/deep.JPeG", "unlabeled/x/y.TIFF"} < set(
         folder.paths
     )
     assert said(folder, "suffix") == "4 files ignored for the suffix: 2 '.txt', 1 without one, 1 '.heic'"
     assert said(folder, "outside") == "3 images outside of any class left out, the first: 'stray3.jpg'"
-    assert said(folder, "other folders").endswith("not read: 'val'")
+    assert said(folder, "other folders").endswith("not read: 'extra'")
     assert len(folder.notes) == 3
 
 
@@ -185,6 +186,10 @@ def test_links_are_followed_and_loops_end(tmp_path):
         ("mv test/cat test/lynx", r"the test images of '{root}' have class 'lynx', of which no image is labeled"),
         ("rm -r test/*", r"test/ of '{root}' has no images in class folders: .*"),
         ("rm -r labeled; echo > labeled", r"'{root}' must have .*, it lacks labeled .*"),
+        ("mkdir val", r"val/ of '{root}' has no images in class folders: put some there, or delete it"),
+        ("mkdir val; cp test/cat/0.png val", r"val/ of '{root}' has no images in class folders: .*"),
+        ("mkdir -p val/cat; echo > val/cat/a.heic", r"val/ of '{root}' has no .*: 'val/' has 1 file of kinds that .*"),
+        ("cp -r test val; mv val/cat val/lynx", r"the validation images of '{root}' have class 'lynx', of which no .*"),
         ("rm -r test labeled/*/[1-9].png", r"'{root}' has no test images, and no class has .*"),
     ],
 )  # fmt: skip
@@ -402,8 +407,11 @@ def test_a_csv_file_without_split_has_a_share_held_out(tmp_path):
         ("path,label\n", r"'.*' must have labeled images of at least two classes, got none"),
         ("path,label\na,x,b,c\n", r"line 2 of '.*' has 4 fields, but there are 2 columns"),
         ("path,label\na.png,x\n\n,y\n", r"line 4 of '.*' must have a path, got ''"),
-        ("path,label,split\na.png,x,val\n", r"line 2 of '.*' must have the split train, test or nothing, got 'val'"),
+        ("path,label,split\na.png,x,dev\n", r"line 2 of '.*' must have the split train, val, .*, got 'dev'"),
         ("path,label,split\na.png,,test\n", r"line 2 of '.*' is a test image and must have a label, got none"),
+        ("path,label,split\na.png,,VAL\n", r"line 2 of '.*' is a validation image and must have a label, got none"),
+        ("path,label,split\na.png,x,val\na.png,x,train\n", r"line 3 of '.*' contradicts an earlier one on 'a\.png'"),
+        ("path,label,split\na.png,x\nb.png,y\nc.png,z,val\nd.png\n", r"the validation images .* have class 'z', .*"),
         ("path,label\na.png,x\n./a.png,y\n", r"line 3 of '.*' contradicts an earlier one on 'a\.png'"),
         (
             "path,label\nq.png,x\nr.png,y\n",
@@ -422,6 +430,100 @@ def test_a_csv_file_is_refused(tmp_path, text, sentence):
     put(tmp_path, "a.png", "b.png", "c.png", "d.png")
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         scan(table(tmp_path, text))
+
+
+# --- a validation part -------------------------------------------------------------------------------------
+
+
+VAL = ["val/cat/0.png", "val/dog/deep/1.png", "val/dog/x.png"]
+
+
+def test_validation_images_are_in_no_other_part(tmp_path):
+    put_all(tmp_path)
+    before = scan(tmp_path)
+    assert before.val.dtype == torch.int64 and len(before.val) == 0
+    put(tmp_path, *VAL)
+    folder = scan(tmp_path)
+    assert [folder.paths[i] for i in folder.val] == VAL and folder.label[folder.val].tolist() == [0, 1, 1]
+    assert parts(folder) == parts(before) and folder.notes == []
+    rows = [f"{path},{path.split('/')[1]},val\n" for path in VAL]
+    rows += [f"{path},{path.split('/')[1]},{path.split('/')[0].replace('labeled', 'train')}\n"
+             for part in (0, 2) for path in parts(before)[part]]  # fmt: skip
+    rows += [f"{path},,\n" for path in parts(before)[1]]
+    listed = scan(table(tmp_path, "path,label,split\n" + "".join(rows)))
+    assert parts(listed) == parts(before) and torch.equal(listed.val, folder.val) and listed.notes == []
+
+
+def test_nothing_is_held_out_of_validation_images(tmp_path):
+    put_all(tmp_path, test=False)
+    before = scan(tmp_path)
+    put(tmp_path, *VAL)
+    folder = scan(tmp_path)
+    assert parts(folder) == parts(before) and len(folder.val) == 3
+    assert said(folder, "held out") == said(before, "held out") and "2 of the 10 labeled" in folder.notes[0]
+
+
+def test_a_class_without_validation_images_is_said(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, *VAL, "labeled/emu/0.png", "test/emu/0.png")
+    (tmp_path / "val/emu").mkdir()
+    folder = scan(tmp_path)
+    said(folder, "^no validation image is of class 'emu'$")
+    said(folder, "^class folder 'val/emu' of '.*' has no images$")
+    assert len(folder.notes) == 2
+
+
+def test_equal_files_of_the_validation_part_are_said(tmp_path):
+    put_all(tmp_path)
+    put(tmp_path, *VAL)
+    for source, target in (
+        ("labeled/cat/3.png", "val/cat/x.png"),
+        ("test/cat/0.png", "val/cat/y.png"),
+        ("unlabeled/2.png", "val/dog/z.png"),
+        ("val/cat/0.png", "val/dog/wrong.png"),
+    ):
+        copy(tmp_path, source, target)
+    assert scan(tmp_path).notes == [
+        "1 test image equal to validation images: the test accuracy will look too good "
+        "(such as 'test/cat/0.png' and 'val/cat/y.png')",
+        "1 validation image equal to labeled ones: the validation accuracy will look too good "
+        "(such as 'val/cat/x.png' and 'labeled/cat/3.png')",
+        "1 image equal to ones of another class: one of the two labels is wrong "
+        "(such as 'val/dog/wrong.png' and 'val/cat/0.png')",
+        "1 unlabeled image equal to validation images: the validation is not only of unseen images "
+        "(such as 'unlabeled/2.png' and 'val/dog/z.png')",
+    ]
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_validation_images_come_last_in_the_training_set(tmp_path, files):
+    put_all(tmp_path)
+    without = scan(tmp_path)
+    put(tmp_path, *VAL)
+    (tmp_path / "val/dog/cut.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (6, 5), "red").save(tmp_path / "val/cat/red.png")
+    folder, damaged = check(scan(tmp_path))
+    assert [each.path for each in damaged] == ["val/dog/cut.png"]
+    said(folder, r"^1 image is of a single color \(1 validation\), such as 'val/cat/red.png'")
+    read = as_file_set if files else lambda *args: as_image_set(*args)[0]
+    data, before = read(folder, 5, 3), read(without, 5, 3)
+    assert before.val is None and data.val is not None and data.val.tolist() == [14, 15, 16, 17]
+    assert data.names == [*before.names, "val/cat/0.png", "val/cat/red.png", *VAL[1:]]
+    assert data.train_labels.tolist() == [*before.train_labels.tolist(), 0, 0, 1, 1]
+    assert data.mean == before.mean and data.std == before.std, "nothing of them goes into training"
+    assert torch.equal(data.labeled, before.labeled) and data.test_names == before.test_names
+    if not files:
+        assert torch.equal(data.train_images[:14], before.train_images) and len(data.train_images) == 18
+        assert torch.equal(data.test_images, before.test_images)
+        found, _ = as_image_set(scan(tmp_path), 5, 3)  # the damaged one is found here
+        assert torch.equal(found.train_images, data.train_images) and torch.equal(found.val, data.val)
+        (tmp_path / VAL[0]).unlink()
+        kept, _ = as_image_set(folder, 5, 3, keep=True)
+        assert (
+            list(kept.unreadable) == [14]
+            and torch.equal(kept.val, data.val)
+            and not kept.train_images[14].any()
+        )
 
 
 # --- what spreadsheets and people write --------------------------------------------------------------------
@@ -636,6 +738,9 @@ def test_classes_and_their_counts_in_a_line():
     )
     line = classes_line([str(c) for c in range(100)], [1] * 100, [1] * 100)
     assert line.endswith("'19' 1 + 1 and 80 more, which the report lists")
+    assert classes_line(["cat", "dog"], [1200, 6], [40, 0], [3, 1000]) == (
+        "classes (labeled + validation + test images): 'cat' 1,200 + 3 + 40, 'dog' 6 + 1,000 + 0"
+    )
     assert class_counts(torch.tensor([0, 2, -1, 2]), 4) == [1, 0, 2, 0]
     assert uneven(["a", "b"], [200, 6]).startswith(
         "the labels are uneven: 200 of class 'a', 6 of class 'b'. Look at"
@@ -683,10 +788,12 @@ def test_damaged_files_are_found_and_left_out(tmp_path):
         ),
         (["unlabeled"], r"no unlabeled image in '.*' can be read: .*"),
         (["test/cat", "test/dog"], r"no test image in '.*' can be read: .*"),
+        (["val/cat"], r"no validation image in '.*' can be read: .*"),
     ],
 )
 def test_what_is_left_must_be_enough(tmp_path, names, sentence):
     put_all(tmp_path)
+    put(tmp_path, "val/cat/0.png")
     for name in names:
         for file in (tmp_path / name).iterdir():
             file.write_bytes(b"")

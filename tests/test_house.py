@@ -29,6 +29,7 @@ ORDER = [
     "ops",
     "modules",
     "selection",
+    "calibration",
     "methods",
     "batches",
     "step",
@@ -96,7 +97,8 @@ def test_imports_run_one_way():
 def test_reference_and_ops_need_only_torch():
     """In a process where everything else a trainer needs is missing, the package imports and its ops run."""
     assert rooms()["ops"] == {"policy", "reference"} and rooms()["reference"] == {"reference_augment"}
-    assert rooms()["policy"] == set() and rooms()["reference_augment"] == {"policy"}
+    assert rooms()["policy"] == {"words"} and rooms()["reference_augment"] == {"policy"}
+    assert rooms()["words"] == set()
     code = """
 import sys
 for name in ("rich", "tensorboard", "matplotlib", "sklearn", "torchvision", "safetensors", "yaml", "PIL"):
@@ -116,6 +118,13 @@ def test_one_name_everywhere(op):
     fused, spec = getattr(ups_fast, op), getattr(reference, op)
     assert inspect.signature(fused) == inspect.signature(spec) and fused.__doc__ == spec.__doc__
     assert hasattr(getattr(torch.ops.ups_fast, op), "default")
+
+
+def test_every_package_is_in_a_wheel():
+    listed = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    packages = {path.parent for path in PACKAGE.rglob("__init__.py")}
+    there = {".".join(path.relative_to(ROOT).parts) for path in packages}
+    assert listed and set(ast.literal_eval(listed[1])) == there
 
 
 def test_only_ops_imports_the_kernels():
@@ -208,8 +217,9 @@ def test_a_wheel_works_away_from_the_repository(tmp_path):
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", site, wheel], check=True)
     code = "import torch, ups_fast; print(ups_fast.__file__); print(ups_fast.backend()['cpu']);"
-    code += "ups_fast.mc_select(torch.randn(3, 4, 5)); import ups_fast.train, ups_fast.data"
-    code += ", ups_fast.methods, ups_fast.models"
+    code += (
+        "ups_fast.mc_select(torch.randn(3, 4, 5)); import ups_fast.train, ups_fast.rounds, ups_fast.report"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""},

@@ -126,11 +126,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a new label": (
         lambda root: put(root / "labeled/dog/9.bmp", 99),
-        "1 file is new among the labeled and test images (such as 'labeled/dog/9.bmp', 'dog')",
+        "1 file is new among the labeled, validation and test images (such as 'labeled/dog/9.bmp', 'dog')",
     ),
     "new test images": (
         lambda root: [put(root / f"test/dog/{i}.bmp", 90 + i) for i in (7, 8)],
-        "2 files are new among the labeled and test images (such as 'test/dog/7.bmp', test image of 'dog')",
+        "2 files are new among the labeled, validation and test images (such as 'test/dog/7.bmp', test image of 'dog')",
     ),
     "a new class": (lambda root: put(root / "labeled/emu/0.bmp", 99), "(such as 'labeled/emu/0.bmp', 'emu')"),
     "other pixels": (
@@ -329,6 +329,115 @@ def test_a_list_that_is_gone_is_made_again_and_compared_with_the_checkpoint(tmp_
     assert "other content of the files" in said and "12 training and 2 test images" in said
 
 
+VALIDATION: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no longer trained on": (
+        rename("labeled/cat/0.bmp", "val/cat/9.bmp"),
+        "1 file has another class or part (such as 'labeled/cat/0.bmp', then 'cat', now 'val/cat/9.bmp', validation "
+        "image of 'cat')",
+    ),
+    "trained on": (
+        rename("val/cat/0.bmp", "labeled/cat/9.bmp"),
+        "then validation image of 'cat', now 'labeled/cat/9.bmp', 'cat')",
+    ),
+    "a label withdrawn": (rename("val/cat/0.bmp", "unlabeled/9.bmp"), "then validation image of 'cat', now"),
+    "a label corrected": (
+        rename("val/cat/0.bmp", "val/dog/9.bmp"),
+        "image of 'cat', now 'val/dog/9.bmp', validation",
+    ),
+    "tested": (rename("val/cat/0.bmp", "test/cat/9.bmp"), "now 'test/cat/9.bmp', test image of 'cat')"),
+    "a new one": (
+        lambda root: put(root / "val/dog/9.bmp", 99),
+        "1 file is new among the labeled, validation and test images (such as 'val/dog/9.bmp', validation image of",
+    ),
+    "other pixels": (
+        lambda root: put(root / "val/dog/0.bmp", 99),
+        "1 file has other content (such as 'val/dog/0.bmp')",
+    ),
+}
+
+
+def with_validation(root: Path, *, test: bool = True) -> Path:
+    put(root / "val/cat/0.bmp", 40)
+    put(root / "val/dog/0.bmp", 41)
+    return folder_of(root, test=test)
+
+
+@pytest.mark.parametrize("change", VALIDATION)
+def test_a_changed_validation_part_is_refused(tmp_path: Path, change: str) -> None:
+    root, run_dir = with_validation(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    act, said = VALIDATION[change]
+    act(root)
+    assert said in refused(root, run_dir)
+
+
+@pytest.mark.parametrize("loader", ["plain", "resident"])
+def test_a_run_goes_on_with_its_validation_part(tmp_path: Path, loader: str) -> None:
+    root, run_dir = with_validation(tmp_path / "data"), tmp_path / "run"
+    (root / "val/dog/cut.bmp").write_bytes(b"BM")
+    first, _ = start(root, run_dir, loader)
+    assert first.manifest is not None and first.manifest.left_out == {"val/dog/cut.bmp": ("val", "dog")}
+    assert Manifest.read(first.manifest.write()) == first.manifest
+    assert first.val is not None and first.val.tolist() == [12, 13]
+    assert fingerprint(first).startswith("12 training, 2 validation and 2 test images; ")
+    again, _ = start(root, run_dir, loader)
+    assert fingerprint(again) == fingerprint(first) and torch.equal(again.val, first.val)
+    assert again.mean == first.mean
+    (root / "val/cat/0.bmp").unlink()
+    gone, _ = start(root, run_dir, loader)
+    assert list(gone.unreadable) == [12] and fingerprint(gone) == fingerprint(first)
+    assert gone.train_labels.tolist() == first.train_labels.tolist()
+
+
+def test_a_validation_part_beside_a_share_that_is_held_out(tmp_path: Path) -> None:
+    root, run_dir = with_validation(tmp_path / "data", test=False), tmp_path / "run"
+    first, _ = start(root, run_dir)
+    assert first.val is not None and first.val.tolist() == [10, 11]
+    assert [name.split("/")[0] for name in first.test_names or []] == ["labeled", "labeled"]
+    again, _ = start(root, run_dir)
+    assert fingerprint(again) == fingerprint(first) and torch.equal(again.val, first.val)
+    rename("val/cat/0.bmp", "labeled/cat/9.bmp")(root)
+    assert "then validation image of 'cat', now 'labeled/cat/9.bmp', 'cat')" in refused(root, run_dir)
+
+
+def test_a_table_has_a_validation_part(tmp_path: Path) -> None:
+    first, run_dir = table_of(tmp_path / "data"), tmp_path / "run"
+    first.write_text(
+        first.read_text().replace("1.bmp,cat,", "1.bmp,cat,val", 1).replace("5.bmp,dog,", "5.bmp,dog,VAL")
+    )
+    data, _ = start(first, run_dir)
+    assert data.names is not None and [data.names[i] for i in data.val.tolist()] == ["1.bmp", "5.bmp"]
+    assert torch.equal(start(first, run_dir)[0].val, data.val)
+    first.write_text(first.read_text().replace("1.bmp,cat,val", "1.bmp,cat,", 1))
+    assert (
+        "1 file has another class or part (such as '1.bmp', then validation image of 'cat', now 'cat')"
+        in refused(first, run_dir)
+    )
+
+
+def test_a_validation_part_that_is_added_later_is_another_run(tmp_path: Path) -> None:
+    root, run_dir = folder_of(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    with_validation(root)
+    assert "2 files are new among the labeled, validation and test images" in refused(root, run_dir)
+
+
+def test_a_rotten_validation_part_is_one_sentence(tmp_path: Path) -> None:
+    root, run_dir = with_validation(tmp_path / "data"), tmp_path / "run"
+    start(root, run_dir)
+    path = run_dir / "files.json"
+    about = json.loads(path.read_bytes())
+    for value in (None, True, -1, 0, 1, 3, 6, 7, 14, 99, 0.5, "2", [2]):
+        path.write_text(json.dumps({**about, "val": value}))
+        assert "files.json, the list of the run's files, is damaged" in refused_list(root, run_dir), value
+
+
+def refused_list(root: Path, run_dir: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        start(root, run_dir)
+    return str(caught.value)
+
+
 # --- a list from a stranger, or from a bad day ---------------------------------------------------------------
 
 
@@ -395,7 +504,7 @@ def test_a_list_that_is_none_is_one_sentence(tmp_path: Path) -> None:
         (b"\xff\xfe", "is damaged"),
         (b"[" * 100_000, "is damaged"),
         (b"[]", "is damaged"),
-        (older, "is of an older ups_fast, which did not compare what is in the files"),
+        (older, "is of an older ups_fast, which knew no images for validation"),
     ):
         path.write_bytes(content)
         with pytest.raises(
@@ -466,6 +575,32 @@ def test_what_changes_in_arrays_is_counted(tmp_path: Path) -> None:
     assert differences(data, then, "60 training and 30 test images, hash 00ff", record).startswith("other ")
 
 
+def test_what_changes_in_a_validation_part_is_counted(tmp_path: Path) -> None:
+    data = replace(tiny_set(), val=torch.tensor([50, 51, 59]))
+    then, record = fingerprint(data), tmp_path / "images.npz"
+    assert then.startswith("57 training, 3 validation and 30 test images; ")
+    assert then.split("; ")[1].startswith(fingerprint(tiny_set()).split("; ")[1]), "all else as without them"
+    write_files(tmp_path, data)
+    for other, said in (
+        (
+            replace(data, train_images=changed(data.train_images, 3, 51, 59)),
+            "1 of 57 training images differ (the first is image 3), "
+            "2 of 3 validation images differ (the first is image 1)",
+        ),
+        (
+            replace(data, train_labels=changed(data.train_labels, 51)),
+            "1 of 3 validation labels differ (the first is image 1, then 'top', now 'middle')",
+        ),
+        (
+            replace(data, train_labels=changed(data.train_labels, 52)),
+            "1 of 57 training labels differ (the first is",
+        ),
+        (replace(data, val=torch.tensor([50, 51, 58])), "other validation part (57 training, 3"),
+        (replace(data, val=None), "other validation part (now 60 training and 30 test images, then 57"),
+    ):
+        assert differences(other, fingerprint(other), then, record).startswith(said)
+
+
 def test_a_record_that_grows_in_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, record = tiny_set(), tmp_path / "images.npz"
     other = replace(data, train_labels=torch.full((60,), -1))
@@ -510,3 +645,18 @@ def test_equal_images_are_found_in_arrays_as_in_files() -> None:
     assert len(array_record(data)["train"].unique()) == 58
     data = replace(data, labeled=None)
     assert "(such as test image 4 and training image 0)" in notes_on_equal_arrays(data, torch.arange(6))[0]
+
+
+def test_equal_images_of_a_validation_part_are_found_in_arrays() -> None:
+    data = replace(tiny_set(), labeled=torch.arange(6), val=torch.arange(50, 60))
+    train, test = data.train_images.clone(), data.test_images.clone()
+    train[51], train[20], test[2] = train[0], train[53], train[59]
+    data = replace(data, train_images=train, test_images=test)
+    assert notes_on_equal_arrays(data, torch.arange(6)) == [
+        "1 test image equal to validation images: the test accuracy will look too good "
+        "(such as x_test[2] and x_val[9])",
+        "1 validation image equal to labeled ones: the validation accuracy will look too good "
+        "(such as x_val[1] and x_labeled[0])",
+        "1 unlabeled image equal to validation images: the validation is not only of unseen images "
+        "(such as x_unlabeled[14] and x_val[3])",
+    ]

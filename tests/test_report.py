@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from ups_fast import report
+from ups_fast.calibration import report as numbers
+from ups_fast.calibration import test_selection as of_test_images  # pytest would call it by its own name
 from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
-from ups_fast.selection import PseudoLabels, drop_negatives, recall, test_selection
-from ups_fast.selection import report as numbers
+from ups_fast.report.figure import MOST_POINTS, draw
+from ups_fast.selection import PseudoLabels, drop_negatives
 
 NASTY = [
     "plain",
@@ -174,17 +176,18 @@ def test_recall_and_counts_by_class(tmp_path, cfg):
     pseudo_labels, truth, rows = case(n=60, n_classes=3)
     rows = [{**row, "test_recall": [0.985, None, 1 / 3]} for row in rows]
     classes, unknown = ["cat", "dog", "<emu>"], torch.full_like(truth, -1)
-    how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3]}
+    how = {"class_labels": [200, 6, 40], "class_tests": [1000, 0, 3], "class_vals": [7, 1, 1200]}
     _, path = report.write_report(
         tmp_path, rows, pseudo_labels, unknown, cfg, classes, notes=["a note"], **how
     )
     page = Page(path.read_text())
     head, *body = page.tables[1]
-    assert head == ["class", "number", "labeled", "test images", "test recall", "positives", "correct"]
-    assert [cells[:5] for cells in body] == [
-        ["cat", "0", "200", "1,000", "98.5 %"],
-        ["dog", "1", "6", "0", "n/a"],
-        ["<emu>", "2", "40", "3", "33.3 %"],
+    assert head[:5] == ["class", "number", "labeled", "validation images", "test images"]
+    assert head[5:] == ["test recall", "positives", "correct"]
+    assert [cells[:6] for cells in body] == [
+        ["cat", "0", "200", "7", "1,000", "98.5 %"],
+        ["dog", "1", "6", "1", "0", "n/a"],
+        ["<emu>", "2", "40", "1,200", "3", "33.3 %"],
     ]
     assert (
         "the labels are uneven: 200 of class 'cat', 6 of class 'dog'" in page.text and "a note" in page.text
@@ -194,14 +197,13 @@ def test_recall_and_counts_by_class(tmp_path, cfg):
     assert report.recall_line({}, classes) == report.recall_line({"test_recall": [None] * 3}, classes) == ""
     many = report.recall_line({"test_recall": [0.5] * 100}, [str(c) for c in range(100)])
     assert many.endswith("'9' 50.0 % and 90 more")
-    assert recall(torch.tensor([0, 1, -1, 0]), torch.tensor([0, 0, 2, -1]), 4) == [0.5, None, 0.0, None]
 
 
 # report.png ----------------------------------------------------------------------------------------
 
 
 def panels(pseudo_labels, truth, rows, cfg):
-    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
+    figure = draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # whatever cannot be drawn fails here
     return figure.axes
 
@@ -274,7 +276,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     pseudo_labels, truth, _ = case(broken=4)
     test, test_truth, _ = case(seed=1, broken=3)
     unknown = torch.full_like(truth, -1)
-    found = test_selection(test, test_truth)
+    found = of_test_images(test, test_truth)
     rows = [{**row, **json.loads(json.dumps(found))} for row in rows_of(pseudo_labels, unknown, 10, 2)]
     calibration = panels(pseudo_labels, unknown, rows, cfg)[2]
     expected = numbers(test, test_truth, 10)
@@ -287,7 +289,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     taken = f"The same thresholds select {expected['positives']} of 297 test images, {share}"
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
     assert report.test_guess(rows_of(pseudo_labels, truth, 10, 1)[0]) == ""
-    nothing = {**found, **test_selection(no_samples(test), test_truth[:0])}
+    nothing = {**found, **of_test_images(no_samples(test), test_truth[:0])}
     assert report.test_guess(nothing).startswith(
         "The same thresholds select 0 of 0 test images. This estimates"
     )
@@ -380,7 +382,7 @@ def test_extreme_runs_are_drawn_without_a_warning(tmp_path, cfg, shape):
 def test_own_arrays_give_the_run_its_name(cfg):
     pseudo_labels, truth, rows = case()
     cfg.data.name, cfg.data.root, cfg.data.n_labels = "npz", "/somewhere/my $\\frac{$ data.npz", 0
-    figure = report.draw(rows, pseudo_labels, truth, cfg, 40)
+    figure = draw(rows, pseudo_labels, truth, cfg, 40)
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
     assert figure.texts[1].get_text().startswith("40 labeled and 300 unlabeled images")
@@ -391,7 +393,7 @@ def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):
     first, again = (panels(pseudo_labels, truth, rows, cfg)[3] for _ in range(2))
     assert "6,000 of 9,000 images" in words(first)
     drawn = [np.concatenate([offsets(plane, "correct"), offsets(plane, "wrong")]) for plane in (first, again)]
-    assert len(drawn[0]) == report.MOST_POINTS and np.array_equal(*drawn)
+    assert len(drawn[0]) == MOST_POINTS and np.array_equal(*drawn)
     assert len(np.unique(drawn[0], axis=0)) > 5990  # drawn without replacement
 
 

@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_rounds import tiny_config, tiny_set
 
-from ups_fast import checkpoint, files, load_model, rounds, selection, step
+from ups_fast import checkpoint, files, rounds, selection, step
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 from ups_fast.display import TensorBoard
 
@@ -551,37 +551,3 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         assert not (folder / "checkpoint.pt").exists()
     with open_folder(folder, asdict(settings(folder))):
         pass  # free again
-
-
-# The trained network.
-
-
-def test_load_model_says_what_is_missing(killed: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere.* no such folder"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors"):
-        load_model(tmp_path)
-    folder = shutil.copytree(killed, tmp_path / "run")
-    file = folder / "model.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors holds no trained network: it is a file"):
-        load_model(file)
-    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
-        load_model(folder, "gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device=cuda needs a GPU"):
-            load_model(folder, device=torch.device("cuda"))
-    whole = file.read_bytes()
-    model = load_model(folder)
-    assert not model.training
-    about = {"model": asdict(settings(folder).model), "size": model.size, "classes": model.classes}
-    checkpoint.save_model(
-        folder, model, {**about, "channels": model.channels, "std": model.std.flatten().tolist()}
-    )
-    with pytest.raises(
-        RunFolderError, match=r"is damaged or no network of ups_fast: its metadata lack 'mean'"
-    ):
-        load_model(folder)
-    for damage in (truncated, lambda content: b"", foreign):
-        file.write_bytes(damage(whole))
-        with pytest.raises(RunFolderError, match=r"model\.safetensors is damaged"):
-            load_model(folder)

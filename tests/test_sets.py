@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ups_fast.data import load_set, sets
+from ups_fast.data import arrays as npz
+from ups_fast.data import load_set
 
 LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -241,7 +242,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
 
 
 def test_arrays_that_do_not_fit_into_memory_get_advice_before_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "memory_bytes", lambda: 2015)  # less than the images, joined
+    monkeypatch.setattr(npz, "memory_bytes", lambda: 2015)  # less than the images, joined
     monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("it was read"))
     said = refusal("npz", write(tmp_path / "a.npz"))
     assert "(data.root) take 0.0 GiB to read, and this machine has 0.0: keep fewer" in said
@@ -252,7 +253,7 @@ def test_a_small_file_that_grows_beyond_memory_is_refused_by_what_it_claims(tmp_
     zeros = np.zeros((60_000, 32, 32), np.uint8)  # 59 MiB, of which 60 kB are stored
     path = write(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, x_unlabeled=npy(zeros))
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(sets, "memory_bytes", lambda: 2**25)
+    monkeypatch.setattr(npz, "memory_bytes", lambda: 2**25)
     tracemalloc.start()
     assert "take 0.1 GiB to read" in refusal("npz", path)
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20

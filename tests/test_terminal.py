@@ -170,9 +170,7 @@ def test_the_core_alone_says_what_to_install(module, names, tmp_path):
 
 
 def test_load_model_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("ups_fast.checkpoint")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(ups_fast, "checkpoint", raising=False)
+    monkeypatch.delitem(sys.modules, "ups_fast.models.saved", raising=False)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"load_model needs what pip install 'ups_fast\[train\]' brings"):
         _ = ups_fast.load_model

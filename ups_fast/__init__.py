@@ -21,7 +21,7 @@ from .policy import AugmentPlan, Policy
 from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model
+    from .models.saved import load_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     # The ops must import with torch alone; load_model needs the trainer's dependencies.
     if name == "load_model":
         try:
-            from .checkpoint import load_model
+            from .models.saved import load_model
         except ImportError as error:
             if (error.name or "").startswith(__name__):  # a fault of our own
                 raise

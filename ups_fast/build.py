@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ups_fast.checkpoint import READABLE, rebuild
+from ups_fast.checkpoint import READABLE
 from ups_fast.config import Config
 from ups_fast.data import (
     Damaged,
@@ -41,6 +41,7 @@ from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.fullgraph import fullgraph
 from ups_fast.machine import memory_bytes, pick_device
 from ups_fast.methods import METHODS, Method, Setting
+from ups_fast.models.saved import rebuild
 from ups_fast.policy import POLICIES, Policy, parse_ops
 from ups_fast.seeds import derive
 from ups_fast.selection import Thresholds, labeling_rows, passes_over, skipped
@@ -252,14 +253,31 @@ def policies_of(cfg: Config, size: tuple[int, int]) -> dict[str, Policy]:
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed."""
+    """Labeled and unlabeled indices into the training set: the data set's own, or drawn from the seed.
+
+    Validation images are in neither.
+    """
+    rest = torch.ones(len(data.train_labels), dtype=torch.bool)
+    if data.val is not None:
+        rest[data.val] = False
     if data.labeled is None:
-        seed = derive(cfg.seed, "split")
+        index, seed = rest.nonzero()[:, 0], derive(cfg.seed, "split")
         with naming_key("data.n_labels"):
-            return stratified_split(data.train_labels, cfg.data.n_labels, len(data.classes), seed)
-    unlabeled = torch.ones(len(data.train_labels), dtype=torch.bool)
-    unlabeled[data.labeled] = False
-    return data.labeled, unlabeled.nonzero()[:, 0]
+            split = stratified_split(data.train_labels[index], cfg.data.n_labels, len(data.classes), seed)
+        return index[split[0]], index[split[1]]
+    rest[data.labeled] = False
+    return data.labeled, rest.nonzero()[:, 0]
+
+
+def val_of(cfg: Config, data: ImageSet, labeled: Tensor) -> tuple[Tensor, Tensor]:
+    """What stays labeled, and the validation part: the data set's own, or drawn from the labeled images."""
+    if data.val is not None and len(data.val):
+        if cfg.data.val_share:
+            raise ValueError(
+                f"data.val_share must be 0 where the data have a validation part of their own, got {cfg.data.val_share}"
+            )
+        return labeled, data.val
+    return hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
 
 
 def hold_out(
@@ -362,7 +380,7 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     }
     select, train = cfg.select, cfg.train
     labeled, unlabeled = split_of(cfg, data)
-    labeled, val = hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
+    labeled, val = val_of(cfg, data, labeled)
     with naming_key("model.name"):
         trial = rebuild(about).eval()
     _check_small_batches(cfg, trial, (1, channels, height, width))

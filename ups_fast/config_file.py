@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ups_fast.words import said, shown
+from ups_fast.words import did_you_mean, said, shown
 
 LARGEST = 2**20  # bytes of a config file: one that is larger is something else
 MOST_BITS = 14_000  # of an integer: Python writes no number of more than 4,300 digits
@@ -23,8 +22,8 @@ _MISREAD = re.compile(r"[-+]?(0[\d_]+|[\d_]+:[\d_:.]+)")
 def read(path: Path) -> dict[str, Any]:
     """The file as nested plain values. Raises FileNotFoundError or ValueError with one sentence."""
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
+        others = (each.name for each in path.parent.glob("*.yaml"))
+        hint = did_you_mean(path.name, others, lambda name: str(path.parent / name))
         raise FileNotFoundError(f"there is no config file {path}{hint}")
     if path.is_dir():
         raise ValueError("a config must be a file, and this is a folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from ups_fast.words import did_you_mean
 
 # A jitter factor of 1: factors are multiples of 2^-14, for which Pillow's float32 blend is exact.
 ONE = 1 << 14
@@ -70,8 +71,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name, values in self.ops:
             if name not in OPERATIONS:
-                near = difflib.get_close_matches(name, OPERATIONS, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
+                hint = did_you_mean(name, OPERATIONS)
                 raise ValueError(f"an operation must be one of {', '.join(OPERATIONS)}, got {name!r}{hint}")
             low, high = OPERATIONS[name]
             if not values or not all(low <= value <= high for value in values):
@@ -186,8 +186,7 @@ def find_policy(policy: str | Policy) -> Policy:
     if not isinstance(policy, str):
         raise TypeError(f"policy must be a Policy or a name, got {type(policy).__name__}")
     if policy not in POLICIES:
-        near = difflib.get_close_matches(policy.lower(), POLICIES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(policy.lower(), POLICIES)
         raise ValueError(f"policy must be one of {', '.join(POLICIES)} or a Policy, got {policy!r}{hint}")
     return POLICIES[policy]
 

@@ -26,7 +26,7 @@ from ups_fast import command
 from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_first_three, swallow
 
 try:
-    from ups_fast.checkpoint import CONFIG, load_model, read_config
+    from ups_fast.checkpoint import CONFIG, read_config
     from ups_fast.data.classes import suffixes
     from ups_fast.data.folder import seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
@@ -34,10 +34,11 @@ try:
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, read_bytes
     from ups_fast.machine import pick_device
+    from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
     from ups_fast.ops import mc_select
     from ups_fast.reference import Selection
-    from ups_fast.report import label_rows, label_table
+    from ups_fast.report.table import label_rows, label_table
     from ups_fast.selection import labeling_rows, passes_over, skipped
     from ups_fast.words import many
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
@@ -246,7 +247,7 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="use the network of the round with the highest test accuracy instead of the last one",
+        help="use the network of the round with the highest validation accuracy instead of the last one",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)

@@ -15,16 +15,23 @@ from torch import Tensor
 
 from ups_fast.batches import epoch_order, lr_at, views_of
 from ups_fast.build import IMAGES, Run, prepare, write_files
+from ups_fast.calibration import (
+    ece,
+    or_none,
+    recall,
+    reliability,
+    report,
+    test_selection,
+    top_confusions,
+)
 from ups_fast.checkpoint import (
     CHECKPOINT,
     FREE_KEYS,
-    MODEL,
     TENSORBOARD,
     check_state,
     load_checkpoint,
     open_folder,
     save_checkpoint,
-    save_model,
     write_rows,
     write_selection,
     write_split,
@@ -36,19 +43,8 @@ from ups_fast.data.fingerprint import differences
 from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, stop_signal, table_line
 from ups_fast.files import RunFolderError
 from ups_fast.methods import Known, Layout, Look, Targets
-from ups_fast.selection import (
-    PseudoLabels,
-    ece,
-    evaluate,
-    features_of,
-    or_none,
-    pseudo_label,
-    recall,
-    reliability,
-    report,
-    test_selection,
-    top_confusions,
-)
+from ups_fast.models.saved import MODEL, save_model
+from ups_fast.selection import PseudoLabels, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
 from ups_fast.words import many
 

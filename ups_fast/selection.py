@@ -1,4 +1,4 @@
-"""Pseudo-labels: the labeling pass, the selection, the class balance, and the numbers to report about them.
+"""Pseudo-labels: the labeling pass, the selection and the class balance.
 
 Each rule is one function: P passes over clean images, dropout alone being active (`pseudo_label`, `passes_over`), the
 thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ups_fast.data.images import Images
 from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
 from ups_fast.ops import mc_select
-from ups_fast.reference import Selection, dropout_keys, unpack_mask
+from ups_fast.reference import Selection, dropout_keys
 
 
 class Thresholds(NamedTuple):
@@ -33,7 +33,6 @@ class Thresholds(NamedTuple):
 
 
 BALANCE_FLOOR = 25  # published: a rarer class would starve all the others
-BINS = 15
 
 
 @dataclass(frozen=True)
@@ -247,124 +246,3 @@ def evaluate(
     confidence, correct, answer = found.confidence, found.label == labels.cpu(), found.label
     place = torch.arange(len(kept))
     return Evaluation(place[kept], confidence[kept], correct[kept], answer[kept])
-
-
-class Reliability(NamedTuple):
-    """A reliability diagram in equal bins of [0, 1], each with its lower edge, the last one also with 1."""
-
-    count: Tensor  # type: ignore[assignment]  # int64 [bins]
-    confidence: Tensor  # float64 [bins], mean over the bin, NaN in an empty one
-    accuracy: Tensor  # float64 [bins], share of correct ones, NaN in an empty bin
-
-
-def reliability(
-    confidence: Tensor,  # float [N], in [0, 1]; NaN ones are left out
-    correct: Tensor,  # bool [N]
-    bins: int = BINS,
-) -> Reliability:
-    """Confidence against accuracy, bin by bin, summed in float64."""
-    known = ~confidence.isnan()
-    value, hit = confidence[known].double(), correct[known].double()
-    where = (value * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(where, minlength=bins)
-    return Reliability(
-        count,
-        torch.bincount(where, weights=value, minlength=bins) / count,
-        torch.bincount(where, weights=hit, minlength=bins) / count,
-    )
-
-
-def test_selection(
-    pseudo_labels: PseudoLabels,  # of test images, on the host
-    truth: Tensor,  # int64 [U]
-) -> dict[str, Any]:
-    """What the selection does to images whose truth is known: a guess where that of the unlabeled is not.
-
-    By their names in metrics.jsonl: test_positives, test_positive_acc (None where there is none), and test_bins:
-    reliability of "all" and of the "selected", each bin that is not empty as [count, confidence, accuracy].
-    """
-    read = pseudo_labels.label >= 0
-    correct, positive = pseudo_labels.label == truth, pseudo_labels.positive
-    groups = {"all": read, "selected": positive}
-    bins = {name: reliability(pseudo_labels.confidence[each], correct[each]) for name, each in groups.items()}
-    return {
-        "test_positives": int(positive.sum()),
-        "test_positive_acc": or_none(correct[positive].double().mean()),
-        "test_bins": {
-            name: [list(row) for row in zip(*(x.tolist() for x in each), strict=True) if row[0]]
-            for name, each in bins.items()
-        },
-    }
-
-
-def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share that was found in `count` cases."""
-    middle, whole = share + z * z / (2 * count), 1 + z * z / count
-    spread = z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count)
-    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
-
-
-def ece(bins: Reliability) -> float:
-    """Expected calibration error: mean of |confidence - accuracy| over the samples' bins; NaN for none."""
-    gap = (bins.confidence - bins.accuracy).abs().nan_to_num(0.0)
-    return float((gap * bins.count).sum() / bins.count.sum())
-
-
-def top_confusions(
-    label: Tensor,  # int64 [M], -1 where there is none
-    truth: Tensor,  # int64 [M]
-    most: int = 10,
-) -> list[tuple[int, int, int]]:  # true class, label, how often; of equal ones the lower classes first
-    """The most frequent confusions of one class with another."""
-    wrong = (label != truth) & (label >= 0)
-    pairs, counts = torch.stack([truth[wrong], label[wrong]]).unique(dim=1, return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[:most]
-    return [(int(a), int(b), int(n)) for (a, b), n in zip(pairs.T[order], counts[order], strict=True)]
-
-
-def recall(
-    label: Tensor,  # int64 [M], -1 where there is none
-    truth: Tensor,  # int64 [M], -1 where unknown
-    n_classes: int,
-) -> list[float | None]:
-    """Of each class the share of its samples that have its label; None where it has none."""
-    each = torch.bincount(truth[truth >= 0], minlength=n_classes)
-    right = torch.bincount(truth[(truth >= 0) & (label == truth)], minlength=n_classes)
-    return [or_none(share) for share in right.double() / each]
-
-
-def report(
-    pseudo_labels: PseudoLabels,
-    truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
-    n_classes: int,
-) -> dict[str, Any]:
-    """The numbers of a labeling by their names in metrics.jsonl; accuracies are over samples of known truth.
-
-    positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that truly is not the
-    class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by
-    pseudo-label), no_label (samples without one). None where there is nothing to average.
-    """
-    found = pseudo_labels.cpu()
-    truth = torch.full_like(found.label, -1) if truth is None else truth.cpu()
-    known = truth >= 0
-    correct = found.label == truth
-    positive = found.positive & known
-    negative = unpack_mask(found.negative, n_classes)
-    judged = negative[known]
-    wrong = judged.gather(1, truth[known][:, None])
-    return {
-        "positives": int(found.positive.sum()),
-        "positive_acc": or_none(correct[positive].double().mean()),
-        "negatives": int(negative.sum()),
-        "negative_acc": or_none(1 - wrong.sum().double() / judged.sum()),
-        "negative_samples": int(negative.any(dim=1).sum()),
-        "ece": or_none(ece(reliability(found.confidence[known], correct[known]))),
-        "ece_selected": or_none(ece(reliability(found.confidence[positive], correct[positive]))),
-        "per_class_positives": torch.bincount(found.label[found.positive], minlength=n_classes).tolist(),
-        "no_label": int((found.label < 0).sum()),
-    }
-
-
-def or_none(value: Tensor | float) -> float | None:
-    """For JSON: a mean over nothing, which is NaN, becomes None."""
-    return None if math.isnan(value) else float(value)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from ups_fast.calibration import BINS
 from ups_fast.files import finite, misfit
 from ups_fast.reference import unpack_mask
-from ups_fast.selection import BINS, PseudoLabels
+from ups_fast.selection import PseudoLabels
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ups_fast.data.folder import Folder, Listing, listing, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
+from ups_fast.data.image_set import ImageSet
 from ups_fast.data.images import Images, View
 from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
-from ups_fast.data.sets import ImageSet, load_set
+from ups_fast.data.sets import load_set
 from ups_fast.data.split import stratified_split
 from ups_fast.data.stream import NO_DALI, FileImages, PlainImages
 

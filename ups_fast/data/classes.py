@@ -11,7 +11,7 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from ups_fast.words import many
+from ups_fast.words import are, many
 
 CONSOLE = 20  # classes that the console lists; the report lists all
 UNEVEN = 5  # times as many labeled images in one class as in another: worth a sentence
@@ -39,9 +39,9 @@ def class_order(names: Iterable[str]) -> list[str]:
 
 
 def lookalikes(counts: Mapping[str, int]) -> list[str]:
-    """Sentences on classes that may be a mistake; `counts` are the labeled and test images of each."""
+    """Sentences on classes that may be a mistake; `counts` are the images of each that have a label."""
     notes = [
-        f"{many(n, 'image')} {'is' if n == 1 else 'are'} of class {name!r}: if that means no label, leave the "
+        f"{many(n, 'image')} {are(n)} of class {name!r}: if that means no label, leave the "
         "label empty (in folders: move the images to unlabeled/)"
         for name, n in counts.items()
         if _folded(name) in _MISSING
@@ -106,11 +106,17 @@ def class_counts(labels: Tensor, n_classes: int) -> list[int]:  # int64 [N], -1 
     return torch.bincount(labels[labels >= 0], minlength=n_classes).tolist()
 
 
-def classes_line(classes: Sequence[str], labeled: Sequence[int], test: Sequence[int]) -> str:
+def classes_line(
+    classes: Sequence[str], labeled: Sequence[int], test: Sequence[int], val: Sequence[int] | None = None
+) -> str:
     """The classes with their counts, for a console: of many the first CONSOLE."""
-    each = [f"{name!r} {a:,} + {b:,}" for name, a, b in zip(classes, labeled, test, strict=True)]
+    counts = [labeled, test] if val is None else [labeled, val, test]
+    parts = "labeled + test" if val is None else "labeled + validation + test"
+    each = [
+        f"{name!r} {' + '.join(f'{n:,}' for n in some)}" for name, *some in zip(classes, *counts, strict=True)
+    ]
     more = f" and {len(each) - CONSOLE:,} more, which the report lists" if len(each) > CONSOLE else ""
-    return f"classes (labeled + test images): {', '.join(each[:CONSOLE])}{more}"
+    return f"classes ({parts} images): {', '.join(each[:CONSOLE])}{more}"
 
 
 def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.sets import ImageSet
+from ups_fast.data.image_set import ImageSet
 from ups_fast.words import many
 
 # Size, times of change of content and of entry in ns, inode: kept by what stays.
@@ -91,6 +91,7 @@ def notes_on_equal_images(
     labeled: np.ndarray,  # indices into these, likewise
     unlabeled: np.ndarray,
     test: np.ndarray,
+    val: np.ndarray | None = None,
 ) -> list[str]:
     """What is to be said of equal images; `name` gives an image's name for a sentence."""
     notes: list[str] = []
@@ -104,10 +105,17 @@ def notes_on_equal_images(
             j, i = pairs[0]
             notes.append(f"{many(len(pairs), what)} {so} (such as {name(i)} and {name(j)})")
 
-    known = np.union1d(labeled, test)
+    val = labeled[:0] if val is None else val
+    known = np.union1d(np.union1d(labeled, test), val)
     note("test image", test, labeled, "equal to labeled ones: the test accuracy will look too good")
+    note("test image", test, val, "equal to validation images: the test accuracy will look too good")
+    note(
+        "validation image", val, labeled, "equal to labeled ones: the validation accuracy will look too good"
+    )
     note("image", known, known, "equal to ones of another class: one of the two labels is wrong", apart=True)
     note("unlabeled image", unlabeled, test, "equal to test images: the test is not only of unseen images")
+    validation = "equal to validation images: the validation is not only of unseen images"
+    note("unlabeled image", unlabeled, val, validation)
     note("unlabeled image", unlabeled, labeled, "equal to labeled ones: they count twice")
     return notes
 
@@ -115,14 +123,19 @@ def notes_on_equal_images(
 def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
     """What is to be said of equal images; `labeled` are the labeled ones of the training set."""
     n, k = len(data.train_labels), 0 if data.labeled is None else len(data.labeled)
+    val = np.zeros(0, np.int64) if data.val is None else data.val.numpy()
+    first_val = n - len(val)  # of arrays that the user gives, they are the last
 
     def name(i: int) -> str:
         if data.labeled is None:
             return f"test image {i - n}" if i >= n else f"training image {i}"
-        return f"x_test[{i - n}]" if i >= n else f"x_labeled[{i}]" if i < k else f"x_unlabeled[{i - k}]"
+        starts = {"x_test": n, "x_val": first_val, "x_unlabeled": k, "x_labeled": 0}
+        array, start = next((array, start) for array, start in starts.items() if i >= start)
+        return f"{array}[{i - start}]"
 
     train = np.ones(n, bool)
     train[labeled.numpy()] = False
+    train[val] = False
     return notes_on_equal_images(
         name,
         torch.cat([data.train_labels, data.test_labels]).numpy(),
@@ -130,4 +143,5 @@ def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
         labeled.numpy(),
         np.flatnonzero(train),
         np.arange(n, n + len(data.test_labels)),
+        val,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.equal import row_digests
-from ups_fast.data.sets import ImageSet
+from ups_fast.data.image_set import ImageSet
 from ups_fast.files import load_arrays, read_bytes
 
 
@@ -37,9 +38,13 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
     parts["training labels"] = data.train_labels.numpy().tobytes()
     parts["test labels"] = data.test_labels.numpy().tobytes()
     parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
+    if data.val is not None:
+        parts["validation part"] = data.val.numpy().tobytes()
     if weights:
         parts["pretrained weights"] = read_bytes(weights)
-    sizes = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    n_val = 0 if data.val is None else len(data.val)
+    sizes = f"{len(data.train_labels) - n_val} training and {len(data.test_labels)} test images"
+    sizes = sizes.replace(" and ", f", {n_val} validation and ") if n_val else sizes
     return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
 
 
@@ -85,18 +90,23 @@ def _counted(data: ImageSet, record: Path) -> dict[str, str]:
         }
     except Exception:  # the record only explains a refusal
         return {}
-    names = dict(
-        train="training images", test="test images", train_labels="training labels", test_labels="test labels"
-    )
-    said = {}
+    val = np.zeros(0, np.int64) if data.val is None else data.val.numpy()
+    train = np.delete(np.arange(len(data.train_labels)), val)
+    rows = {"training": train, "validation": val, "test": np.arange(len(data.test_labels))}
+    names = {"train": ("training", "validation"), "test": ("test",)}
+    said: defaultdict[str, list[str]] = defaultdict(list)
     for name, places in differ.items():
-        if len(places):
-            i = int(places[0])
-            example = f"the first is image {i}"
-            if name.endswith("labels"):
+        parts, what = names[name.removesuffix("_labels")], "labels" if name.endswith("labels") else "images"
+        for part in parts:
+            found = np.flatnonzero(np.isin(rows[part], places))
+            if not len(found):
+                continue
+            example, i = f"the first is image {found[0]}", int(rows[part][found[0]])
+            if what == "labels":
                 example += f", then {_class(data, before[name][i])}, now {_class(data, after[name][i])}"
-            said[names[name]] = f"{len(places):,} of {len(after[name]):,} {names[name]} differ ({example})"
-    return said
+            sentence = f"{len(found):,} of {len(rows[part]):,} {part} {what} differ ({example})"
+            said[f"{parts[0]} {what}"].append(sentence)
+    return {part: ", ".join(sentences) for part, sentences in said.items()}
 
 
 def _class(data: ImageSet, label: int) -> str:

@@ -6,7 +6,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from ups_fast.data.classes import class_order, lookalikes, suffixes
 from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
-from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, Row, Rows, read_table
+from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Rows, read_table
 from ups_fast.files import home
 from ups_fast.seeds import derive
 from ups_fast.words import many
@@ -37,7 +37,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a data set, without their pixels. Each file is in exactly one of the three parts."""
+    """The files of a data set, without their pixels. Each file is in exactly one of the four parts."""
 
     root: Path  # what paths are relative to
     paths: list[str]  # [N] with "/", ascending
@@ -48,6 +48,7 @@ class Folder:
     classes: list[str]  # by name, or by number where all are numbers; label counts into them
     notes: list[str]  # sentences for the user
     listing: Listing | None = None  # what it was drawn from
+    val: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [V] likewise, often none
 
 
 def listing(root: str | Path) -> Listing:
@@ -71,15 +72,16 @@ def listing(root: str | Path) -> Listing:
 def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     """Finds the images of `root`; none is opened, unless to compare two files of one size.
 
-    root  a folder with labeled/<class>/, unlabeled/ and perhaps test/<class>/, each with its images at any depth;
+    root  a folder with labeled/<class>/, unlabeled/ and perhaps val/<class>/ and test/<class>/, each with its images at
+          any depth;
           or a CSV file as `read_table` describes it
 
     Hidden files and files that are no images by their suffix are ignored; links are followed, loops of them are not.
     Without test images, `test_share` of the labeled ones of each class is held out: at least one, never all, drawn
     by `seed` and the names alone, so that further images hardly change it; equal files stay together.
 
-    Raises ValueError with one sentence where no run could follow: a part or a class without an image, a test class
-    that is not in labeled, a row that contradicts itself. What a run survives (a test image that is labeled too,
+    Raises ValueError with one sentence where no run could follow: a part or a class without an image, a class of val or
+    test that is not in labeled, a row that contradicts itself. What a run survives (a test image that is labeled too,
     one image in two classes, what was left out) becomes a note.
     """
     if not 0 < test_share < 1:
@@ -94,9 +96,10 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     part = np.fromiter((PARTS.index(rows[path][0]) for path in paths), np.int8, len(paths))
     content = same_content(found.base, paths, label >= 0)
     if not (part == 2).any():
-        part[_held_out(where, paths, label, content, classes, test_share, seed, notes)] = 2
-    labeled, unlabeled, test = (np.flatnonzero(part == p) for p in range(3))
-    notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test)
+        drawn_from = np.where(part == 0, label, -1)
+        part[_held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2
+    labeled, unlabeled, test, val = (np.flatnonzero(part == p) for p in range(len(PARTS)))
+    notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test, val)
     return Folder(
         found.base,
         paths,
@@ -107,13 +110,14 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
         classes,
         notes,
         found,
+        torch.from_numpy(val),
     )
 
 
 def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     """The folder without these files, given by their place in `paths` with a sentence on each.
 
-    Raises ValueError if a class is left without labeled images, or there are no unlabeled or test images left.
+    Raises ValueError if a class is left without labeled images, or no image of another part is left.
     """
     if not damaged:
         return folder
@@ -125,18 +129,19 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
         for c, name in enumerate(folder.classes)
     }
     needed |= {"unlabeled image": folder.unlabeled, "test image": folder.test}
+    needed |= {"validation image": folder.val} if len(folder.val) else {}
     for what, index in needed.items():
         if not keep[index].any():
             raise ValueError(f"no {what} in {where} can be read: {damaged[int(index[0])]}")
     place = keep.cumsum(0) - 1
-    labeled, unlabeled, test = (
-        place[index[keep[index]]] for index in (folder.labeled, folder.unlabeled, folder.test)
+    labeled, unlabeled, test, val = (
+        place[index[keep[index]]] for index in (folder.labeled, folder.unlabeled, folder.test, folder.val)
     )
     paths = [path for path, kept in zip(folder.paths, keep.tolist(), strict=True) if kept]
     note = f"{many(len(damaged), 'damaged file')} left out, such as {damaged[min(damaged)]}"
     notes = [*folder.notes, note]
     label, classes = folder.label[keep], folder.classes
-    return Folder(folder.root, paths, label, labeled, unlabeled, test, classes, notes, folder.listing)
+    return Folder(folder.root, paths, label, labeled, unlabeled, test, classes, notes, folder.listing, val)
 
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
                 f"{where} has no unlabeled images that can be read: {_unread('unlabeled/', unread)}"
             )
         ignored += unread
-    for part in (LABELED, TEST):
+    for part in (LABELED, TEST, VAL):
         if part not in there:
             continue
         names, stray_here = _folders_in(root, part)
@@ -187,11 +192,11 @@ def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
             row = (part, name)
             rows |= dict.fromkeys(found, row)
         ignored += unread_in_part
-        if part == TEST and not any(row[0] == TEST for row in rows.values()):
+        if part != LABELED and not any(row[0] == part for row in rows.values()):
             problems.append(
-                f"test/ of {where} has no images in class folders: "
-                + (_unread("test/", unread_in_part) if unread_in_part else "put some there")
-                + ", or delete it to have labeled images held out"
+                f"{part}/ of {where} has no images in class folders: "
+                + (_unread(f"{part}/", unread_in_part) if unread_in_part else "put some there")
+                + (", or delete it to have labeled images held out" if part == TEST else ", or delete it")
             )
         stray += stray_here
     if stray:
@@ -273,21 +278,22 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> list[str]:
     """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
     counts = Counter(name for part, name in rows.values() if part != UNLABELED)
-    classes, tested = (
-        class_order(name for part, name in rows.values() if part == wanted) for wanted in (LABELED, TEST)
-    )
+    found = {wanted: class_order(name for part, name in rows.values() if part == wanted) for wanted in PARTS}
+    classes = found[LABELED]
     if len(classes) < 2:
         got = f"only {classes[0]!r}" if classes else "none"
         problems.append(f"{where!r} must have labeled images of at least two classes, got {got}")
     if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
         problems.append(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
-    if strange := [name for name in tested if name not in set(classes)]:
-        some = ", ".join(map(repr, strange[:5]))
-        problems.append(f"the test images of {where!r} have class {some}, of which no image is labeled")
+    for part, what in NAMES.items():
+        if strange := [name for name in found[part] if name not in set(classes)]:
+            some = ", ".join(map(repr, strange[:5]))
+            problems.append(f"the {what} images of {where!r} have class {some}, of which no image is labeled")
     if not any(part == UNLABELED for part, _ in rows.values()):
         problems.append(f"{where!r} has no unlabeled images, and UPS needs some")
-    if tested and (untested := [name for name in classes if name not in set(tested)]):
-        notes.append(f"no test image is of class {', '.join(map(repr, untested[:5]))}")
+    for part, what in NAMES.items():
+        if found[part] and (lacking := [name for name in classes if name not in set(found[part])]):
+            notes.append(f"no {what} image is of class {', '.join(map(repr, lacking[:5]))}")
     notes += lookalikes({name: counts[name] for name in class_order(counts)})
     return classes
 
@@ -295,7 +301,7 @@ def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> l
 def _held_out(
     where: str,
     paths: list[str],
-    label: np.ndarray,
+    label: np.ndarray,  # -1 of all but the labeled images
     content: np.ndarray,
     classes: list[str],
     share: float,

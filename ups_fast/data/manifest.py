@@ -20,18 +20,19 @@ import torch
 from ups_fast.data.classes import class_order
 from ups_fast.data.equal import GONE, Stamp, file_digest, stamp
 from ups_fast.data.folder import Folder, Listing
+from ups_fast.data.image_set import ImageSet
 from ups_fast.data.reading import in_order
-from ups_fast.data.sets import ImageSet
-from ups_fast.data.table import LABELED, TEST, UNLABELED, Row, Tree, in_form
-from ups_fast.words import many
+from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Tree, in_form
+from ups_fast.words import are, many
 
-FORMAT = "ups_fast files 2"
+FORMAT = "ups_fast files 3"
 Progress = Callable[[int, int], object]  # files done, files in all
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a run as it first found them: the labeled ones, the unlabeled ones, the test images."""
+    """The files of a run as it first found them: the labeled ones, the unlabeled ones, those for validation, the
+    test images."""
 
     classes: list[str]
     paths: list[str]  # [N], in this order; within each part ascending
@@ -39,7 +40,8 @@ class Manifest:
     stamps: list[Stamp]  # [N]
     digests: list[str]  # [N], of all bytes
     labeled: int  # how many
-    train: int  # labeled and unlabeled ones
+    train: int  # of the training set: labeled ones, unlabeled ones and those for validation
+    val: int  # the last of these
     held_out: bool  # the test images are labeled ones of the folder or table
     left_out: dict[str, Row]  # damaged files, with part and class
     mean: tuple[float, ...]  # of the training images in [0, 1]
@@ -49,17 +51,22 @@ class Manifest:
 
     def folder(self, now: Listing, paths: list[str], note: str) -> Folder:
         """These files, wherever they lie now; `paths` are theirs now, which may be in another Unicode form."""
-        ends = [0, self.labeled, self.train, len(self.paths)]
-        labeled, unlabeled, test = (torch.arange(a, b) for a, b in itertools.pairwise(ends))
+        labeled, unlabeled, val, test = (torch.arange(a, b) for a, b in itertools.pairwise(self._ends()))
         notes = [*now.notes, *self.notes, *([note] if note else [])]
         label = torch.tensor(self.label)
-        return Folder(now.base, paths, label, labeled, unlabeled, test, self.classes, notes, now)
+        return Folder(now.base, paths, label, labeled, unlabeled, test, self.classes, notes, now, val)
+
+    def _ends(self) -> list[int]:
+        """Where each part ends, after a 0."""
+        return [0, self.labeled, self.train - self.val, self.train, len(self.paths)]
 
     def row(self, i: int) -> Row:
         """What the folder or table said of a file."""
         name = self.classes[self.label[i]] if self.label[i] >= 0 else ""
         if i >= self.train and not self.held_out:
             return TEST, name
+        if self.train - self.val <= i < self.train:
+            return VAL, name
         return (LABELED, name) if name else (UNLABELED, "")
 
     def write(self) -> bytes:
@@ -78,7 +85,7 @@ class Manifest:
             raise ValueError("is damaged") from None
         if not isinstance(about, dict) or about.pop("ups_fast", None) != FORMAT:
             if isinstance(about, dict) and "files" in about:
-                raise ValueError("is of an older ups_fast, which did not compare what is in the files")
+                raise ValueError("is of an older ups_fast, which knew no images for validation")
             raise ValueError("is damaged")
         try:
             files = about.pop("files")
@@ -102,13 +109,14 @@ class Manifest:
 
     def _misfit(self) -> str:
         """The first parts that do not fit the others; "" if all do. A wrong type may raise anything."""
-        n, ends = len(self.paths), [0, self.labeled, self.train, len(self.paths)]
+        n, ends = len(self.paths), self._ends()
         names = {self.classes[c] for c in self.label[: self.labeled]}
         names |= {name for part, name in self.left_out.values() if part == LABELED}
         if self.held_out:
             names |= {self.classes[c] for c in self.label[self.train :]}
         fits = {
-            "labeled or train": all(type(end) is int for end in ends) and 0 < ends[1] < ends[2] < n,
+            "labeled, train or val": all(type(end) is int for end in (*ends, self.val))
+            and 0 < ends[1] < ends[2] <= ends[3] < n,
             "paths": all(type(path) is str and path and "\0" not in path for path in self.paths)
             and len({*self.paths, *self.left_out}) == n + len(self.left_out),
             "their order": all(
@@ -129,9 +137,7 @@ class Manifest:
             ),
             "held_out": type(self.held_out) is bool,
             "left_out": all(
-                part in (LABELED, UNLABELED, TEST)
-                and type(name) is str
-                and (name == "") == (part == UNLABELED)
+                part in PARTS and type(name) is str and (name == "") == (part == UNLABELED)
                 for part, name in self.left_out.values()
             ),
             "mean or std": len(self.mean) == len(self.std) in (1, 3)
@@ -158,6 +164,7 @@ def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress
         _digests(where, threads, progress),
         labeled=0 if data.labeled is None else len(data.labeled),
         train=len(data.names),
+        val=0 if data.val is None else len(data.val),
         held_out=not any(part == TEST for part, _ in rows.values()),
         left_out={path: row for path, row in rows.items() if path not in names},
         mean=data.mean,
@@ -223,7 +230,7 @@ def compare(
     note = ""
     if new:
         note = (
-            f"{many(len(new), 'unlabeled file')} {'is' if len(new) == 1 else 'are'} new, such as {next(iter(new))!r}: "
+            f"{many(len(new), 'unlabeled file')} {are(len(new))} new, such as {next(iter(new))!r}: "
             f"the run goes on without {'it' if len(new) == 1 else 'them'}. Choose another run_dir to use all files"
         )
     return found, Now(paths, gone, note)
@@ -254,7 +261,7 @@ def _compare_content(
 def _compare_new(
     known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path, changes: _Changes
 ) -> None:
-    """New labeled and test files are changes, and so is one that is gone and lies elsewhere now, with another label."""
+    """New files of a known class are changes, and so is one that is gone and lies elsewhere now, with another label."""
     moved = _moved(known, gone, new, base)
     for path, row in new.items():
         i = moved.get(path, -1)
@@ -283,7 +290,7 @@ def _moved(known: Manifest, gone: list[int], new: Mapping[str, Row], base: Path)
 _LABELS = "{} another class or part", "has", "have"
 _CONTENT = "{} other content", "has", "have"
 _MOVED = "{} under another path", "lies", "lie"
-_NEW = "{} new among the labeled and test images", "is", "are"
+_NEW = "{} new among the labeled, validation and test images", "is", "are"
 _UNLISTED = "{} still there, but no longer listed", "is", "are"
 
 
@@ -311,4 +318,6 @@ def _form(row: Row) -> Row:
 
 
 def _said(row: Row) -> str:
-    return {LABELED: repr(row[1]), TEST: f"test image of {row[1]!r}"}.get(row[0], "unlabeled")
+    if row[0] in NAMES:
+        return f"{NAMES[row[0]]} image of {row[1]!r}"
+    return repr(row[1]) if row[0] == LABELED else "unlabeled"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from ups_fast.data.equal import GONE, stamp
 from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, picture, resize_crop
+from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import COARSE, PLAIN, is_plain, notes_on_looks, plain_rows
-from ups_fast.data.sets import ImageSet, moments
 from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 
@@ -107,7 +107,8 @@ def _looks(file: str) -> list[str]:
 
 
 def _notes_on_looks(folder: Folder, odd: Mapping[int, Collection[str]]) -> list[str]:
-    parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled, "test": folder.test}
+    parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled}
+    parts |= {"validation": folder.val, "test": folder.test}
     return notes_on_looks(
         odd, {part: ids.tolist() for part, ids in parts.items()}, lambda i: repr(folder.paths[i])
     )
@@ -127,14 +128,15 @@ def as_image_set(
     keep  these become black images that are told as unreadable, and no other changes its place; else they are left out.
           Then `folder` has the notes on what images look like already
 
-    The labeled images come first in the training set, then the unlabeled ones, each in the order of their paths.
+    The labeled images come first in the training set, then the unlabeled ones, last those for validation, each in the
+    order of their paths. Mean and std are those of the first two.
     Needs no `check` before it. Raises ValueError as `leave_out` does, or if memory cannot hold the images.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    order = torch.cat([folder.labeled, folder.unlabeled, folder.test])
+    order = torch.cat([_training(folder), folder.test])
     images = _room(len(order), size, channels)
     pixels = images.numpy()
 
@@ -166,24 +168,13 @@ def as_image_set(
     if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
             pixels[row] = pixels[old]
-    train = torch.cat([left.labeled, left.unlabeled])
-    train_images = images[: len(train)]
-    mean, std = moments(train_images)
+    n = len(left.paths) - len(left.test)
     rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
-    n = len(train)
-    data = ImageSet(
-        "folder",
-        left.classes,
-        train_images,
-        left.label[train],
-        images[len(train) : len(left.paths)],
-        left.label[left.test],
-        mean,
-        std,
-        labeled=torch.arange(len(left.labeled)),
-        names=[left.paths[i] for i in train.tolist()],
-        test_names=[left.paths[i] for i in left.test.tolist()],
-        root=str(left.root),
+    data = _image_set(
+        left,
+        images[:n],
+        images[n : len(left.paths)],
+        moments(images[: n - len(left.val)]),
         notes=tuple(notes),
         damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
         unreadable={row: why for row, why in rows.items() if row < n},
@@ -201,10 +192,11 @@ def as_file_set(
 ) -> ImageSet:
     """Images that stay in their files, to be streamed as [size, size, channels]. `check` the folder first.
 
-    Mean and std are those of MOMENTS training images, spread evenly over the set.
+    Its order is that of `as_image_set`. Mean and std are those of MOMENTS training images, spread evenly over the set.
     """
-    train = torch.cat([folder.labeled, folder.unlabeled])
-    some = train[torch.linspace(0, len(train) - 1, min(MOMENTS, len(train))).round().long()].tolist()
+    train = _training(folder)
+    n = len(train) - len(folder.val)
+    some = train[torch.linspace(0, n - 1, min(MOMENTS, n)).round().long()].tolist()
 
     def read(i: int) -> Tensor | None:
         try:
@@ -216,23 +208,40 @@ def as_file_set(
     found = [image for image in in_order(read, some, threads) if image is not None]
     if not found:
         raise ValueError(f"none of {len(some):,} images of {str(folder.root)!r} can be read any more")
-    mean, std = moments(torch.stack(found))
+    none = torch.empty(0, size, size, channels, dtype=torch.uint8)
+    return _image_set(
+        folder, none, none, moments(torch.stack(found)), notes=tuple(folder.notes), in_files=True
+    )
+
+
+def _image_set(
+    folder: Folder,
+    train_images: Tensor,
+    test_images: Tensor,
+    mean_and_std: tuple[tuple[float, ...], tuple[float, ...]],
+    **more: Any,
+) -> ImageSet:
+    train, n_val = _training(folder), len(folder.val)
     return ImageSet(
         "folder",
         folder.classes,
-        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        train_images,
         folder.label[train],
-        torch.empty(0, size, size, channels, dtype=torch.uint8),
+        test_images,
         folder.label[folder.test],
-        mean,
-        std,
+        *mean_and_std,
         labeled=torch.arange(len(folder.labeled)),
+        val=torch.arange(len(train) - n_val, len(train)) if n_val else None,
         names=[folder.paths[i] for i in train.tolist()],
-        notes=tuple(folder.notes),
         test_names=[folder.paths[i] for i in folder.test.tolist()],
         root=str(folder.root),
-        in_files=True,
+        **more,
     )
+
+
+def _training(folder: Folder) -> Tensor:  # int64 [N]
+    """The places of the training set's images, in its order."""
+    return torch.cat([folder.labeled, folder.unlabeled, folder.val])
 
 
 def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8

@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import struct
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.data.arrays import read_arrays
+from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.split import stratified_split
 from ups_fast.files import home
 from ups_fast.machine import memory_bytes
-
-if TYPE_CHECKING:
-    from ups_fast.data.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A data set in memory, on the CPU.
-
-    train_labels are the truth: they give the labeled part its labels and serve reports on the rest.
-    `labeled` holds the labeled indices into train where the data set itself decides them (npz), else None.
-    """
-
-    name: str
-    classes: list[str]
-    train_images: Tensor  # [N, H, W, C] uint8
-    train_labels: Tensor  # [N] int64, -1 where the truth is unknown
-    test_images: Tensor  # [M, H, W, C] uint8
-    test_labels: Tensor  # [M] int64
-    mean: tuple[float, ...]  # [C], of pixels in [0, 1]
-    std: tuple[float, ...]  # [C], above 0
-    labeled: Tensor | None = None  # [L] int64, ascending
-    names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
-    test_names: list[str] | None = None  # [M] likewise
-    root: str | None = None  # folder of these files
-    in_files: bool = False  # images stay in them: train_images and test_images are [0, S, S, C]
-    notes: tuple[str, ...] = ()  # sentences for the user
-    damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read and was left out
-    # Images that are gone since a run began, black here: their positions, each with a sentence.
-    unreadable: Mapping[int, str] = field(default_factory=dict)  # of the training set
-    test_unreadable: Mapping[int, str] = field(default_factory=dict)
-    manifest: Manifest | None = None  # of files: what a run compares at every start
+from ups_fast.words import line_of
 
 
 def load_set(name: str, root: str) -> ImageSet:
@@ -66,8 +34,9 @@ def load_set(name: str, root: str) -> ImageSet:
     fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
                    them) or as torchvision stores them; otherwise downloaded
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
-                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1) and, where the
-                   truth of unlabeled images is known, y_unlabeled (-1: unknown for this image)
+                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
+                   images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
+                   for this image)
 
     Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
     """
@@ -77,7 +46,7 @@ def load_set(name: str, root: str) -> ImageSet:
         "cifar100": _cifar100,
         "svhn": _svhn,
         "fashion_mnist": _fashion_mnist,
-        "npz": _npz,
+        "npz": read_arrays,
     }
     if name not in readers:
         raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")
@@ -87,8 +56,10 @@ def load_set(name: str, root: str) -> ImageSet:
 def _looked_at(data: ImageSet) -> ImageSet:
     """With a note on images of a single color."""
     n, n_labeled = len(data.train_images), 0 if data.labeled is None else len(data.labeled)
+    n_val = 0 if data.val is None else len(data.val)
     rows = plain_rows(data.train_images.numpy()) + [n + i for i in plain_rows(data.test_images.numpy())]
     starts = {"labeled": 0, "unlabeled": n_labeled} if data.labeled is not None else {"training": 0}
+    starts |= {"validation": n - n_val} if n_val else {}
     starts["test"] = n
     ends = [*list(starts.values())[1:], n + len(data.test_images)]
     parts = {part: range(start, end) for (part, start), end in zip(starts.items(), ends, strict=True)}
@@ -98,22 +69,6 @@ def _looked_at(data: ImageSet) -> ImageSet:
         return f"{part} image {i - ids.start:,}"
 
     return replace(data, notes=(*data.notes, *notes_on_looks({i: [PLAIN] for i in rows}, parts, name)))
-
-
-def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
-    """Mean and std per channel of pixels in [0, 1], from exact sums. A constant channel gets std 1."""
-    n = images[..., 0].numel()
-    total = torch.zeros(images.shape[-1], dtype=torch.int64)
-    squares = torch.zeros_like(total)
-    for chunk in images.split(4096):  # a wide copy of all images at once would take gigabytes
-        wide = chunk.to(torch.int32)
-        total += wide.sum((0, 1, 2))
-        squares += wide.square().sum((0, 1, 2))
-    mean = tuple(s / n / 255 for s in total.tolist())
-    variance = [
-        (n * q - s * s) / n**2 / 255**2 for s, q in zip(total.tolist(), squares.tolist(), strict=True)
-    ]
-    return mean, tuple(v**0.5 if v > 0 else 1.0 for v in variance)
 
 
 # --- digits -------------------------------------------------------------------------------------------------
@@ -148,9 +103,8 @@ def _torchvision(name: str, kind: Any, root: Path, by_hand: str, **part: Any) ->
     try:
         return kind(root, download=True, **part)
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{name} is not complete in {str(root)!r} (data.root) and could not be downloaded ({reason}); "
+            f"{name} is not complete in {str(root)!r} (data.root) and could not be downloaded ({line_of(error)}); "
             f"without a network, put {by_hand} into that folder"
         ) from error
 
@@ -316,180 +270,3 @@ def _check_belongs(data: ImageSet, root: Path) -> ImageSet:
             f"the files in {str(root)!r} (data.root) do not belong together as {data.name}: they have {what}"
         )
     return data
-
-
-# --- the user's own arrays ----------------------------------------------------------------------------------
-
-_NPZ_ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
-
-
-def _npz(path: Path) -> ImageSet:
-    arrays = _npz_arrays(path)
-    x_labeled, x_unlabeled, x_test = (
-        _npz_images(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test")
-    )
-    for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test)):
-        if images.shape[1:] != x_labeled.shape[1:]:
-            raise ValueError(
-                "all images must have one size and number of channels, "
-                f"got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}"
-            )
-
-    y_labeled = _npz_labels(arrays, "y_labeled", len(x_labeled), lowest=0)
-    y_test = _npz_labels(arrays, "y_test", len(x_test), lowest=0)
-    y_unlabeled = torch.full((len(x_unlabeled),), -1)
-    if "y_unlabeled" in arrays:
-        y_unlabeled = _npz_labels(arrays, "y_unlabeled", len(x_unlabeled), lowest=-1)
-
-    known = set(y_labeled.tolist())
-    n_classes = max(known) + 1
-    if missing := list(islice((c for c in range(n_classes) if c not in known), 5)):
-        some = ", ".join(map(str, missing))
-        raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
-    if n_classes < 2:
-        raise ValueError("y_labeled must hold at least two classes, got only class 0")
-    for key, labels in (("y_test", y_test), ("y_unlabeled", y_unlabeled)):
-        if strange := labels[labels >= n_classes].unique().tolist():
-            some = ", ".join(map(str, strange[:5]))
-            raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
-
-    train_images = torch.cat([x_labeled, x_unlabeled])
-    mean, std = moments(train_images)
-    return ImageSet(
-        "npz",
-        [str(c) for c in range(n_classes)],
-        train_images,
-        torch.cat([y_labeled, y_unlabeled]),
-        x_test,
-        y_test,
-        mean,
-        std,
-        labeled=torch.arange(len(x_labeled)),
-    )
-
-
-def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled.
-
-    What the archive and the arrays' headers claim is held against the file, and against memory, before an array is
-    made.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    place = ""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {str(path)!r} (data.root)")
-    try:
-        if not path.is_file():
-            raise ValueError("it is a folder" if path.is_dir() else "it is no regular file")
-        with open(path, "rb") as start:
-            if start.read(2) != b"PK":
-                raise ValueError("it is not an .npz archive")
-        with zipfile.ZipFile(path) as archive:
-            members = _npz_members(archive)
-            if lacking := [key for key in _NPZ_ARRAYS if key not in members]:
-                return _npz_refused(
-                    path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}"
-                )
-            if unknown := [key for key in members if key not in (*_NPZ_ARRAYS, "y_unlabeled")]:
-                known = f"{', '.join(_NPZ_ARRAYS)} and y_unlabeled"
-                return _npz_refused(path, f"has {', '.join(unknown)}; known arrays are {known}")
-            sizes = {}
-            for key, member in members.items():
-                place = f" at {key}"
-                sizes[key] = _npz_size(archive, member)
-            needed = sum(sizes.values()) + sizes["x_labeled"] + sizes["x_unlabeled"]  # these become one array
-            if needed > memory_bytes():
-                raise MemoryError
-            for key, member in members.items():
-                place = f" at {key}"
-                with archive.open(member) as file:
-                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
-    except MemoryError:
-        raise ValueError(
-            f"the arrays of {str(path)!r} (data.root) take {needed / 2**30:,.1f} GiB to read, and this machine has "
-            f"{memory_bytes() / 2**30:,.1f}: keep fewer or smaller images in x_unlabeled, or store them as image files "
-            "for data.name=folder, which need not be in memory"
-        ) from None
-    except _NpzRefused:
-        raise
-    except Exception as error:  # whatever a stranger's bytes may cause
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {why}"
-        ) from error
-    return arrays
-
-
-class _NpzRefused(ValueError):
-    """The archive is sound, and is not what is asked for."""
-
-
-def _npz_refused(path: Path, why: str) -> dict[str, np.ndarray]:
-    raise _NpzRefused(f"{str(path)!r} (data.root) {why}")
-
-
-def _npz_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
-        key = member.filename.removesuffix(".npy")
-        if key in members:
-            raise ValueError(f"it has two arrays of the name {key!r}")
-        if member.flag_bits & 1:
-            raise ValueError(f"{key!r} is encrypted: store it without a password")
-        members[key] = member
-    return members
-
-
-def _npz_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Bytes of an array by its header, which must be that of plain numbers and fit the file."""
-    if member.compress_size > os.path.getsize(str(archive.filename)):
-        raise ValueError("it is longer than the file")
-    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > 1040 * (member.compress_size + 64):
-        raise ValueError("its size cannot be right: no data shrink so far")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        follows = member.file_size - file.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    if dtype.kind not in "biuf" or dtype.subdtype:
-        raise ValueError(f"it must hold plain numbers, got {str(dtype)[:100]}")
-    if min(shape, default=0) < 0 or (claimed := math.prod(shape) * dtype.itemsize) != follows:
-        raise ValueError(
-            f"its header says {dtype!s} {list(shape)[:8]}, which the {follows:,} bytes after it are not"
-        )
-    return claimed
-
-
-def _npz_images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8
-    array = arrays[key]
-    got = f"{array.dtype} {list(array.shape)}"
-    channels_last = array.ndim == 4 and array.shape[3] in (1, 3)
-    if array.ndim == 4 and array.shape[1] in (1, 3) and not channels_last:
-        raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose(0, 2, 3, 1)")
-    if array.dtype != np.uint8 or not (array.ndim == 3 or channels_last):
-        raise ValueError(f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], got {got}")
-    if array.size == 0:
-        raise ValueError(f"{key} must not be empty, got {got}")
-    images = torch.from_numpy(np.ascontiguousarray(array))
-    return images if images.ndim == 4 else images.unsqueeze(-1)
-
-
-def _npz_labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: int) -> Tensor:  # [N] int64
-    array = arrays[key]
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"{key} must be integer labels [N], got {array.dtype} {list(array.shape)}")
-    if len(array) != n_images:
-        raise ValueError(
-            f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n_images}"
-        )
-    if array.min() < lowest:
-        raise ValueError(f"{key} must be at least {lowest}, got {array.min()}")
-    if array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{key} must be at most 2**63 - 1, got {array.max()}")
-    return torch.from_numpy(array.astype(np.int64))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ups_fast.data.cells import read_cell
-from ups_fast.words import many
+from ups_fast.words import are, many
 
-PARTS = LABELED, UNLABELED, TEST = "labeled", "unlabeled", "test"
+PARTS = LABELED, UNLABELED, TEST, VAL = "labeled", "unlabeled", "test", "val"
+
+NAMES = {TEST: "test", VAL: "validation"}  # what images of these parts are called
 
 Row = tuple[str, str]  # a part, and a class or ""
 Rows = dict[str, Row]  # by path
@@ -26,10 +28,10 @@ _DELIMITERS = ",;\t|"
 def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     """The images that a table lists, by their paths relative to its folder.
 
-    It has a line of column names with path, label (empty: unlabeled) and perhaps split (train, test or empty); other
-    columns are ignored. Fields are separated by commas, or as spreadsheets in Europe do by semicolons or tabs; the text
-    is UTF-8, or UTF-16 with its byte order mark. Cells may be written by `cells.write_cell`. Paths may have any Unicode
-    form, backslashes, or blanks around them: what is there decides.
+    It has a line of column names with path, label (empty: unlabeled) and perhaps split (train, val, test or empty).
+    Other columns are ignored. Fields are separated by commas, or as spreadsheets in Europe do by semicolons or tabs;
+    the text is UTF-8, or UTF-16 with its byte order mark. Cells may be written by `cells.write_cell`. Paths may have
+    any Unicode form, backslashes, or blanks around them: what is there decides.
 
     Raises ValueError with one sentence that names the line. `problems` gets one where no file is there.
     """
@@ -70,15 +72,11 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
         )
     elif tree.other_case:
         notes.append(
-            f"{many(tree.missing, 'file')} that {where} lists {_is(tree.missing)} not there{tree.other_case}"
+            f"{many(tree.missing, 'file')} that {where} lists {are(tree.missing)} not there{tree.other_case}"
         )
     if repeated:
         notes.append(f"{many(repeated, 'row')} of {where} repeated others and were left out")
     return rows
-
-
-def _is(n: int) -> str:
-    return "is" if n == 1 else "are"
 
 
 def _text(file: Path) -> str:
@@ -125,11 +123,11 @@ def _row(row: Mapping[str, str], tree: Tree, line: str) -> tuple[str, Row]:
     split = row.get("split", "").strip().lower()
     if not path.strip() or "\0" in path:
         raise ValueError(f"{line} must have a path, got {path!r}")
-    if split not in ("", "train", "test"):
-        raise ValueError(f"{line} must have the split train, test or nothing, got {split!r}")
-    if split == "test" and not label:
-        raise ValueError(f"{line} is a test image and must have a label, got none")
-    part = TEST if split == "test" else LABELED if label else UNLABELED
+    if split not in ("", "train", VAL, TEST):
+        raise ValueError(f"{line} must have the split train, val, test or nothing, got {split!r}")
+    if split in NAMES and not label:
+        raise ValueError(f"{line} is a {NAMES[split]} image and must have a label, got none")
+    part = split if split in NAMES else LABELED if label else UNLABELED
     return tree.find(path), (part, label)
 
 

@@ -34,12 +34,11 @@ class PseudoLabelOptions(ConsistencyOptions):
 class PseudoLabel(Consistency):
     Options = PseudoLabelOptions
     two_views = False
+    turn: Tensor  # float32 [], 0 for labeled and 1 for unlabeled steps of variant=alternate
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.register_buffer(
-            "turn", torch.zeros(())
-        )  # 0 for labeled, 1 for unlabeled steps of variant=alternate
+        self.register_buffer("turn", torch.zeros(()))
 
     def targets(self, known: Known) -> Targets:
         """By variant=round, the last round's labels of all unlabeled images, too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.models.network import Chain, Dropout, Network
 from ups_fast.models.pretrained import imported, load_weights
+from ups_fast.words import did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
 _SIZED = {"vit": "image_size", "maxvit": "input_size"}  # families of torchvision that are built for one size
@@ -124,8 +124,7 @@ def _check_name(name: str, short: str, names: list[str], other: str) -> None:
         return
     if other:
         raise ValueError(f"{name} is not an image classifier but of {other}")
-    near = [f"{name.partition(':')[0]}:{found}" for found in difflib.get_close_matches(short[:100], names)]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    hint = did_you_mean(short, names, lambda near: f"{name.partition(':')[0]}:{near}", most=3)
     raise ValueError(f"there is no network {name[:100]!r}{hint}")
 
 

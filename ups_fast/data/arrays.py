@@ -1,0 +1,198 @@
+"""The user's own arrays, in an .npz file: checked before memory is taken, and read into an ImageSet."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.machine import memory_bytes
+from ups_fast.words import line_of
+
+_ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
+_OPTIONAL = ("y_unlabeled", "x_val", "y_val")
+
+
+def read_arrays(path: Path) -> ImageSet:
+    """An .npz file as `load_set` describes it. Raises ValueError or FileNotFoundError with one sentence."""
+    arrays = _checked(path)
+    x_labeled, x_unlabeled, x_test = (_images(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test"))
+    x_val = _images(arrays, "x_val") if "x_val" in arrays else x_labeled[:0]
+    for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test), ("x_val", x_val)):
+        if images.shape[1:] != x_labeled.shape[1:]:
+            raise ValueError(
+                "all images must have one size and number of channels, "
+                f"got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}"
+            )
+
+    y_labeled = _labels(arrays, "y_labeled", len(x_labeled), lowest=0)
+    y_test = _labels(arrays, "y_test", len(x_test), lowest=0)
+    y_val = _labels(arrays, "y_val", len(x_val), lowest=0) if len(x_val) else y_labeled[:0]
+    y_unlabeled = torch.full((len(x_unlabeled),), -1)
+    if "y_unlabeled" in arrays:
+        y_unlabeled = _labels(arrays, "y_unlabeled", len(x_unlabeled), lowest=-1)
+
+    known = set(y_labeled.tolist())
+    n_classes = max(known) + 1
+    if missing := list(islice((c for c in range(n_classes) if c not in known), 5)):
+        some = ", ".join(map(str, missing))
+        raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
+    if n_classes < 2:
+        raise ValueError("y_labeled must hold at least two classes, got only class 0")
+    for key, labels in (("y_test", y_test), ("y_val", y_val), ("y_unlabeled", y_unlabeled)):
+        if strange := labels[labels >= n_classes].unique().tolist():
+            some = ", ".join(map(str, strange[:5]))
+            raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
+
+    train_images, n = torch.cat([x_labeled, x_unlabeled, x_val]), len(x_labeled) + len(x_unlabeled)
+    mean, std = moments(train_images[:n])
+    return ImageSet(
+        "npz",
+        [str(c) for c in range(n_classes)],
+        train_images,
+        torch.cat([y_labeled, y_unlabeled, y_val]),
+        x_test,
+        y_test,
+        mean,
+        std,
+        labeled=torch.arange(len(x_labeled)),
+        val=torch.arange(n, n + len(x_val)) if len(x_val) else None,
+    )
+
+
+def _checked(path: Path) -> dict[str, np.ndarray]:
+    """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled.
+
+    What the archive and the arrays' headers claim is held against the file, and against memory, before an array is
+    made.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    place = ""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r} (data.root)")
+    try:
+        if not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "it is no regular file")
+        with open(path, "rb") as start:
+            if start.read(2) != b"PK":
+                raise ValueError("it is not an .npz archive")
+        with zipfile.ZipFile(path) as archive:
+            members = _members(archive)
+            if lacking := [key for key in _ARRAYS if key not in members]:
+                return _refused(path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}")
+            known = (*_ARRAYS, *_OPTIONAL)
+            if unknown := [key for key in members if key not in known]:
+                said = f"{', '.join(known[:-1])} and {known[-1]}"
+                return _refused(path, f"has {', '.join(unknown)}; known arrays are {said}")
+            if ("x_val" in members) != ("y_val" in members):
+                got, other = ("x_val", "y_val") if "x_val" in members else ("y_val", "x_val")
+                return _refused(path, f"has {got} but lacks {other}: give both or neither")
+            sizes = {}
+            for key, member in members.items():
+                place = f" at {key}"
+                sizes[key] = _size(archive, member)
+            # These become one array.
+            needed = sum(sizes.values()) + sum(
+                sizes.get(key, 0) for key in ("x_labeled", "x_unlabeled", "x_val")
+            )
+            if needed > memory_bytes():
+                raise MemoryError
+            for key, member in members.items():
+                place = f" at {key}"
+                with archive.open(member) as file:
+                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    except MemoryError:
+        raise ValueError(
+            f"the arrays of {str(path)!r} (data.root) take {needed / 2**30:,.1f} GiB to read, and this machine has "
+            f"{memory_bytes() / 2**30:,.1f}: keep fewer or smaller images in x_unlabeled, or store them as image files "
+            "for data.name=folder, which need not be in memory"
+        ) from None
+    except _Refused:
+        raise
+    except Exception as error:  # whatever a stranger's bytes may cause
+        raise ValueError(
+            f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {line_of(error)}"
+        ) from error
+    return arrays
+
+
+class _Refused(ValueError):
+    """The archive is sound, and is not what is asked for."""
+
+
+def _refused(path: Path, why: str) -> dict[str, np.ndarray]:
+    raise _Refused(f"{str(path)!r} (data.root) {why}")
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        key = member.filename.removesuffix(".npy")
+        if key in members:
+            raise ValueError(f"it has two arrays of the name {key!r}")
+        if member.flag_bits & 1:
+            raise ValueError(f"{key!r} is encrypted: store it without a password")
+        members[key] = member
+    return members
+
+
+def _size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Bytes of an array by its header, which must be that of plain numbers and fit the file."""
+    if member.compress_size > os.path.getsize(str(archive.filename)):
+        raise ValueError("it is longer than the file")
+    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > 1040 * (member.compress_size + 64):
+        raise ValueError("its size cannot be right: no data shrink so far")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        follows = member.file_size - file.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if dtype.kind not in "biuf" or dtype.subdtype:
+        raise ValueError(f"it must hold plain numbers, got {str(dtype)[:100]}")
+    if min(shape, default=0) < 0 or (claimed := math.prod(shape) * dtype.itemsize) != follows:
+        raise ValueError(
+            f"its header says {dtype!s} {list(shape)[:8]}, which the {follows:,} bytes after it are not"
+        )
+    return claimed
+
+
+def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8
+    array = arrays[key]
+    got = f"{array.dtype} {list(array.shape)}"
+    channels_last = array.ndim == 4 and array.shape[3] in (1, 3)
+    if array.ndim == 4 and array.shape[1] in (1, 3) and not channels_last:
+        raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose(0, 2, 3, 1)")
+    if array.dtype != np.uint8 or not (array.ndim == 3 or channels_last):
+        raise ValueError(f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], got {got}")
+    if array.size == 0:
+        raise ValueError(f"{key} must not be empty, got {got}")
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    return images if images.ndim == 4 else images.unsqueeze(-1)
+
+
+def _labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: int) -> Tensor:  # [N] int64
+    array = arrays[key]
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{key} must be integer labels [N], got {array.dtype} {list(array.shape)}")
+    if len(array) != n_images:
+        raise ValueError(
+            f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n_images}"
+        )
+    if array.min() < lowest:
+        raise ValueError(f"{key} must be at least {lowest}, got {array.min()}")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{key} must be at most 2**63 - 1, got {array.max()}")
+    return torch.from_numpy(array.astype(np.int64))

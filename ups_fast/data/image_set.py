@@ -1,0 +1,60 @@
+"""What every data set is read into: images with their labels, and what a run has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ups_fast.data.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set in memory, on the CPU.
+
+    train_labels are the truth: they give the labeled part its labels and serve reports on the rest.
+    `labeled` holds the labeled indices into train where the data set itself decides them (npz), else None.
+    """
+
+    name: str
+    classes: list[str]
+    train_images: Tensor  # [N, H, W, C] uint8
+    train_labels: Tensor  # [N] int64, -1 where the truth is unknown
+    test_images: Tensor  # [M, H, W, C] uint8
+    test_labels: Tensor  # [M] int64
+    mean: tuple[float, ...]  # [C], of pixels in [0, 1]
+    std: tuple[float, ...]  # [C], above 0
+    labeled: Tensor | None = None  # [L] int64, ascending
+    # [V] int64, ascending: validation images among the training set's ids; nothing trains on them.
+    val: Tensor | None = None
+    names: list[str] | None = None  # [N] the file of each training image, where it has one of its own
+    test_names: list[str] | None = None  # [M] likewise
+    root: str | None = None  # folder of these files
+    in_files: bool = False  # images stay in them: train_images and test_images are [0, S, S, C]
+    notes: tuple[str, ...] = ()  # sentences for the user
+    damaged: tuple[str, ...] = ()  # likewise, one for each file that could not be read and was left out
+    # Images that are gone since a run began, black here: their positions, each with a sentence.
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # of the training set
+    test_unreadable: Mapping[int, str] = field(default_factory=dict)
+    manifest: Manifest | None = None  # of files: what a run compares at every start
+
+
+def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
+    """Mean and std per channel of pixels in [0, 1], from exact sums. A constant channel gets std 1."""
+    n = images[..., 0].numel()
+    total = torch.zeros(images.shape[-1], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(4096):  # a wide copy of all images at once would take gigabytes
+        wide = chunk.to(torch.int32)
+        total += wide.sum((0, 1, 2))
+        squares += wide.square().sum((0, 1, 2))
+    mean = tuple(s / n / 255 for s in total.tolist())
+    variance = [
+        (n * q - s * s) / n**2 / 255**2 for s, q in zip(total.tolist(), squares.tolist(), strict=True)
+    ]
+    return mean, tuple(v**0.5 if v > 0 else 1.0 for v in variance)

@@ -1,0 +1,209 @@
+"""report.html: what came of a run, on one page without links to others, with report.png in it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ups_fast import config_file
+from ups_fast.calibration import recall
+from ups_fast.config import Config
+from ups_fast.data.classes import uneven
+from ups_fast.files import write_atomic
+from ups_fast.report.figure import draw
+from ups_fast.report.sentences import Rows, headline, percent, summary
+from ups_fast.selection import PseudoLabels
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1f2933; --muted: #52606d; --rule: #d9dee3; --ground: #ffffff; --tint: #f5f7fa;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --muted: #9aa5b1; --rule: #3a444f; --ground: #14181d; --tint: #1e242b; }
+}
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p, li { max-width: 46rem; }
+.muted { color: var(--muted); }
+img { display: block; width: 100%; margin: 1.5rem 0; border-radius: 8px; background: #ffffff; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+pre { background: var(--tint); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .88rem; }
+"""
+
+_READING = """
+<li><b>Accuracy by round:</b> the first point is the network trained on the labels alone. Where pseudo-labels help,
+ the test curve rises above it.</li>
+<li><b>What was selected:</b> the dashed line is all unlabeled images. Good bars grow towards it and show few wrong
+ labels.</li>
+<li><b>Is the confidence right?</b> On the diagonal, confidence equals accuracy. Below it the network is
+ overconfident. The expected calibration error (ECE) is the mean distance.</li>
+<li><b>Confidence and uncertainty:</b> labels in the tinted corner pass both limits and are trained on, except for
+ those that the class balance leaves out. Few of them should be wrong.</li>
+"""
+
+
+def write_report(
+    run_dir: str | Path,
+    rows: Rows,
+    pseudo_labels: PseudoLabels,  # of the last round: U samples, on the CPU
+    truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
+    cfg: Config,
+    classes: Sequence[str],  # C names
+    *,
+    labeled: int | None = None,  # how many images; None: as the config says
+    class_labels: Sequence[int] | None = None,  # [C] labeled images of each class; None: not known
+    class_tests: Sequence[int] | None = None,  # [C] test images likewise
+    class_vals: Sequence[int] | None = None,  # [C] validation images likewise
+    notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
+) -> tuple[Path, Path]:
+    """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
+    truth = torch.full_like(pseudo_labels.label, -1) if truth is None else truth
+    image = io.BytesIO()
+    labeled = cfg.data.n_labels if labeled is None else labeled
+    draw(rows, pseudo_labels, truth, cfg, labeled).savefig(image, format="png", dpi=144)
+    png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
+    write_atomic(png, image.getvalue())
+    counts = {"labeled": class_labels, "validation images": class_vals, "test images": class_tests}
+    table = _class_table(rows[-1], pseudo_labels, truth, classes, counts)
+    if class_labels and (note := uneven(classes, class_labels)):
+        notes = [note, *notes]
+    text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table)
+    write_atomic(page, text.encode("utf-8", "replace"))
+    return png, page
+
+
+def _page(
+    rows: Rows,
+    pseudo_labels: PseudoLabels,
+    truth: Tensor,
+    cfg: Config,
+    classes: Sequence[str],
+    notes: Sequence[str],
+    image: bytes,
+    class_table: tuple[list[str], list[list[str]]],
+) -> str:
+    """The whole of report.html: one file without links to others."""
+    title = html.escape(headline(rows, cfg))
+    settings = html.escape(config_file.write(asdict(cfg)))
+    picture = base64.b64encode(image).decode()
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    wrong = rows[-1].get("test_mistakes") or []
+    pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
+    confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
+    confused += _table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
+    data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{html.escape(summary(rows, pseudo_labels, truth, cfg))}</p>
+<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
+ src="data:image/png;base64,{picture}">
+<h2>How to read the charts</h2>
+<ul>{_READING}</ul>
+<h2>Rounds</h2>
+{_table(*_round_table(rows))}
+<h2>Classes, last round</h2>
+<p class="muted">Recall is the share of a class's images that get its label. Correct is the share of a class's
+ positive pseudo-labels that are right.</p>
+{_table(*class_table)}
+{confused}{data}<h2>Settings</h2>
+<pre>{settings}</pre>
+</main>
+</body>
+</html>
+"""
+
+
+def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    head = [
+        "round",
+        "test",
+        "positives",
+        "correct",
+        "negatives",
+        "correct",
+        "on images",
+        "ECE",
+        "ECE selected",
+        "ECE test, without dropout",
+        "time",
+    ]
+    body = [
+        [
+            str(row["round"]),
+            percent(row["test_acc"]),
+            f"{row['positives']:,}",
+            percent(row["positive_acc"]),
+            f"{row['negatives']:,}",
+            percent(row["negative_acc"]),
+            f"{row['negative_samples']:,}",
+            _decimals(row["ece"]),
+            _decimals(row["ece_selected"]),
+            _decimals(row.get("test_ece")),
+            f"{row['seconds']:.1f} s",
+        ]
+        for row in rows
+    ]
+    return head, body
+
+
+def _class_table(
+    row: Mapping[str, Any],  # of the last round
+    pseudo_labels: PseudoLabels,
+    truth: Tensor,
+    classes: Sequence[str],
+    counts: Mapping[str, Sequence[int] | None],  # by the name of a column: [C] images of each class
+) -> tuple[list[str], list[list[str]]]:
+    """Columns that nothing is known of are left out."""
+    n, names = len(classes), range(len(classes))
+    positive = [pseudo_labels.positive & (pseudo_labels.label == c) for c in names]
+    judged = [truth[each & (truth >= 0)] for each in positive]
+    columns: dict[str, Sequence[str]] = {"class": classes, "number": list(map(str, names))}
+    for name, count in counts.items():
+        if count is not None:
+            columns[name] = [f"{each:,}" for each in count]
+    if (found := row.get("test_recall")) is not None:
+        columns["test recall"] = list(map(percent, found))
+    if bool((truth >= 0).any()):
+        columns["unlabeled recall"] = list(map(percent, recall(pseudo_labels.label, truth, n)))
+    columns["positives"] = [f"{int(each.sum()):,}" for each in positive]
+    columns["correct"] = [
+        percent(float((each == c).double().mean()) if len(each) else None) for c, each in enumerate(judged)
+    ]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = "\n".join(line("td", cells) for cells in body)
+    head_line = line("th", head)
+    return f'<div class="wide"><table>\n<thead>{head_line}</thead>\n<tbody>\n{lines}\n</tbody></table></div>'
+
+
+def _decimals(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

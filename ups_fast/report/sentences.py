@@ -1,0 +1,114 @@
+"""What the rounds have come to, in sentences: for the console, the picture and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ups_fast.calibration import interval
+from ups_fast.config import Config
+from ups_fast.models.saved import BEST
+from ups_fast.selection import PseudoLabels
+
+Rows = Sequence[Mapping[str, Any]]  # one mapping per round, as in metrics.jsonl
+
+
+def headline(rows: Rows, cfg: Config) -> str:
+    """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
+    name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "folder") else cfg.data.name
+    first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
+    if len(rows) == 1:
+        return f"{name}: test accuracy {percent(last)} after one round"
+    return f"{name}: test accuracy {percent(first)} → {percent(last)} in {len(rows)} rounds"
+
+
+def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
+    last, unlabeled = rows[-1], len(pseudo_labels.index)
+    kept = f"{last['positives']:,} of {unlabeled:,} unlabeled images have a positive pseudo-label"
+    if last["positive_acc"] is not None:
+        kept += f", {percent(last['positive_acc'])} of them correct"
+    told = f"{last['negative_samples']:,} others have negative ones"
+    if last["negative_acc"] is not None:
+        told += f", {percent(last['negative_acc'])} of which are correct"
+    known = int((truth >= 0).sum())
+    if known == 0:
+        told += ". The true classes of the unlabeled images are not known, so these labels cannot be checked"
+        if guess := test_guess(last):
+            told += f". {guess}"
+    elif known < unlabeled:
+        told += f" (checked on the {known:,} images whose true class is known)"
+    if last["test_acc"] is None:
+        return f"No test image could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
+    step = ""
+    if len(rows) > 1 and rows[0]["test_acc"] is not None:
+        step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
+    right = f"The network is right on {percent(last['test_acc'])} of the test images{step}."
+    return f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)}".replace("  ", " ")
+
+
+def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
+    """What uncertainty has done."""
+    if not math.isfinite(cfg.select.kappa_p):
+        return ""
+    sure = pseudo_labels.confidence >= cfg.select.tau_p
+    doubted = int((sure & ~pseudo_labels.candidate).sum())
+    said = f"Of {int(sure.sum()):,} confident labels {doubted:,} were too uncertain (std above {cfg.select.kappa_p:g})"
+    dropped = int((pseudo_labels.candidate & ~pseudo_labels.positive).sum())
+    return said + (f", and {dropped:,} more were left out to balance the classes." if dropped else ".")
+
+
+def advice(rows: Rows, cfg: Config) -> str:
+    """What to do where the rounds have made the network worse; else empty."""
+    train, select = cfg.train, cfg.select
+    settings = {
+        "more train.epochs": True,
+        "a higher select.tau_p": True,
+        "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
+        "a higher train.labeled_repeats": train.labeled_repeats == 1,
+        f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,
+        "augmentation (data.ops)": not cfg.data.ops,
+    }
+    help_ = [words for words, open_ in settings.items() if open_]
+    best = max(rows, key=lambda row: (row["test_acc"] or 0, row["round"]))
+    if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
+        return ""
+    return (
+        f"The last round is worse than round 0 on the test images. {BEST} holds the network of round {best['round']} "
+        f"({percent(best['test_acc'])}). What may help: {', '.join(help_)}."
+    )
+
+
+def test_guess(row: Mapping[str, Any]) -> str:
+    """A sentence on what the selection does to test images; empty where it was not tried."""
+    if (count := row.get("test_positives")) is None:
+        return ""
+    of_all = sum(each[0] for each in row["test_bins"]["all"])
+    right = ""
+    if count:
+        low, high = interval(row["test_positive_acc"], count)
+        share = f"{percent(row['test_positive_acc'])} of them with the right label"
+        right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
+    took = f"The same thresholds select {count:,} of {of_all:,} test images{right}"
+    return f"{took}. This estimates how good the pseudo-labels are"
+
+
+def recall_line(row: Mapping[str, Any], classes: Sequence[str], most: int = 10) -> str:
+    """The test recall of each class, the lowest first, for a console; empty where it is not known."""
+    found = [
+        (each, name)
+        for each, name in zip(row.get("test_recall") or [], classes, strict=False)
+        if each is not None
+    ]
+    if not found:
+        return ""
+    lowest = sorted(found, key=lambda each: each[0])[:most]
+    more = f" and {len(found) - most:,} more" if len(found) > most else ""
+    return f"test recall by class, lowest first: {', '.join(f'{n!r} {percent(r)}' for r, n in lowest)}{more}"
+
+
+def percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"

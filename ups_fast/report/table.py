@@ -1,0 +1,78 @@
+"""Tables of labels: pseudo_labels.csv of a run, and the rows that `predict` writes of new images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from ups_fast.data.cells import csv_line, write_cell
+from ups_fast.files import write_atomic
+from ups_fast.reference import Selection, unpack_mask
+from ups_fast.selection import PseudoLabels
+
+
+def write_pseudo_labels(
+    path: str | Path,
+    pseudo_labels: PseudoLabels,  # U samples, on the CPU
+    classes: Sequence[str],  # C names
+    *,
+    first: int = 0,  # the training set's index that counts as 0
+    names: Sequence[str] | None = None,  # [N] the file of each training image
+) -> None:
+    """Writes one line per unlabeled sample, in columns:
+
+    index       its place in the training set; of one's own arrays, in x_unlabeled
+    label       number of the class, -1 where the network gave no finite answer or the image could not be read
+    confidence  mean probability of the label over the passes; nan for label -1
+    std         standard deviation of that probability; nan for label -1
+    positive    1 if the label is trusted, else 0
+    negative    numbers of the classes that it surely is not, separated by spaces
+    name        the label's class name
+    path        the image's file, where it has one, as in the folder or table that was read
+
+    A name or path that a spreadsheet would run as a formula begins with an apostrophe more; `scan` takes it away again.
+    """
+    table = io.StringIO(newline="")
+    columns = ["index", "label", "confidence", "std", "positive", "negative", "name"]
+    write = label_table(table, [*columns, "path"] if names else columns)
+    for index, row in zip(pseudo_labels.index.tolist(), label_rows(pseudo_labels, classes), strict=True):
+        write({**row, "index": str(index - first), "path": names[index] if names else ""})
+    # A file's name may be no text.
+    write_atomic(Path(path), table.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, str]], None]:
+    """Begins a table of labels and returns what writes a row by the names of its columns."""
+    file.write(csv_line(columns))
+
+    def write(row: Mapping[str, str]) -> None:
+        # Numbers are the table's own and stay numbers: -1 is no formula.
+        text = ("name", "path", "error")
+        file.write(csv_line(write_cell(row[name]) if name in text else row[name] for name in columns))
+
+    return write
+
+
+def label_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Of each sample the columns of `write_pseudo_labels` that a network's answer gives."""
+    columns = zip(
+        found.label.tolist(),
+        found.confidence.numpy(),  # float32 prints as few digits as give the same number back
+        found.std.numpy(),
+        found.positive.int().tolist(),
+        unpack_mask(found.negative, len(classes)).numpy(),
+        strict=True,
+    )
+    for label, confidence, std, positive, negative in columns:
+        yield {
+            "label": str(label),
+            "confidence": str(confidence),
+            "std": str(std),
+            "positive": str(positive),
+            "negative": " ".join(map(str, np.flatnonzero(negative))),
+            "name": classes[label] if label >= 0 else "",
+        }

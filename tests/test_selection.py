@@ -17,10 +17,12 @@ from ups_fast.models import Dropout, build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import (
+    Evaluation,
     PseudoLabels,
     balance,
     drop_negatives,
     ece,
+    evaluate,
     interval,
     mc_dropout,
     passes_over,
@@ -481,3 +483,69 @@ def test_report_without_truth_counts_but_does_not_judge(truth: Tensor | None) ->
     numbers = report(six_samples(), truth, 34)
     assert (numbers["positives"], numbers["negatives"], numbers["negative_samples"]) == (3, 6, 3)
     assert [numbers[key] for key in ("positive_acc", "negative_acc", "ece", "ece_selected")] == [None] * 4
+
+
+# Evaluation.
+
+
+class Reader(nn.Module):
+    """Says class k with certainty for an image of pixel k; NaN for pixel 9."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixel = (images[:, 0, 0, 0] * 255).round()
+        logits = 20 * nn.functional.one_hot(pixel.long(), 10).float()
+        return torch.where(pixel[:, None] == 9, math.nan, logits)
+
+
+def evaluate_pixels(pixels: list[int], labels: list[int]) -> Evaluation:
+    images = torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 1, 1)
+    resident = ResidentImages(images, mean=(0.0,), std=(1.0,), device="cpu")
+    return evaluate(Reader(), resident, torch.tensor(labels, dtype=torch.int64), batch_size=3)
+
+
+def test_evaluate() -> None:
+    got = evaluate_pixels([0, 1, 2, 3, 9, 9, 4], [0, 1, 5, 3, 9, 0, 4])
+    assert got.correct.tolist() == [True, True, False, True, False, False, True], "a NaN is never right"
+    assert got.confidence.isnan().tolist() == [False] * 4 + [True, True, False]
+    assert torch.allclose(got.confidence[~got.confidence.isnan()], torch.ones(5))
+
+
+def test_lost_images_are_not_tested() -> None:
+    images = torch.tensor([0, 1, 2, 3], dtype=torch.uint8).view(-1, 1, 1, 1)
+    resident = ResidentImages(
+        images, mean=(0.0,), std=(1.0,), device="cpu", unreadable={2: "gone", 0: "gone"}
+    )
+    got = evaluate(Reader(), resident, torch.tensor([5, 1, 5, 0]), batch_size=3)
+    assert (
+        got.index.tolist() == [1, 3]
+        and got.correct.tolist() == [True, False]
+        and got.label.tolist() == [1, 3]
+    )
+
+
+def test_some_of_the_images_are_evaluated() -> None:
+    """A validation part: `index` says which images the labels belong to, and the result where in it each stands."""
+    pixels = torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8).view(-1, 1, 1, 1)
+    images = ResidentImages(pixels, mean=(0.0,), std=(1.0,), device="cpu", unreadable={1: "gone"})
+    got = evaluate(Reader(), images, torch.tensor([4, 1, 0]), torch.tensor([4, 1, 2]), batch_size=2)
+    assert got.index.tolist() == [0, 2] and got.correct.tolist() == [True, False]
+    assert got.label.tolist() == [4, 2]
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = evaluate(Reader(), images, none, none)
+    assert all(len(each) == 0 for each in empty)
+
+
+def test_evaluate_is_without_dropout_and_leaves_the_model_training() -> None:
+    torch.manual_seed(0)
+    model = build("wrn-10-1", n_classes=5, channels=1, size=8, dropout=0.5).train()
+    pixels = torch.randint(0, 256, (9, 8, 8, 1), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = ResidentImages(
+        pixels, mean=(0.5,), std=(0.5,), device="cpu", policy=Policy(flip=True, crop=1, cutout=2)
+    )
+    first, second = (evaluate(model, images, torch.zeros(9, dtype=torch.int64)) for _ in range(2))
+    assert torch.equal(first.confidence, second.confidence)
+    assert model.training
+    with torch.no_grad():
+        probability = torch.softmax(model.eval()(images.clean(torch.arange(9))), dim=1)
+    assert torch.allclose(first.confidence, probability.max(dim=1).values, atol=1e-6)
+    assert torch.equal(first.correct, probability.argmax(dim=1) == 0)

@@ -23,7 +23,9 @@ N, SIZE, SEED = 24, 12, 2**60 + 7
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 POLICIES = {
     "weak": Policy(flip=True, crop=2),
-    "strong": Policy(flip=True, crop=2, ops=(("Rotate", (-20.0, 20.0)), ("Invert", (0.0,))), n_ops=1, cutout=4),
+    "strong": Policy(
+        flip=True, crop=2, ops=(("Rotate", (-20.0, 20.0)), ("Invert", (0.0,))), n_ops=1, cutout=4
+    ),
 }
 LAYOUT = Layout(
     (

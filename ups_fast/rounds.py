@@ -37,6 +37,7 @@ from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, say, stop_
 from ups_fast.files import RunFolderError
 from ups_fast.methods import Known, Layout, Look, Targets
 from ups_fast.selection import (
+    Evaluation,
     PseudoLabels,
     ece,
     evaluate,
@@ -267,17 +268,13 @@ class _Round:
         """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         run, state, data, watch = self.run, self.state, self.run.data, self.watch
         method, n_classes = run.method, len(data.classes)
-        size, network = run.labeling_rows(), method.answers
+        network = method.answers
+        val_acc = None
         with watch.overhead():
-            test = evaluate(network, run.test_images, data.test_labels, batch_size=size, forward=run.forward)
-            val = evaluate(
-                network,
-                run.images,
-                data.train_labels[state.val],
-                state.val,
-                batch_size=size,
-                forward=run.forward,
-            )
+            test = self._evaluate(run.test_images, data.test_labels)
+            if len(state.val):
+                val = self._evaluate(run.images, data.train_labels[state.val], state.val)
+                val_acc = or_none(val.correct.double().mean())
         self._check_answers(test.label)
         balanced = state.round < run.cfg.select.balance_rounds
         found = method.keep(
@@ -291,7 +288,6 @@ class _Round:
             guess = test_selection(
                 self._label("labeling test images", run.test_images, index), data.test_labels
             )
-        val_acc = or_none(val.correct.double().mean())
         best = val_acc is not None and val_acc >= max((row["val_acc"] or 0 for row in state.rows), default=0)
         with watch.overhead():
             method.end_round(Look(found, data.train_labels, state.labeled, self._features))
@@ -360,6 +356,10 @@ class _Round:
         )
         watch.progress.remove_task(bar)
         return found.cpu()
+
+    def _evaluate(self, images: Images, labels: Tensor, index: Tensor | None = None) -> Evaluation:
+        run, size = self.run, self.run.labeling_rows()
+        return evaluate(run.method.answers, images, labels, index, batch_size=size, forward=run.forward)
 
     def _features(self, index: Tensor) -> Tensor:
         run = self.run

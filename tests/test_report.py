@@ -318,7 +318,12 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
     )
     said.select = replace(cfg.select, balance_rounds=100)
     assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
-    assert "best.safetensors holds the network of round 2 (85.0 %)" in report.advice(rows, cfg)
+    assert "A run with data.val_share keeps the network of the best round, too." in report.advice(rows, cfg)
+    judged = [{**row, "val_acc": acc} for row, acc in zip(rows, (0.5, 0.9, 0.9, 0.7), strict=True)]
+    assert (
+        "best.safetensors holds that of round 2, the best on the validation images (90.0 %)."
+        in report.advice(judged, cfg)
+    )
     _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):

@@ -190,7 +190,7 @@ def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(map(torch.equal, best.values(), kept[2].values()))
     assert all(map(torch.equal, last.values(), kept[4].values()))
     (result.folder / "best.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"it has no best\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no best network: it has no best\.safetensors"):
         ups_fast.load_model(result.folder, best=True)
 
 

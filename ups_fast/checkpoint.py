@@ -45,7 +45,7 @@ from ups_fast.words import shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
 MODEL = "model.safetensors"  # the network of the last round
-BEST = "best.safetensors"  # of the round of highest test accuracy
+BEST = "best.safetensors"  # of the round of highest accuracy on the validation part, where there is one
 READABLE = "readable.json"  # which files of a folder have been found good
 TENSORBOARD = "tb"
 # All that a run writes. In its folder each must be a regular file itself, or not there.
@@ -260,8 +260,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     Args:
         run_dir: the folder of the run; ~ stands for the home folder.
         device: as in a config: auto, cpu, cuda or cuda:N.
-        best: the network of the round with the highest test accuracy, the later one where two are equal. It was chosen
-            by the test images, so its accuracy on them is a little too high.
+        best: the network of the round with the highest accuracy on the validation images, the later one where two are
+            equal. Only a run with a validation part (data.val_share) has it.
 
     Returns:
         The network, an `nn.Module`.
@@ -283,7 +283,9 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     if not path.exists():
         why = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
         why = "it is a file" if folder.is_file() else why
-        raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
+        if best and (folder / MODEL).exists():
+            why += ", which only a run with a validation part has (data.val_share)"
+        raise FileNotFoundError(f"run_dir={run_dir} holds no {'best' if best else 'trained'} network: {why}")
     try:
         open_regular(path).close()  # safetensors would wait for a pipe
         with safetensors.safe_open(path, "pt") as file:

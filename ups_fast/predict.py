@@ -246,7 +246,7 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="use the network of the round with the highest test accuracy instead of the last one",
+        help="use the network of the round with the highest validation accuracy instead of the last one",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)

@@ -475,12 +475,14 @@ def advice(rows: Rows, cfg: Config) -> str:
         "augmentation (data.ops)": not cfg.data.ops,
     }
     help_ = [words for words, open_ in settings.items() if open_]
-    best = max(rows, key=lambda row: (row["test_acc"] or 0, row["round"]))
+    best = max(rows, key=lambda row: (row.get("val_acc") or 0, row["round"]))
+    kept = "A run with data.val_share keeps the network of the best round, too"
+    if (accuracy := best.get("val_acc")) is not None:
+        kept = f"{BEST} holds that of round {best['round']}, the best on the validation images ({_percent(accuracy)})"
     if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
         return ""
     return (
-        f"The last round is worse than round 0 on the test images. {BEST} holds the network of round {best['round']} "
-        f"({_percent(best['test_acc'])}). What may help: {', '.join(help_)}."
+        f"The last round is worse than round 0 on the test images. {kept}. What may help: {', '.join(help_)}."
     )
 
 

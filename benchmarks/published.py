@@ -159,6 +159,81 @@ def training_step(
     return value
 
 
+# FixMatch as its PyTorch ports have it: two loaders with Pillow workers, a joint eager step ---------------------------
+
+
+def strong_augment(picture: Image.Image, n: int = 2, m: int = 10) -> Image.Image:
+    """RandAugment as FixMatch draws it: n operations, each with a magnitude of 1 to m and by half of all chances."""
+    for operation, low, high in random.choices(OPERATIONS, k=n):
+        if random.random() < 0.5:
+            picture = operation(picture, random.randint(1, m) / 30 * (high - low) + low)
+    return _square(picture, 16)
+
+
+class TwoViews(Dataset):
+    """Each image in the weak view, and in the strong one where `strong`."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        strong: bool,
+    ) -> None:
+        self.images, self.targets, self.strong = images.numpy(), targets.numpy(), strong
+        self.weak = transforms.Compose(
+            [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect")]
+        )
+        self.clean = clean_transform(mean, std)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        picture = Image.fromarray(self.images[index])
+        weak = self.clean(self.weak(picture))
+        if not self.strong:
+            return weak, torch.tensor(self.targets[index])
+        return weak, self.clean(strong_augment(self.weak(picture)))
+
+
+def fixmatch_batches(
+    labeled: TwoViews, unlabeled: TwoViews, size: int, mu: int, workers: int
+) -> Iterator[list[Tensor]]:
+    """Without end: images, targets, weak and strong views."""
+    loaders = [
+        DataLoader(each, rows, sampler=RandomSampler(each), num_workers=workers, drop_last=True)
+        for each, rows in ((labeled, size), (unlabeled, size * mu))
+    ]
+    while True:
+        for first, second in zip(*loaders, strict=False):
+            yield [*first, *second]
+
+
+def fixmatch_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: list[Tensor],
+    device: str,
+    tau: float = 0.95,
+) -> float:
+    images, targets, weak, strong = (part.to(device) for part in batch)
+    size = len(images)
+    logits = model(torch.cat([images, weak, strong]))
+    logits_weak, logits_strong = logits[size:].chunk(2)
+    supervised = F.cross_entropy(logits[:size], targets)
+    confidence, label = logits_weak.detach().softmax(dim=-1).max(dim=-1)
+    mask = confidence.ge(tau).float()
+    loss = supervised + (F.cross_entropy(logits_strong, label, reduction="none") * mask).mean()
+    loss.backward()
+    value = loss.item()
+    optimizer.step()
+    model.zero_grad()
+    return value
+
+
 def clean_transform(mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
     return transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
 

@@ -18,12 +18,13 @@ import torch
 
 from ups_fast import report
 from ups_fast.calibration import report as numbers
-from ups_fast.calibration import test_selection as of_test_images  # pytest would call it by its own name
+from ups_fast.calibration import selection_on_test as of_test_images
 from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
 from ups_fast.report.figure import MOST_POINTS, draw
+from ups_fast.report.sentences import chosen
 from ups_fast.selection import PseudoLabels, drop_negatives
 
 NASTY = [
@@ -320,7 +321,6 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
     )
     said.select = replace(cfg.select, balance_rounds=100)
     assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
-    assert "best.safetensors holds the network of round 2 (85.0 %)" in report.advice(rows, cfg)
     _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):
@@ -515,3 +515,14 @@ def test_the_page_names_the_most_frequent_mistakes(tmp_path, cfg):
     rows = [{**row, "test_mistakes": []} for row in rows]
     _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, [f"{c}" for c in range(8)])
     assert "Most frequent mistakes" not in page.read_text()
+
+
+def test_the_best_network_is_chosen_on_validation_images_or_not_at_all(cfg):
+    rows = [
+        {"round": i, "val_acc": each, "test_acc": 1 - each} for i, each in enumerate([0.5, 0.75, 0.75, 0.7])
+    ]
+    assert chosen(rows) == (
+        "best.safetensors holds the network of round 2, the best on validation images (75.0 %)."
+    )
+    rows = [{**row, "val_acc": None} for row in rows]
+    assert chosen(rows).startswith("There are no validation images")

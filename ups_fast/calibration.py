@@ -39,7 +39,7 @@ def reliability(
     )
 
 
-def test_selection(
+def selection_on_test(
     pseudo_labels: PseudoLabels,  # of test images, on the host
     truth: Tensor,  # int64 [U]
 ) -> dict[str, Any]:

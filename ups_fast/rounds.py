@@ -21,7 +21,7 @@ from ups_fast.calibration import (
     recall,
     reliability,
     report,
-    test_selection,
+    selection_on_test,
     top_confusions,
 )
 from ups_fast.checkpoint import (
@@ -60,6 +60,7 @@ class Result:
     pseudo_labels: PseudoLabels  # of the last round
     truth: Tensor  # int64 [U], in the order of `pseudo_labels`, -1 where unknown
     labeled: Tensor  # int64 [L], into the training set
+    val: Tensor  # int64 [V], likewise
     unreadable: list[
         str
     ]  # sentences on files that could not be read any more, from which nothing was learned
@@ -83,7 +84,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
     found = PseudoLabels(**state.pseudo_labels)
-    return Result(job.folder, state.rows, found, job.truth, state.labeled, unreadable)
+    return Result(job.folder, state.rows, found, job.truth, state.labeled, state.val, unreadable)
 
 
 def rounds(run: Run, console: Console) -> Iterator[Row]:
@@ -132,7 +133,9 @@ def resume(run: Run, console: Console) -> None:
         f"{len(data.test_labels):,} test images; {run.cfg.model.name} on {run.device}"
     )
     labeled = class_counts(data.train_labels[state.labeled], len(data.classes))
-    console.print(classes_line(data.classes, labeled, class_counts(data.test_labels, len(data.classes))))
+    tests = class_counts(data.test_labels, len(data.classes))
+    vals = class_counts(data.train_labels[state.val], len(data.classes)) if len(state.val) else None
+    console.print(classes_line(data.classes, labeled, tests, vals))
     if note := uneven(data.classes, labeled):
         console.print(note)
     mode, dtype, why = run.step.plan
@@ -281,7 +284,7 @@ class _Round:
         guess = {}
         if not (run.truth >= 0).any():
             index = torch.arange(len(data.test_labels))
-            guess = test_selection(
+            guess = selection_on_test(
                 self._label("labeling test images", run.test_images, index), data.test_labels
             )
         val_acc = or_none(val.correct.double().mean())
@@ -437,14 +440,14 @@ def check_unreadable(run: Run, watch: Watch) -> None:
 def worries(row: Row, run: Run) -> Iterator[str]:
     """What the user should know of a round's selection."""
     each, gone, classes = row["per_class_positives"], run.images.unreadable, run.data.classes
+    epochs = "train.epochs" if run.method.continues else "train.round0_epochs"
     none = [repr(name) for name, n in zip(classes, each, strict=True) if not n]
     if not row["positives"] and not row["negatives"]:
         yield "nothing was selected. More epochs or a lower select.tau_p may help"
     elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
         yield (
             f"nearly all positives are of class {classes[each.index(max(each))]!r}. If the images are "
-            "not, the network does not tell the classes apart yet: more train.round0_epochs or a lower train.lr may "
-            "help"
+            f"not, the network does not tell the classes apart yet: more {epochs} or a lower train.lr may help"
         )
     elif row["positives"] > 20 and none:
         more = f" and {len(none) - 3:,} more" * (len(none) > 3)

@@ -107,7 +107,7 @@ def _train(cfg: config.Config) -> None:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.pseudo_labels, data.classes, first=first, names=data.names)
-        labels = data.train_labels[result.labeled]
+        labels, val = data.train_labels[result.labeled], result.val
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -118,6 +118,7 @@ def _train(cfg: config.Config) -> None:
             labeled=len(labels),
             class_labels=class_counts(labels, len(data.classes)),
             class_tests=class_counts(data.test_labels, len(data.classes)),
+            class_vals=class_counts(data.train_labels[val], len(data.classes)) if len(val) else None,
             notes=[*data.notes, *data.damaged, *unreadable],
         )
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ups_fast.calibration import Reliability, ece, reliability
 from ups_fast.config import Config
-from ups_fast.report.sentences import Rows, headline
+from ups_fast.report.sentences import Rows, headline, one_training
 from ups_fast.selection import PseudoLabels
 
 if TYPE_CHECKING:
@@ -62,9 +62,12 @@ def draw(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, la
 
 
 def _subline(pseudo_labels: PseudoLabels, cfg: Config, labeled: int) -> str:
+    rounds = "Round 0 trained on the labeled images alone."
+    if one_training(cfg):
+        rounds = f"Rounds are parts of one training by {cfg.method.name}."
     return (
         f"{labeled:,} labeled and {len(pseudo_labels.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
-        f"Round 0 trained on the labeled images alone."
+        f"{rounds}"
     )
 
 

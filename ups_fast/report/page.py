@@ -19,7 +19,7 @@ from ups_fast.config import Config
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
 from ups_fast.report.figure import draw
-from ups_fast.report.sentences import Rows, headline, percent, summary
+from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
 from ups_fast.selection import PseudoLabels
 
 _STYLE = """
@@ -45,9 +45,14 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 pre { background: var(--tint); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .88rem; }
 """
 
-_READING = """
+_FIRST_POINT = {
+    False: """
 <li><b>Accuracy by round:</b> the first point is the network trained on the labels alone. Where pseudo-labels help,
- the test curve rises above it.</li>
+ the test curve rises above it.</li>""",
+    True: """
+<li><b>Accuracy by round:</b> the points are stages of one training. The curve should rise to its end.</li>""",
+}
+_READING = """
 <li><b>What was selected:</b> the dashed line is all unlabeled images. Good bars grow towards it and show few wrong
  labels.</li>
 <li><b>Is the confidence right?</b> On the diagonal, confidence equals accuracy. Below it the network is
@@ -122,7 +127,7 @@ def _page(
 <img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
-<ul>{_READING}</ul>
+<ul>{_FIRST_POINT[one_training(cfg)]}{_READING}</ul>
 <h2>Rounds</h2>
 {_table(*_round_table(rows))}
 <h2>Classes, last round</h2>
@@ -138,9 +143,11 @@ def _page(
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    judged = rows[-1].get("val_acc") is not None
     head = [
         "round",
         "test",
+        *(["validation"] if judged else []),
         "positives",
         "correct",
         "negatives",
@@ -155,6 +162,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         [
             str(row["round"]),
             percent(row["test_acc"]),
+            *([percent(row["val_acc"])] if judged else []),
             f"{row['positives']:,}",
             percent(row["positive_acc"]),
             f"{row['negatives']:,}",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ups_fast.calibration import interval
 from ups_fast.config import Config
+from ups_fast.methods import METHODS
 from ups_fast.models.saved import BEST
 from ups_fast.selection import PseudoLabels
 
@@ -21,9 +22,16 @@ def headline(rows: Rows, cfg: Config) -> str:
     """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
     name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "folder") else cfg.data.name
     first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
+    if one_training(cfg):
+        return f"{name}: test accuracy {percent(last)} by {cfg.method.name}"
     if len(rows) == 1:
         return f"{name}: test accuracy {percent(last)} after one round"
     return f"{name}: test accuracy {percent(first)} → {percent(last)} in {len(rows)} rounds"
+
+
+def one_training(cfg: Config) -> bool:
+    """Whether the rounds are parts of one training, so that round 0 is no network of labels alone."""
+    return METHODS[cfg.method.name].continues
 
 
 def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
@@ -44,10 +52,21 @@ def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config)
     if last["test_acc"] is None:
         return f"No test image could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
     step = ""
-    if len(rows) > 1 and rows[0]["test_acc"] is not None:
+    if len(rows) > 1 and rows[0]["test_acc"] is not None and not one_training(cfg):
         step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
     right = f"The network is right on {percent(last['test_acc'])} of the test images{step}."
-    return f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)}".replace("  ", " ")
+    sentences = f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows)}"
+    return " ".join(sentences.split())
+
+
+def chosen(rows: Rows) -> str:
+    """By what the best network was chosen."""
+    judged = [row for row in rows if row.get("val_acc") is not None]
+    if not judged:
+        return "There are no validation images, so no round was chosen as the best."
+    best = max(judged, key=lambda row: (row["val_acc"], row["round"]))
+    right = percent(best["val_acc"])
+    return f"{BEST} holds the network of round {best['round']}, the best on validation images ({right})."
 
 
 def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
@@ -73,13 +92,9 @@ def advice(rows: Rows, cfg: Config) -> str:
         "augmentation (data.ops)": not cfg.data.ops,
     }
     help_ = [words for words, open_ in settings.items() if open_]
-    best = max(rows, key=lambda row: (row["test_acc"] or 0, row["round"]))
-    if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0):
+    if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0) or one_training(cfg):
         return ""
-    return (
-        f"The last round is worse than round 0 on the test images. {BEST} holds the network of round {best['round']} "
-        f"({percent(best['test_acc'])}). What may help: {', '.join(help_)}."
-    )
+    return f"The last round is worse than round 0 on the test images. What may help: {', '.join(help_)}."
 
 
 def test_guess(row: Mapping[str, Any]) -> str:

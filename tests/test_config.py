@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from ups_fast import config, config_file
+from ups_fast.build import prepare
 from ups_fast.config import KEYS, METHOD_KEYS, RENAMED, Config, load, validate
+from ups_fast.data import ImageSet, load_set
 from ups_fast.machine import pick_device
 from ups_fast.methods import METHODS
 
@@ -186,12 +188,12 @@ def test_text_that_is_written_is_read_back(text):
         ("train.epochs=0", "train.epochs must be in [1, 1000000], got 0"),
         ("train.batch_size=0", "train.batch_size must be in [1, 1000000], got 0"),
         ("select.batch_size=-1", "select.batch_size must be in [0, 1000000], got -1"),
-        ("recipe=papper", "recipe must be one of none, paper, fast, got 'papper' (did you mean paper?)"),
+        ("recipe=papper", "recipe must be one of none, paper, fast, fixmatch, got 'papper' (did you mean paper?)"),
         ("data.name=folder", "data.n_labels must be 0 for folder, where the files say what is labeled"),
         ("data.size=32", "data.size is for data.name=folder, images of digits keep theirs, got 32"),
         ("data.channels=2", "data.channels must be 1 or 3, got 2"),
         ("data.test_share=1", "data.test_share must be in (0, 1), got 1.0"),
-        ("recipe=3", "recipe must be one of none, paper, fast, got '3'"),
+        ("recipe=3", "recipe must be one of none, paper, fast, fixmatch, got '3'"),
         ("train.lr=0", "train.lr must be in (0, 1000], got 0.0"),
         ("train.lr=inf", "train.lr must be in (0, 1000], got inf"),
         ("train.momentum=1", "train.momentum must be in [0, 1), got 1.0"),
@@ -412,6 +414,11 @@ def test_a_key_of_another_method_is_unknown_and_says_whose_it_is(base, write):
     assert "(did you mean method.schedule?)" in refusal(base, "method.shedule=x", "method.name=self_training")
 
 
+def test_the_help_names_every_method():
+    text = " ".join(config.help_text().split())
+    assert f"docs/methods.md explains each method. [{' | '.join(METHODS)}]" in text
+
+
 def test_an_unknown_method_has_a_hint(base, write):
     said = refusal(base, "method.name=self_traning")
     assert said.startswith("method.name must be one of ups, supervised, self_training")
@@ -482,12 +489,15 @@ def test_config_files_load_and_say_only_what_differs(path):
     if path.name in ("npz.yaml", "folder.yaml"):  # the examples that show everything
         assert list(given) == list(KEYS)
     else:
+        base = {name: key.default for name, key in config.keys(cfg).items()}
+        if cfg.recipe != "none":
+            base |= config._read(config.RECIPES / f"{cfg.recipe}.yaml")
         del given["data.name"]  # which is always said
-        assert [name for name, value in given.items() if KEYS[name].default == value] == []
+        assert [name for name, value in given.items() if base[name] == value] == []
 
 
 def test_the_files_have_names_of_their_own():
-    assert len({path.stem for path in FILES}) == len(FILES) == 10
+    assert len({path.stem for path in FILES}) == len(FILES) == 31
 
 
 @pytest.mark.parametrize(
@@ -512,6 +522,45 @@ def test_paper_configs_are_the_published_settings(name, n_labels, first_batch, b
     select = cfg.select
     assert (select.tau_p, select.tau_n, select.kappa_p, select.kappa_n) == (0.70, 0.05, 0.05, 0.005)
     assert (select.temp_nl, select.passes) == (2.0, 10)
+
+
+PUBLISHED = sorted((CONFIGS / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_settings_of_a_method(path):
+    """2^20 steps on 50,000 images, the optimizer of FixMatch, and a run that begins."""
+    cfg = load(path)
+    data, train, n_labels = cfg.data, cfg.train, cfg.data.n_labels
+    assert path.stem == f"{cfg.method.name}_{data.name}_{n_labels}" and cfg.recipe == "fixmatch"
+    large = data.name == "cifar100"
+    assert (n_labels, cfg.model.name) == ((10000, "wrn-28-8") if large else (4000, "wrn-28-2"))
+    assert (cfg.model.dropout, cfg.model.activation, train.decay_norms) == (0.0, "leaky_relu", False)
+    assert (data.flip, data.crop, train.momentum) == (True, 4, 0.9)
+    assert train.weight_decay == (1e-3 if large else 5e-4)
+    if cfg.method.name != "meta_pseudo_labels":
+        got = train.batch_size, train.lr, train.cosine, train.ema, cfg.model.bn_momentum
+        assert got == (64, 0.03, 7 / 16, 0.999, 0.001)
+    cfg.model.name = "wrn-10-1"  # the published network says nothing new, and takes seconds to make
+    classes, n = [str(c) for c in range(100 if large else 10)], n_labels + 1000
+    pixels, labels = torch.zeros(n, 32, 32, 3, dtype=torch.uint8), torch.arange(n) % len(classes)
+    test = pixels[:10], labels[:10]
+    made = ImageSet(data.name, classes, pixels, labels, *test, (0.5,) * 3, (0.3,) * 3)
+    run = prepare(cfg, made)
+    assert run.method.two_views == bool(data.ops)
+    sizes = {"labeled": n_labels, "unlabeled": 50_000 - n_labels}
+    steps = train.rounds * train.epochs * run.method.lay_out(sizes, train.batch_size).steps
+    want = 300_000 if cfg.method.name == "meta_pseudo_labels" else 2**20
+    assert abs(steps - want) < 0.003 * want
+
+
+def test_passes_of_a_method_need_dropout():
+    cfg = load(CONFIGS / "digits.yaml", ["method.name=fixmatch", "method.uncertainty=passes"])
+    prepare(cfg, load_set("digits", ""))
+    cfg = load(CONFIGS / "methods/fixmatch_cifar10_4000.yaml", ["method.uncertainty=passes"])
+    cfg.data.n_labels, cfg.train.batch_size = 40, 32
+    with pytest.raises(ValueError, match=r"^method\.uncertainty=passes needs model\.dropout above 0, got 0"):
+        prepare(cfg, load_set("digits", ""))
 
 
 # What nobody should write --------------------------------------------------------------------------

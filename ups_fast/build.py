@@ -436,6 +436,10 @@ def _check_method(
             f"{name} compares a weak view of each image with a strong one, but data.ops is empty: set data.ops=ups, "
             "and data.cutout to half of the images' side"
         )
+    if getattr(method.options, "uncertainty", "off") == "passes" and not cfg.model.dropout:
+        raise ValueError(
+            "method.uncertainty=passes needs model.dropout above 0, got 0: without it all passes are equal"
+        )
     for key in ("batch_size", *(["round0_batch_size"] if train.round0_batch_size else [])):
         with naming_key(f"{name} with train.{key}={getattr(train, key)}"):
             method.check({"labeled": labeled, "unlabeled": unlabeled}, getattr(train, key))

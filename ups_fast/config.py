@@ -11,7 +11,7 @@ import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +196,9 @@ class SelectConfig:
 class Config:
     recipe: str = key(
         "none",
-        "Settings to start from, which the file then changes. none: the defaults. paper: the published ones. fast: "
-        "ours for small budgets.",
-        choices=("none", "paper", "fast"),
+        "Settings to start from, which the file then changes. none: the defaults. paper: the published ones of UPS. "
+        "fixmatch: those of FixMatch and its relatives. fast: ours for small budgets.",
+        choices=("none", "paper", "fast", "fixmatch"),
     )
     seed: int = key(0, "All randomness of the run derives from this number.", within="[0, inf]")
     run_dir: str = key("", "Folder for all files of the run. Empty: runs/<name of the config file>.")
@@ -231,14 +231,21 @@ _GROUPS: dict[str, type] = {
     "method": Options,
     "select": SelectConfig,
 }
+
+
+def _keys(cls: type, prefix: str) -> Iterator[Key]:
+    for each in keys_of(cls, prefix):
+        yield replace(each, choices=tuple(METHODS)) if each.name == "method.name" else each
+
+
 # The keys of every run; those of its method are beside them in `keys`.
 KEYS: dict[str, Key] = {
     each.name: each
     for prefix, cls in [("", Config)] + [(f"{group}.", cls) for group, cls in _GROUPS.items()]
-    for each in keys_of(cls, prefix)
+    for each in _keys(cls, prefix)
 }
 METHOD_KEYS = {
-    name: {each.name: each for each in keys_of(method.Options, "method.")} for name, method in METHODS.items()
+    name: {each.name: each for each in _keys(method.Options, "method.")} for name, method in METHODS.items()
 }
 # Old names, which work for one release.
 RENAMED = {

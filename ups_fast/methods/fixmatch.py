@@ -36,7 +36,7 @@ class ConsistencyOptions(Options):
     weight: float = key(1.0, "Weight of the loss on unlabeled images.", within="[0, 1000]")
     uncertainty: str = key(
         "off",
-        "passes: an unlabeled image must be certain, too: the standard deviation of its label's probability over "
+        "What else an unlabeled image must be. passes: certain. The standard deviation of its label's probability over "
         "method.passes passes with dropout is below select.kappa_p.",
         choices=("off", "passes"),
     )

@@ -91,12 +91,7 @@ class Setting:
 class Options:
     """The keys that every method has."""
 
-    name: str = key(
-        "ups",
-        "How to learn from unlabeled images: ups, supervised, self_training, pseudo_label, fixmatch, flexmatch, "
-        "freematch, softmatch, dash, uda, comatch, mean_teacher, cps, label_propagation, em or meta_pseudo_labels. "
-        "docs/methods.md explains them.",
-    )
+    name: str = key("ups", "How to learn from unlabeled images. docs/methods.md explains each method.")
 
 
 class Method(nn.Module):

@@ -457,6 +457,16 @@ def test_a_checkpoint_that_contradicts_itself(
     refused(folder, f"{wrong} cannot be right; move it away to start over")
 
 
+def test_a_folder_of_an_older_version(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("mc_layers:", "dropouts:"))
+    refused(
+        folder,
+        "was begun by an older ups_fast, whose runs this one cannot go on with: choose another run_dir",
+    )
+
+
 def test_a_checkpoint_beyond_the_last_round(uninterrupted: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     state = checkpoint.load_checkpoint(folder)

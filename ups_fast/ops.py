@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
 from .reference import REDUCTIONS, Reduction, Selection
 
 # Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
-INTERFACE = 2
+INTERFACE = 3
 
 try:
     from . import _C  # registers the kernels
@@ -65,6 +66,17 @@ _lib.define(
 _lib.define(
     "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor? negative, Tensor scale,"
     " Tensor? weight=None, float label_smoothing=0.0) -> Tensor d_logits",
+    tags=_tags,
+)
+# target: the pseudo-label of each row that counts, or -1.
+_lib.define(
+    "fixmatch_loss(Tensor strong, Tensor weak, Tensor? class_tau, float tau, float temperature, int reduction,"
+    " Tensor? weight=None) -> (Tensor loss, Tensor mask, Tensor target, Tensor scale)",
+    tags=_tags,
+)
+_lib.define(
+    "fixmatch_loss_backward(Tensor d_loss, Tensor strong, Tensor target, Tensor scale, Tensor? weight=None)"
+    " -> Tensor d_strong",
     tags=_tags,
 )
 _lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor", tags=_tags)
@@ -147,6 +159,37 @@ def ups_loss(
         _of_loss(weight, logits),
         float(label_smoothing),
     )[0]
+
+
+def fixmatch_loss(
+    strong: Tensor,  # [B, C]
+    weak: Tensor,  # [B, C]
+    *,
+    tau: float | Tensor = 0.95,  # or float [C]
+    temperature: float = 1.0,
+    weight: Tensor | None = None,  # float [B]
+    reduction: Reduction = "batchmean",
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not _has_kernels(strong):
+        return reference.fixmatch_loss(
+            strong,
+            weak,
+            tau=tau,
+            temperature=temperature,
+            weight=weight,
+            reduction=reduction,
+            return_mask=return_mask,
+        )
+    tau, temperature = reference.check_fixmatch_loss(
+        strong, weak, tau, temperature, weight, reduction, return_mask
+    )
+    class_tau, tau = (_of_loss(tau, strong), 1.0) if isinstance(tau, Tensor) else (None, tau)
+    code = REDUCTIONS.index(reduction)
+    loss, mask, _, _ = torch.ops.ups_fast.fixmatch_loss.default(
+        strong, weak.detach(), class_tau, tau, temperature, code, _of_loss(weight, strong)
+    )
+    return (loss, mask) if return_mask else loss
 
 
 def _of_loss(x: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -323,7 +366,7 @@ def _lifted(real: Tensor, device: torch.device) -> Tensor:
     return torch.ops.aten.lift_fresh(real).to(device)
 
 
-for _function in (mc_select, nce_loss, ups_loss, counter_dropout, mish, augment_plan, augment):
+for _function in (mc_select, nce_loss, ups_loss, fixmatch_loss, counter_dropout, mish, augment_plan, augment):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
 
 
@@ -417,6 +460,22 @@ def _(logits, target, positive, negative, reduction=1, weight=None, label_smooth
     return loss, logits.new_empty(2, dtype=dtype)
 
 
+@torch.library.register_fake("ups_fast::fixmatch_loss", lib=_lib)
+def _(strong, weak, class_tau, tau, temperature, reduction, weight=None):
+    dtype = _compute_dtype(strong)
+    return (
+        strong.new_empty(strong.shape[:1] if reduction == 0 else (), dtype=dtype),
+        strong.new_empty(strong.shape[0], dtype=torch.bool),
+        strong.new_empty(strong.shape[0], dtype=torch.int64),
+        strong.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("ups_fast::fixmatch_loss_backward", lib=_lib)
+def _(d_loss, strong, target, scale, weight=None):
+    return strong.new_empty(strong.shape)
+
+
 def _elementwise(x: Tensor) -> Tensor:
     """Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them."""
     if x.is_contiguous():
@@ -491,6 +550,14 @@ class _Op(torch.autograd.Function):
         return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
 
 
+def _gradient(ctx: Any, *inputs: Any) -> Tensor:
+    """ctx.backward_op(*inputs), straight at its kernel unless someone may differentiate that again: 10 us less."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return ctx.backward_op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return ctx.backward_op(*inputs)
+
+
 class _Loss(_Op):
     """(logits, what else describes the rows..., reduction, weight, label_smoothing?) -> (loss, scale)."""
 
@@ -506,12 +573,12 @@ class _Loss(_Op):
         ctx.shape, ctx.smoothing, ctx.others = loss.shape, inputs[at + 2 :], len(inputs) - 1
 
     @staticmethod
-    def backward(ctx, d_loss, _):
+    def backward(ctx, d_loss, *_):
         if any(ctx.needs_input_grad[1:]):
             raise RuntimeError(_CONSTANTS)
         if d_loss is None:
             return (None,) * (1 + ctx.others)
-        return ctx.backward_op(d_loss, *ctx.saved_tensors, *ctx.smoothing), *(None,) * ctx.others
+        return _gradient(ctx, d_loss, *ctx.saved_tensors, *ctx.smoothing), *(None,) * ctx.others
 
     @staticmethod
     def jvp(ctx, tangent, *others):
@@ -524,6 +591,24 @@ class _Loss(_Op):
         return (rows if ctx.shape else rows.sum()), None
 
 
+class _FixMatch(_Loss):
+    """(strong, weak, class_tau, tau, temperature, reduction, weight) -> (loss, mask, target, scale)."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        loss, mask, target, scale = output
+        tensors = inputs[0], target, scale, inputs[6]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(mask, target, scale)
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.smoothing, ctx.others = loss.shape, (), len(inputs) - 1
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return *_Loss.jvp(ctx, *tangents), None, None
+
+
 class _Mish(_Op):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -532,9 +617,11 @@ class _Mish(_Op):
 
     @staticmethod
     def backward(ctx, d_y):
-        return ctx.backward_op(d_y, *ctx.saved_tensors)
+        return _gradient(ctx, d_y, *ctx.saved_tensors)
 
-    jvp = backward  # elementwise: the slope times the tangent
+    @staticmethod
+    def jvp(ctx, tangent):
+        return ctx.backward_op(tangent, *ctx.saved_tensors)  # elementwise: the slope times the tangent
 
 
 class _Backward(_Op):
@@ -620,5 +707,6 @@ def _register(name: str, base: type[_Op], backward_op: Any = None) -> Any:
 _register("mc_select", _Constant)
 for _name in ("nce_loss", "ups_loss"):
     _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _Backward))
+_register("fixmatch_loss", _FixMatch, backward_op=_register("fixmatch_loss_backward", _Backward))
 _register("mish", _Mish, backward_op=_register("mish_backward", _Backward))
 _register("counter_dropout", _Dropout)

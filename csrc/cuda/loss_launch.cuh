@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "../loss_call.h"
 #include "launch.cuh"
 #include "loss.cuh"
 
@@ -41,14 +42,10 @@ inline void check_gradient_beside(const Tensor& d_loss, const Tensor& scale, int
   check_beside("scale", scale, logits);
 }
 
-// [N], or undefined if there is none
-inline Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
-  return weight ? checked_rows("weight", *weight, compute_type(logits), "of the loss' dtype", logits) : Tensor();
-}
-
-template <class A>
-const A* data_or_null(const Tensor& x) {
-  return x.defined() ? data<const A>(x) : nullptr;
+// As the host's, and on the logits' device.
+inline Tensor weight_beside(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (weight) check_beside("weight", *weight, logits);
+  return checked_weight(weight, logits);
 }
 
 inline Mask mask_of(const Tensor& checked) {

@@ -91,7 +91,7 @@ NceRows<T> nce_rows(const Tensor& logits, const Tensor& mask, const Tensor& weig
 std::tuple<Tensor, Tensor> nce_loss_cuda(const Tensor& logits_in, const Tensor& mask_in, int64_t reduction,
                                          std::optional<Tensor> weight_in) {
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
-  const Tensor weight = checked_weight(weight_in, logits);
+  const Tensor weight = weight_beside(weight_in, logits);
   const bool each = reduction == kNone;
   const Tensor loss = each ? new_losses(logits, {logits.size(0)}) : new_losses(logits, {});
   const Tensor scale = new_losses(logits, {});
@@ -114,7 +114,7 @@ Tensor nce_loss_backward_cuda(const Tensor& d_loss, const Tensor& logits_in, con
   const Tensor logits = checked_logits(logits_in), mask = checked_mask("mask", mask_in, logits);
   check_gradient_beside(d_loss, scale, 1, logits);
   const Tensor d_logits = torch::stable::new_empty(logits, logits.sizes());
-  const Tensor weight = checked_weight(weight_in, logits);
+  const Tensor weight = weight_beside(weight_in, logits);
   if (d_logits.numel() == 0) return d_logits;
 
   const DeviceGuard guard(logits.get_device_index());

@@ -155,20 +155,15 @@ struct UpsArguments {
   UpsArguments(const Tensor& logits_in, const Tensor& target_in, const Tensor& positive_in,
                const std::optional<Tensor>& negative_in, const std::optional<Tensor>& weight_in, double smoothing_in)
       : logits(checked_logits(logits_in)),
-        target(checked_target(target_in, logits)),
+        target(target_beside(target_in, logits)),
         positive(checked_rows("positive", positive_in, ScalarType::Bool, "bool", logits)),
         negative(negative_in ? checked_mask("negative", *negative_in, logits) : Tensor()),
-        weight(checked_weight(weight_in, logits)),
+        weight(weight_beside(weight_in, logits)),
         smoothing(smoothing_in) {}
 
-  static Tensor checked_target(const Tensor& target, const Tensor& logits) {
-    if (target.scalar_type() == ScalarType::Long) return checked_rows("target", target, ScalarType::Long, "", logits);
-    check_type("target", target, compute_type(logits), "int64 or of the loss' dtype");
-    check_dim("target", target, 2);
-    check_size("target", target, 0, logits.size(0));
-    check_size("target", target, 1, logits.size(1));
+  static Tensor target_beside(const Tensor& target, const Tensor& logits) {
     check_beside("target", target, logits);
-    return dense_rows(target);
+    return checked_target(target, logits);
   }
 
   template <class T>

@@ -8,6 +8,7 @@
 
 #include "../../csrc/cuda/augment.cu"
 #include "../../csrc/cuda/counter_dropout.cu"
+#include "../../csrc/cuda/fixmatch_loss.cu"
 #include "../../csrc/cuda/mc_select.cu"
 #include "../../csrc/cuda/mish.cu"
 #include "../../csrc/cuda/nce_loss.cu"
@@ -207,6 +208,54 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
                                   negative, negative_stride, packed, weight);
     return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
                   d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
+  });
+}
+
+// `class_tau` and `weight` may be null.
+const char* fixmatch_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* strong, int64_t strong_stride,
+                          const void* weak, int64_t weak_stride, int64_t rows, int classes, const void* class_tau,
+                          double tau, double temperature, const void* weight, int reduction, void* loss, bool* mask,
+                          int64_t* target, void* scale) {
+  const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const FixmatchRows<T> args = {static_cast<const T*>(strong),
+                                  strong_stride,
+                                  static_cast<const T*>(weak),
+                                  weak_stride,
+                                  rows,
+                                  classes,
+                                  static_cast<A>(1 / temperature),
+                                  static_cast<A>(tau),
+                                  static_cast<const A*>(class_tau),
+                                  static_cast<const A*>(weight)};
+    A* const values = static_cast<A*>(loss);
+    const bool each = reduction == ups::kNone;
+    const LossOutput<A, 1> out = {each ? nullptr : values, static_cast<A*>(scale), ups::divisor_of(reduction, rows),
+                                  nullptr};
+    return launch_loss(plan, seed, fixmatch_loss_kernel<T>(plan.variant), out, args, mask, target,
+                       each ? values : nullptr);
+  });
+}
+
+const char* fixmatch_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss,
+                                   int64_t d_loss_stride, const void* strong, int64_t strong_stride, int64_t rows,
+                                   int classes, const int64_t* target, const void* scale, const void* weight,
+                                   void* d_strong) {
+  const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    FixmatchRows<T> args = {};
+    args.strong = static_cast<const T*>(strong);
+    args.strong_stride = strong_stride;
+    args.rows = rows;
+    args.classes = classes;
+    args.weight = static_cast<const A*>(weight);
+    return launch(plan, seed, fixmatch_loss_backward_kernel<T>(plan.variant), args, target,
+                  static_cast<const A*>(d_loss), d_loss_stride, static_cast<const A*>(scale),
+                  static_cast<T*>(d_strong));
   });
 }
 

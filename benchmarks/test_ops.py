@@ -222,7 +222,7 @@ def test_augment(benchmark, device, name):
     images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, device=home)
     planes = images.movedim(3, 1).contiguous()
     index = torch.randperm(n, device=home)
-    kwargs = {"policy": "published", "seed": 0, "epoch": 0, "mean": MEAN, "std": STD}
+    kwargs = {"policy": "published", "seed": 0, "draw": 0, "mean": MEAN, "std": STD}
     moved = 0
     if name == "published, Pillow":
         pictures = [Image.fromarray(image.numpy()) for image in images]

@@ -55,14 +55,14 @@ UPS_HD constexpr int plan_words(int n_ops) { return n_ops * kOpWords + kFrameWor
 
 // From what a plan is drawn.
 struct DrawArgs {
-  const int64_t* index;       // [B]
-  const Variant* variants;    // [V]
-  int n_variants;             // V
-  const int32_t* operations;  // [O, 2], first variant and number of variants of each operation of the policy
-  int n_operations;           // O
-  const int64_t* seed;        // []
-  const int64_t* epoch;       // [] with stride 0, or [B]
-  int64_t epoch_stride;
+  const int64_t* index;        // [B]
+  const Variant* variants;     // [V]
+  int n_variants;              // V
+  const int32_t* operations;   // [O, 2], first variant and number of variants of each operation of the policy
+  int n_operations;            // O
+  const int64_t* seed;         // []
+  const int64_t* draw_number;  // [] with stride 0, or [B]
+  int64_t draw_stride;
   int H, W;
   AugmentSettings settings;
 };

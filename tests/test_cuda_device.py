@@ -87,7 +87,7 @@ def test_augment_is_the_cpus(policy, channels, dtype):
     for size in ((32, 32), (8, 8), (64, 17), (96, 96), (224, 224), (250, 300)):  # the last in global memory
         images = hostile_images(64, *size, channels)
         index = torch.randint(64, (300,), generator=torch.Generator().manual_seed(0))
-        epoch = torch.arange(300)
+        draw = torch.arange(300)
         kwargs = {
             "policy": policy,
             "seed": 5,
@@ -95,13 +95,13 @@ def test_augment_is_the_cpus(policy, channels, dtype):
             "std": (0.3,) * channels,
             "dtype": dtype,
         }
-        want = ups_fast.augment(images, index, epoch=epoch, **kwargs)
-        images, index, epoch = to_device(images, index, epoch)
-        got = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        want = ups_fast.augment(images, index, draw=draw, **kwargs)
+        images, index, draw = to_device(images, index, draw)
+        got = ups_fast.augment(images, index, draw=draw, **kwargs)
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(got.cpu(), want)
-        plan = ups_fast.augment_plan(index, policy=policy, size=size, seed=5, epoch=epoch)
-        assert torch.equal(ups_fast.augment(images, index, epoch=0, plan=plan, **kwargs), got)
+        plan = ups_fast.augment_plan(index, policy=policy, size=size, seed=5, draw=draw)
+        assert torch.equal(ups_fast.augment(images, index, draw=0, plan=plan, **kwargs), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,16 +142,16 @@ def test_mish_is_the_references(dtype):
 
 def test_a_graph_of_augment_replays_for_another_epoch():
     images, index = hostile_images(32, 32, 32, 3).to(DEVICE), torch.arange(32, device=DEVICE)
-    seed, epoch = (torch.tensor(x, device=DEVICE) for x in (3, 1))
+    seed, draw = (torch.tensor(x, device=DEVICE) for x in (3, 1))
     kwargs = {"policy": "ups", "seed": seed, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    ups_fast.augment(images, index, epoch=epoch, **kwargs)
+    ups_fast.augment(images, index, draw=draw, **kwargs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        out = ups_fast.augment(images, index, draw=draw, **kwargs)
     for number in (1, 7):
-        epoch.fill_(number)
+        draw.fill_(number)
         graph.replay()
-        assert torch.equal(out, ups_fast.augment(images, index, **{**kwargs, "epoch": number}))
+        assert torch.equal(out, ups_fast.augment(images, index, **{**kwargs, "draw": number}))
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ ups_fast.nce_loss(x, x.detach() > 0).backward()
 for size, channels in ((32, 3), (9, 1)):
     images = torch.randint(0, 256, (50, size, size, channels), dtype=torch.uint8, device="cuda")
     index = torch.randperm(50, device="cuda")
-    chain = dict(policy="published", seed=1, epoch=2, mean=(0.5,) * channels, std=(0.2,) * channels)
+    chain = dict(policy="published", seed=1, draw=2, mean=(0.5,) * channels, std=(0.2,) * channels)
     x = ups_fast.augment(images, index, **chain).requires_grad_()
     keys = ups_fast.dropout_keys(index, seed=1, draw=2)
     ups_fast.counter_dropout(x, keys, p=0.3, layer=1).sum().backward()

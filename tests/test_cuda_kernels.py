@@ -30,7 +30,7 @@ inf, nan = math.inf, math.nan
 SHIM = Path(__file__).parent / "cuda_shim"
 CSRC = SHIM.parents[1] / "csrc"
 CXX = os.environ.get("CXX", "c++").split()
-FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DUPS_FAST_SHIM", f"-I{SHIM}"]
+FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", f"-I{SHIM}"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to change stacks
 LIBRARY = ["driver.cpp", "fibers.cpp", "controls.cpp"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -363,7 +363,7 @@ class Kernels:
         seed=0,
         shared=1 << 30,
     ) -> Tensor:
-        """Seed 3 and epoch 1; pixels / 255 as float32 [B, H, W, C]. Where `shared` bytes are too few, by 3 blocks."""
+        """Seed 3 and draw 1; pixels / 255 as float32 [B, H, W, C]. Where `shared` bytes are too few, by 3 blocks."""
         n, h, w, c = images.shape
         table = tables(policy, h, w, c, images.device)
         norm = normalization((0.0,) * c, (1.0,) * c, torch.float32, images.device)
@@ -404,7 +404,7 @@ def kernels(request) -> Kernels:
 def check_augment(kernels: Kernels, images: Tensor, policy: Policy, *, seed=0) -> None:
     c = images.shape[3]
     index = torch.arange(len(images)).flip(0)
-    kwargs = {"policy": policy, "seed": 3, "epoch": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
+    kwargs = {"policy": policy, "seed": 3, "draw": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
     want = ops.augment(images, index, **kwargs).permute(0, 2, 3, 1)
     for shared in (1 << 30, 0):
         assert_equal(kernels.augment(images, index, policy, seed=seed, shared=shared), want)
@@ -431,7 +431,7 @@ def test_augment_by_the_whole_chain(kernels, policy, channels):
 def test_augment_draws_the_plans(kernels):
     index = torch.tensor([0, 1, 2**31, 2**40 + 3, *range(200)])
     for policy in POLICIES.values():
-        want = reference.augment_plan(index, policy=policy, size=(40, 9), seed=3, epoch=1).draws
+        want = reference.augment_plan(index, policy=policy, size=(40, 9), seed=3, draw=1).draws
         assert torch.equal(kernels.augment_plan(index, policy, 40, 9), want)
         images = hostile_images(6, 40, 9, 3)
         plan = want[4:10]
@@ -443,7 +443,7 @@ def test_augment_traps_what_it_cannot_do(kernels):
     images, policy = hostile_images(4, 8, 8, 3), Policy(randaugment(4), 3)
     with pytest.raises(AssertionError, match="traps"):
         kernels.augment(images, torch.tensor([0, 4]), policy)
-    plan = reference.augment_plan(torch.arange(4), policy=policy, size=8, seed=0, epoch=0)
+    plan = reference.augment_plan(torch.arange(4), policy=policy, size=8, seed=0, draw=0)
     plan.variant[2, 1] = 21
     with pytest.raises(AssertionError, match="traps"):
         kernels.augment(images, torch.arange(4), policy, plan.draws)

@@ -22,6 +22,7 @@ from .reference_augment import (  # noqa: F401
     check_augment_plan,
     check_counter,
     is_integer,
+    once_epoch,
     plain,
     replay,
 )

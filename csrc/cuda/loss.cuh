@@ -275,4 +275,24 @@ __device__ __forceinline__ void for_rows(int64_t rows, const Body& body) {
   }
 }
 
+// The two launches of a forward, for a real GPU and for the tests' CUDA on the CPU alike. `launch(plan, kernel,
+// args...)` launches; `launch.memory(bytes)` lasts until both are done.
+
+// kernel(rows..., out), and where it ran in several blocks the sum of what they left.
+template <class Launch, class Kernel, class A, int kGroups, class... Rows>
+void launch_loss(Launch& launch, const LaunchPlan& plan, Kernel kernel, LossOutput<A, kGroups> out,
+                 const Rows&... rows) {
+  using Sums = GroupSums<A, kGroups>;
+  if (plan.blocks > 1) out.partials = static_cast<Sums*>(launch.memory(plan.blocks * sizeof(Sums)));
+  launch(plan, kernel, rows..., out);
+  if (plan.blocks == 1) return;
+  launch({0, kLossMaxThreads, kLossMaxThreads, 1}, add_partials<A, kGroups>, out, static_cast<int>(plan.blocks));
+}
+
+// What a forward of `rows` rows writes: `loss` is [rows] for the losses of the rows themselves, else [].
+template <int kGroups, class A>
+LossOutput<A, kGroups> loss_output(A* loss, A* scale, int64_t reduction, int64_t rows) {
+  return {reduction == kNone ? nullptr : loss, scale, divisor_of(reduction, rows), nullptr};
+}
+
 }  // namespace ups::cuda

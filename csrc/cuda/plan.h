@@ -70,6 +70,14 @@ auto pick_kernel(const Variant (&)[kCount], int variant, KernelOf kernel_of) {
   return pick_kernel(variant, kernel_of, std::make_integer_sequence<int, kCount>{});
 }
 
+// kernel_of(std::integral_constant<int, n>{}) for the n threads per row that a plan of a loss has.
+template <class KernelOf>
+auto loss_kernel(const LaunchPlan& plan, KernelOf kernel_of) {
+  return pick_kernel(kLossVariants, plan.variant, [&](auto i) {
+    return kernel_of(std::integral_constant<int, kLossVariants[decltype(i)::value].lanes>{});
+  });
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {

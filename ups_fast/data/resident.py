@@ -80,6 +80,6 @@ class ResidentImages:
         home = self.images.device
         index, epoch = index.to(home), epoch.to(home) if isinstance(epoch, Tensor) else epoch
         batch = augment(
-            self.images, index, policy=policy, seed=seed, epoch=epoch, mean=self.mean, std=self.std
+            self.images, index, policy=policy, seed=seed, draw=epoch, mean=self.mean, std=self.std
         )
         return batch.to(self.device)

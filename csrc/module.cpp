@@ -36,7 +36,10 @@ std::map<std::string, int64_t> launch_plan(const std::string& op, int64_t rows, 
   }
   const ups::cuda::LaunchPlan plan =
       is_loss ? ups::cuda::loss_plan(rows, classes) : ups::cuda::mc_select_plan(rows, classes);
-  return {{"variant", plan.variant}, {"lanes", plan.lanes}, {"threads", plan.threads}, {"blocks", plan.blocks}};
+  return {{"variant", plan.variant},
+          {"threads_per_row", plan.threads_per_row},
+          {"threads", plan.threads},
+          {"blocks", plan.blocks}};
 }
 
 }  // namespace

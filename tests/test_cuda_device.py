@@ -40,7 +40,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 inf, nan = math.inf, math.nan
 C_HOSTILE = [1, 2, 3, 10, 31, 32, 33, 100, 257, 500, 1000, 2000, 4096, 65536]
-OPS = ["mc_select", "nce_loss", "ups_loss"]
+OPS = ["mc_select", "nce_loss", "ups_loss", "fixmatch_loss"]
 
 
 def to_device(*xs: Tensor) -> list[Tensor]:
@@ -66,6 +66,8 @@ def test_the_kernels_serve_this_device():
         "nce_loss_backward",
         "ups_loss",
         "ups_loss_backward",
+        "fixmatch_loss",
+        "fixmatch_loss_backward",
         "augment",
         "augment_plan",
         "counter_dropout",
@@ -329,6 +331,27 @@ def test_wrong_arguments_of_the_bare_ops_raise():
         ops.mc_select(z[:1, :1, None].expand(1025, 1, 4096), 0.7, 0.05, 0.05, 0.005, 2.0, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "c"), [(1, 3), (448, 10), (448, 100), (70, 1000), (9000, 33)])
+def test_fixmatch_loss(n, c, dtype):
+    g = torch.Generator().manual_seed(n + c)
+    strong, weak = (3 * torch.randn(n, c, generator=g) for _ in range(2))
+    weak[torch.arange(n) % 3 == 0] *= 5
+    strong, weak = to_device(strong.to(dtype), weak.to(dtype))
+    tau, weight = to_device(torch.rand(c, generator=g), torch.rand(n, generator=g))
+    for options in ({}, {"tau": tau, "weight": weight, "temperature": 0.5, "reduction": "mean"}):
+
+        def f(x, weak=weak, options=options):
+            return reference.fixmatch_loss(x, weak.to(x.dtype), **options)
+
+        truth, d_truth, d_reference = both_gradients(f, strong)
+        loss, mask = ups_fast.fixmatch_loss(strong, weak, **options, return_mask=True)
+        assert torch.equal(mask, reference.fixmatch_loss(strong, weak, **options, return_mask=True)[1])
+        assert_close(loss, truth, f(strong), roundings=5)
+        d_strong = gradient(lambda x, options=options: ups_fast.fixmatch_loss(x, weak, **options), strong)
+        assert_close(d_strong, d_truth, d_reference, roundings=5)
+
+
 # Streams, graphs, waiting, determinism -------------------------------------------------------------------------------
 
 
@@ -339,6 +362,7 @@ def some_calls() -> dict[str, list[Tensor]]:
         "mc_select": [logits_of(10, 5000, 100, seed=9).to(DEVICE)],
         "nce_loss": [z, negative],
         "ups_loss": [z, target, positive, pack_mask(negative)],
+        "fixmatch_loss": [z, 4 * z.flip(0)],
     }
 
 
@@ -450,6 +474,7 @@ def test_opcheck(op):
         "mc_select": (logits_of(3, 20, 10).to(DEVICE), 0.7, 0.05, 0.05, 0.005, 2.0, True),
         "nce_loss": (z, negative, 1),
         "ups_loss": (z, target, positive, pack_mask(negative)),
+        "fixmatch_loss": (z, z.detach().flip(0), None, 0.5, 1.0, 3),
     }
     torch.library.opcheck(getattr(torch.ops.ups_fast, op).default, arguments[op])
 

@@ -137,7 +137,7 @@ class Kernels:
     def plan(self, op: int, rows: int, classes: int) -> dict[str, int]:
         found = (ctypes.c_int64 * 4)()
         self.lib.launch_plan(op, ctypes.c_int64(rows), ctypes.c_int64(classes), found)
-        return dict(zip(("variant", "lanes", "threads", "blocks"), found, strict=True))
+        return dict(zip(("variant", "threads_per_row", "threads", "blocks"), found, strict=True))
 
     def mc_select(
         self,
@@ -544,7 +544,7 @@ def test_mc_select_on_many_classes(kernels, c):
 def test_mc_select_uses_every_variant(kernels):
     plans = [kernels.plan(0, 7, c) for c in [*C_HOSTILE, *C_LARGE]]
     assert {plan["variant"] for plan in plans} == set(range(12))
-    assert all(plan["threads"] % 32 == 0 and plan["threads"] >= plan["lanes"] for plan in plans)
+    assert all(plan["threads"] % 32 == 0 and plan["threads"] >= plan["threads_per_row"] for plan in plans)
 
 
 @pytest.mark.parametrize("c", [2, 10, 33, 100, 1000])

@@ -242,7 +242,7 @@ class AugmentPlan:
     @property
     def cutout(
         self,
-    ) -> Tensor:  # int32 [B, 4], top, left, bottom and right of the hole, the latter two outside
+    ) -> Tensor:  # int32 [B, 4], top, left, bottom and right of the cutout, the latter two outside
         return self._frame()[:, 7:]
 
     @property

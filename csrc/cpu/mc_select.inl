@@ -148,7 +148,7 @@ struct McSelectBlock {
   void write_row(int64_t row, int64_t label, T mean, T m2, bool finite) const {
     a.label[row] = finite ? label : -1;
     a.confidence[row] = finite ? mean : T(NAN);
-    a.std[row] = finite ? std_of(m2, a.P) : T(NAN);
+    a.deviation[row] = finite ? std_of(m2, a.P) : T(NAN);
     a.positive[row] = finite && mean >= a.t.tau_p && m2 < a.t.limit_p;
   }
 

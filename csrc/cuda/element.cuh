@@ -44,14 +44,14 @@ struct WordOf<16> {
 };
 
 // What a slot past the last class holds: it loses every maximum and its exponential is 0.
-constexpr float kNoLogit = -FLT_MAX;
+constexpr float kMasked = -FLT_MAX;
 
-// The logits of kWidth neighbors, of which the first `count` exist (none if it is negative); kNoLogit for the others.
+// The logits of kWidth neighbors, of which the first `count` exist (none if it is negative); kMasked for the others.
 // kAligned: `from` is aligned to all of them together, and all or none exist.
 template <int kWidth, bool kAligned, class T>
 __device__ __forceinline__ void load_chunk(const T* from, int count, float* z) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) z[i] = kNoLogit;
+  for (int i = 0; i < kWidth; ++i) z[i] = kMasked;
   if constexpr (kAligned) {
     using Word = typename WordOf<kWidth * sizeof(T)>::type;
     if (count > 0) {

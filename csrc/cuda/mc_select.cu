@@ -28,11 +28,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cuda(const Tensor& 
   dispatch_logits(logits, [&](auto storage, auto) {
     using T = DeviceType<decltype(storage)>;
     if constexpr (!std::is_same_v<T, double>) {
-      const auto& [label, confidence, std, positive, negative] = result;
+      const auto& [label, confidence, deviation, positive, negative] = result;
       const auto args =
           mc_select_args(plan, data<const T>(logits), logits.stride(0), logits.stride(1), P, N, C,
                          {tau_p, tau_n, kappa_p, kappa_n, temp_nl}, data<int64_t>(label), data<float>(confidence),
-                         data<float>(std), data<bool>(positive), negative.data_ptr(), packed);
+                         data<float>(deviation), data<bool>(positive), negative.data_ptr(), packed);
       launch("mc_select", mc_select_kernel<T>(plan.variant), plan, logits, args);
     }
   });

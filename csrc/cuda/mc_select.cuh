@@ -33,7 +33,7 @@ struct McSelectArgs {
   Thresholds<float> limits;
   int64_t* label;           // [N]
   float* confidence;        // [N]
-  float* std;               // [N]
+  float* deviation;         // [N]
   bool* positive;           // [N]
   bool* negative;           // [N, C], or null:
   unsigned* negative_bits;  // [N, ceil(C / 32)]
@@ -124,16 +124,16 @@ struct AddEach {
   }
 };
 
-// 1 / sum of the exponentials of a row. Slots past the last class have added 0, because kNoLogit lies far below any
+// 1 / sum of the exponentials of a row. Slots past the last class have added 0, because kMasked lies far below any
 // maximum, unless every logit of the row is that very number: then each of the C exponentials is 1.
 __device__ __forceinline__ float inverse_sum(float sum, float top, int classes) {
-  return fast_inverse(top == kNoLogit ? static_cast<float>(classes) : sum);
+  return fast_inverse(top == kMasked ? static_cast<float>(classes) : sum);
 }
 
 // Adds kGroup passes, the first of which is number `done` from 0, to the statistics. z becomes scratch.
-template <bool kTempIs2, int kGroup, class T, int kLanes, int kSlots>
-__device__ __forceinline__ void add_passes(float (*z)[kSlots], int done, const McSelectArgs<T>& a, Team<kLanes>& team,
-                                           ClassStats<kSlots>& stats) {
+template <bool kTempIs2, int kGroup, class T, int kThreadsPerRow, int kSlots>
+__device__ __forceinline__ void add_passes(float (*z)[kSlots], int done, const McSelectArgs<T>& a,
+                                           Team<kThreadsPerRow>& team, ClassStats<kSlots>& stats) {
   const Exponentials<kTempIs2> exponentials(a.limits);
   Floats<kGroup> top;
 #pragma unroll
@@ -202,7 +202,7 @@ __device__ __forceinline__ void write_row(const McSelectArgs<T>& a, int64_t row,
   const bool good = best.spoiled == 0;
   a.label[row] = good ? best.c : -1;
   a.confidence[row] = good ? best.mean : NAN;
-  a.std[row] = good ? std_of(best.m2, a.passes) : NAN;
+  a.deviation[row] = good ? std_of(best.m2, a.passes) : NAN;
   a.positive[row] = good && best.mean >= a.limits.tau_p && best.m2 < a.limits.limit_p;
 }
 
@@ -223,12 +223,12 @@ __device__ __forceinline__ void write_bytes(bool* row /* [C] */, int c, int clas
   }
 }
 
-// Writes the flags of a lane's chunks, the first of which starts at class c, the others kLanes chunks on each. All
-// lanes must reach this, those without a row too: neighbors that share a word of bits put it together.
-template <int kLanes, int kWidth, class T, int kChunks>
+// Writes the flags of a lane's chunks, the first of which starts at class c, the others kThreadsPerRow chunks on each.
+// All lanes must reach this, those without a row too: neighbors that share a word of bits put it together.
+template <int kThreadsPerRow, int kWidth, class T, int kChunks>
 __device__ __forceinline__ void write_negative(const McSelectArgs<T>& a, int64_t row, bool row_exists, int c,
                                                const unsigned (&flags)[kChunks]) {
-  constexpr int kLayer = kLanes * kWidth;  // classes from one chunk of a lane to its next
+  constexpr int kLayer = kThreadsPerRow * kWidth;  // classes from one chunk of a lane to its next
   if (a.negative != nullptr) {
     if (!row_exists) return;
 #pragma unroll
@@ -238,7 +238,7 @@ __device__ __forceinline__ void write_negative(const McSelectArgs<T>& a, int64_t
     return;
   }
   constexpr int kLayersPerWord = kLayer < 32 ? 32 / kLayer : 1;
-  Team<(kLayer < 32 ? kLanes : 32 / kWidth)> sharers;
+  Team<(kLayer < 32 ? kThreadsPerRow : 32 / kWidth)> sharers;
   unsigned* words = a.negative_bits + row * ((a.classes + 31) / 32);
 #pragma unroll
   for (int j = 0; j < kChunks; j += kLayersPerWord) {
@@ -251,8 +251,8 @@ __device__ __forceinline__ void write_negative(const McSelectArgs<T>& a, int64_t
   }
 }
 
-// The logits of a group of passes, of which `count` exist; the others are kNoLogit throughout.
-template <int kWidth, bool kAligned, int kLanes, class T, int kGroup, int kSlots>
+// The logits of a group of passes, of which `count` exist; the others are kMasked throughout.
+template <int kWidth, bool kAligned, int kThreadsPerRow, class T, int kGroup, int kSlots>
 __device__ __forceinline__ void load_passes(const T* from, int64_t pass_stride, int count, int classes,
                                             float (&z)[kGroup][kSlots]) {
 #pragma unroll
@@ -260,34 +260,35 @@ __device__ __forceinline__ void load_passes(const T* from, int64_t pass_stride, 
     const int left = g < count ? classes : 0;
 #pragma unroll
     for (int j = 0; j < kSlots / kWidth; ++j) {
-      constexpr int kLayer = kLanes * kWidth;
+      constexpr int kLayer = kThreadsPerRow * kWidth;
       load_chunk<kWidth, kAligned>(from + j * kLayer, left - j * kLayer, z[g] + j * kWidth);
     }
     from += pass_stride;
   }
 }
 
-// Up to 2048 classes. Chunk j of a lane starts at class (j * kLanes + lane) * kWidth.
-template <class T, int kLanes, int kChunks, int kWidth>
-__global__ void __launch_bounds__(threads_of(kLanes), kResidentThreads / threads_of(kLanes))
+// Up to 2048 classes. Chunk j of a lane starts at class (j * kThreadsPerRow + lane) * kWidth.
+template <class T, int kThreadsPerRow, int kChunks, int kWidth>
+__global__ void __launch_bounds__(threads_of(kThreadsPerRow), kResidentThreads / threads_of(kThreadsPerRow))
     mc_select_resident(const McSelectArgs<T> a) {
   constexpr int kSlots = kChunks * kWidth;
   constexpr int kGroup = kSlots <= 10 ? 5 : 2;  // so many passes' logits wait in registers
-  Team<kLanes> team;
+  Team<kThreadsPerRow> team;
   const int first = team.lane() * kWidth;
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  const int64_t wanted =
+      static_cast<int64_t>(blockIdx.x) * (blockDim.x / kThreadsPerRow) + threadIdx.x / kThreadsPerRow;
   const bool row_exists = wanted < a.rows;
   const int64_t row = row_exists ? wanted : a.rows - 1;  // all lanes must reach every shuffle: repeat the last row
   const T* logits = a.logits + row * a.row_stride + first;
 
   ClassStats<kSlots> stats;
-  float blemish = 0.0f;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
+  float nonfinite = 0.0f;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
   for (int done = 0; done < a.passes; done += kGroup) {
     float z[kGroup][kSlots];
     if (a.aligned) {
-      load_passes<kWidth, true, kLanes>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
+      load_passes<kWidth, true, kThreadsPerRow>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
     } else {
-      load_passes<kWidth, false, kLanes>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
+      load_passes<kWidth, false, kThreadsPerRow>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
     }
     logits += kGroup * a.pass_stride;
 #pragma unroll
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(threads_of(kLanes), kResidentThreads / threads
       float in_pass = 0.0f;  // a chain of its own for each pass
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) in_pass = fmaf(z[g][i], 0.0f, in_pass);
-      blemish += in_pass;
+      nonfinite += in_pass;
     }
     if (a.temp_is_2) {
       add_passes<true, kGroup>(z, done, a, team, stats);
@@ -305,19 +306,20 @@ __global__ void __launch_bounds__(threads_of(kLanes), kResidentThreads / threads
     }
   }
 
-  Best best = {-1.0f, 0.0f, INT_MAX, blemish != 0.0f};
+  Best best = {-1.0f, 0.0f, INT_MAX, nonfinite != 0.0f};
 #pragma unroll
-  for (int j = 0; j < kChunks; ++j) improve<kWidth>(best, stats, j * kWidth, first + j * kLanes * kWidth, a.classes);
+  for (int j = 0; j < kChunks; ++j)
+    improve<kWidth>(best, stats, j * kWidth, first + j * kThreadsPerRow * kWidth, a.classes);
   best = team.reduce(best, BetterOf{});
   if (row_exists && team.lane() == 0) write_row(a, row, best);
 
   unsigned flags[kChunks];
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) {
-    const int c = first + j * kLanes * kWidth;
+    const int c = first + j * kThreadsPerRow * kWidth;
     flags[j] = best.spoiled ? 0 : negative_flags<kWidth>(stats, j * kWidth, c, a.classes, best.c, a.limits);
   }
-  write_negative<kLanes, kWidth>(a, row, row_exists, first, flags);
+  write_negative<kThreadsPerRow, kWidth>(a, row, row_exists, first, flags);
 }
 
 // The softmax of one pass: p = exp(z - top) * inv_p, q likewise.
@@ -356,18 +358,18 @@ __device__ __forceinline__ void clear_negative(const McSelectArgs<T>& a, int64_t
   }
 }
 
-template <bool kTempIs2, class T, int kLanes, int kWidth>
+template <bool kTempIs2, class T, int kThreadsPerRow, int kWidth>
 __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoftmax* softmax /* [P], shared */) {
-  constexpr int kStep = kLanes * kWidth;
+  constexpr int kStep = kThreadsPerRow * kWidth;
   const Exponentials<kTempIs2> exponentials(a.limits);
-  Team<kLanes> team;
+  Team<kThreadsPerRow> team;
   const int first = team.lane() * kWidth;
   const int64_t row = blockIdx.x;
   const T* logits = a.logits + row * a.row_stride;
 
-  float blemish = 0.0f;
+  float nonfinite = 0.0f;
   for (int k = 0; k < a.passes; ++k) {
-    PassSums sums = {kNoLogit, 0.0f, 0.0f};
+    PassSums sums = {kMasked, 0.0f, 0.0f};
 #pragma unroll 2
     for (int c = first; c < a.classes; c += kStep) {
       float z[kWidth];
@@ -377,7 +379,7 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
       for (int i = 1; i < kWidth; ++i) chunk.top = fmaxf(chunk.top, z[i]);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        blemish = fmaf(z[i], 0.0f, blemish);
+        nonfinite = fmaf(z[i], 0.0f, nonfinite);
         const float x = exponentials.prepare(z[i], chunk.top);
         chunk.sum_p = exponentials.add_p(chunk.sum_p, x);
         chunk.sum_q = exponentials.add_q(chunk.sum_q, x);
@@ -391,7 +393,7 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
     }
   }
   // A barrier too: `softmax` is complete.
-  const unsigned spoiled = team.reduce(static_cast<unsigned>(blemish != 0.0f), BitOr{});
+  const unsigned spoiled = team.reduce(static_cast<unsigned>(nonfinite != 0.0f), BitOr{});
 
   Best best = {-1.0f, 0.0f, INT_MAX, spoiled};
   for (int base = 0; base < a.classes; base += kStep) {
@@ -411,7 +413,7 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
     }
     improve<kWidth>(best, stats, 0, c, a.classes);
     const unsigned flags[] = {spoiled ? 0 : negative_flags<kWidth>(stats, 0, c, a.classes, -1, a.limits)};
-    write_negative<kLanes, kWidth>(a, row, true, c, flags);
+    write_negative<kThreadsPerRow, kWidth>(a, row, true, c, flags);
   }
 
   // A barrier too: the flags of all classes are written, and now the label, known at last, is taken out.
@@ -423,13 +425,13 @@ __device__ __forceinline__ void loop_over_row(const McSelectArgs<T>& a, PassSoft
 }
 
 // Any number of classes: a block reads its row once for the maxima and sums of all passes, once more for the rest.
-template <class T, int kLanes, int kWidth>
-__global__ void __launch_bounds__(kLanes) mc_select_looped(const McSelectArgs<T> a) {
+template <class T, int kThreadsPerRow, int kWidth>
+__global__ void __launch_bounds__(kThreadsPerRow) mc_select_looped(const McSelectArgs<T> a) {
   __shared__ PassSoftmax softmax[kMcSelectMaxLoopedPasses];
   if (a.temp_is_2) {
-    loop_over_row<true, T, kLanes, kWidth>(a, softmax);
+    loop_over_row<true, T, kThreadsPerRow, kWidth>(a, softmax);
   } else {
-    loop_over_row<false, T, kLanes, kWidth>(a, softmax);
+    loop_over_row<false, T, kThreadsPerRow, kWidth>(a, softmax);
   }
 }
 
@@ -438,9 +440,9 @@ McSelectKernel<T> mc_select_kernel(int variant) {
   return pick_kernel(kMcSelectVariants, variant, [](auto i) -> McSelectKernel<T> {
     constexpr McSelectVariant v = kMcSelectVariants[decltype(i)::value];
     if constexpr (v.chunks == 0) {
-      return mc_select_looped<T, v.lanes, v.width>;
+      return mc_select_looped<T, v.threads_per_row, v.width>;
     } else {
-      return mc_select_resident<T, v.lanes, v.chunks, v.width>;
+      return mc_select_resident<T, v.threads_per_row, v.chunks, v.width>;
     }
   });
 }
@@ -457,7 +459,7 @@ bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, in
 template <class T>
 McSelectArgs<T> mc_select_args(const LaunchPlan& plan, const T* logits, int64_t pass_stride, int64_t row_stride,
                                int64_t passes, int64_t rows, int64_t classes, const double (&thresholds)[5],
-                               int64_t* label, float* confidence, float* std, bool* positive, void* negative,
+                               int64_t* label, float* confidence, float* deviation, bool* positive, void* negative,
                                bool packed) {
   const auto& [tau_p, tau_n, kappa_p, kappa_n, temp_nl] = thresholds;
   McSelectArgs<T> args = {};
@@ -472,7 +474,7 @@ McSelectArgs<T> mc_select_args(const LaunchPlan& plan, const T* logits, int64_t 
   args.limits = make_thresholds<float>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, passes);
   args.label = label;
   args.confidence = confidence;
-  args.std = std;
+  args.deviation = deviation;
   args.positive = positive;
   args.negative = packed ? nullptr : static_cast<bool*>(negative);
   args.negative_bits = packed ? static_cast<unsigned*>(negative) : nullptr;

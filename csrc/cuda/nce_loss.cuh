@@ -25,12 +25,12 @@ struct NceRows {
   __device__ __forceinline__ Acc<T> weight_of(int64_t row) const { return weight ? weight[row] : Acc<T>(1); }
 };
 
-template <class T, int kLanes>
+template <class T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kLossMaxThreads)
     nce_loss_rows(const NceRows<T> a, Acc<T>* row_loss /* [N], or null */, const LossOutput<Acc<T>, 1> out) {
-  Team<kLanes> team;
+  Team<kThreadsPerRow> team;
   GroupSums<Acc<T>, 1> sums = {};
-  for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
+  for_rows<kThreadsPerRow>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     const auto softmax = softmax_of(z, a.classes, team);
     const Acc<T> weight = a.weight_of(row);
@@ -43,12 +43,12 @@ __global__ void __launch_bounds__(kLossMaxThreads)
 }
 
 // d_loss is [N] with its stride, or [] with stride 0.
-template <class T, int kLanes>
+template <class T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kLossThreads, kLossResident)
     nce_loss_backward_rows(const NceRows<T> a, const Acc<T>* d_loss, int64_t d_loss_stride,
                            const Acc<T>* scale /* [] */, T* d_logits /* [N, C] */) {
-  Team<kLanes> team;
-  for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
+  Team<kThreadsPerRow> team;
+  for_rows<kThreadsPerRow>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     const auto softmax = softmax_of(z, a.classes, team);
     const Acc<T> row_weight = a.weight_of(row);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossResident)
     if (!exists) return;
     const Acc<T> weight = d_loss[row * d_loss_stride] * *scale * row_weight;
     const auto gradient = nce_gradient(softmax, masked, a.mask, row, a.classes, weight);
-    for (int c = team.lane(); c < a.classes; c += kLanes) {
+    for (int c = team.lane(); c < a.classes; c += kThreadsPerRow) {
       store(d_logits + row * a.classes + c, gradient.at(to_acc(z[c]), c, a.mask.at(row, c)));
     }
   });

@@ -56,13 +56,13 @@ struct SpreadTarget {
   }
 };
 
-template <class T, int kLanes>
+template <class T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kLossMaxThreads)
     ups_loss_rows(const UpsRows<T> a, Acc<T>* row_loss /* [B], or null */, const LossOutput<Acc<T>, 2> out) {
   using A = Acc<T>;
-  Team<kLanes> team;
+  Team<kThreadsPerRow> team;
   GroupSums<A, 2> sums = {};
-  for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
+  for_rows<kThreadsPerRow>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     const bool positive = a.positive[row];
     const auto softmax = softmax_of(z, a.classes, team);
@@ -86,13 +86,13 @@ __global__ void __launch_bounds__(kLossMaxThreads)
   finish_block(out, sums);
 }
 
-template <class T, int kLanes>
+template <class T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kLossThreads, kLossResident)
     ups_loss_backward_rows(const UpsRows<T> a, const Acc<T>* d_loss, int64_t d_loss_stride,
                            const Acc<T>* scale /* [2] */, T* d_logits /* [B, C] */) {
   using A = Acc<T>;
-  Team<kLanes> team;
-  for_rows<kLanes>(a.rows, [&](int64_t row, bool exists) {
+  Team<kThreadsPerRow> team;
+  for_rows<kThreadsPerRow>(a.rows, [&](int64_t row, bool exists) {
     const T* z = a.logits + row * a.row_stride;
     T* d_row = d_logits + row * a.classes;
     const bool positive = a.positive[row];
@@ -105,12 +105,12 @@ __global__ void __launch_bounds__(kLossThreads, kLossResident)
     if (!exists) return;
     const A d_row_loss = d_loss[row * d_loss_stride] * row_weight;
     if (!counts) {
-      for (int c = team.lane(); c < a.classes; c += kLanes) store(d_row + c, A(0));
+      for (int c = team.lane(); c < a.classes; c += kThreadsPerRow) store(d_row + c, A(0));
     } else if (positive && a.spread) {  // p_c sum t - t_c
       const SpreadTarget<T> target(a, row);
       const A weight = d_row_loss * scale[kPositive];
       const A top = softmax.top_class < a.classes ? target(softmax.top_class) : A(NAN);
-      for (int c = team.lane(); c < a.classes; c += kLanes) {
+      for (int c = team.lane(); c < a.classes; c += kThreadsPerRow) {
         const A p = softmax.p(to_acc(z[c]), c), t = target(c);
         const bool is_top = c == softmax.top_class;
         store(d_row + c, weight * (is_top ? sum.others * p - t * softmax.not_p(p, c) : (sum.others + top) * p - t));
@@ -118,13 +118,13 @@ __global__ void __launch_bounds__(kLossThreads, kLossResident)
     } else if (positive) {  // p_c - [c = t]
       const int t = a.target_of(row);
       const A weight = t < 0 ? A(NAN) : d_row_loss * scale[kPositive];
-      for (int c = team.lane(); c < a.classes; c += kLanes) {
+      for (int c = team.lane(); c < a.classes; c += kThreadsPerRow) {
         const A p = softmax.p(to_acc(z[c]), c);
         store(d_row + c, weight * (c == t ? -softmax.not_p(p, c) : p));
       }
     } else {
       const auto gradient = nce_gradient(softmax, masked, a.negative, row, a.classes, d_row_loss * scale[kNegative]);
-      for (int c = team.lane(); c < a.classes; c += kLanes) {
+      for (int c = team.lane(); c < a.classes; c += kThreadsPerRow) {
         store(d_row + c, gradient.at(to_acc(z[c]), c, masked.count > 0 && a.negative.at(row, c)));
       }
     }

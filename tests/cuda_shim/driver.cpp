@@ -77,18 +77,18 @@ LaunchPlan at_most(int64_t max_blocks, LaunchPlan plan) {
 
 extern "C" {
 
-// variant, lanes, threads, blocks of op 0 mc_select, 1 a loss, 2 its backward
+// variant, threads per row, threads, blocks of op 0 mc_select, 1 a loss, 2 its backward
 void launch_plan(int op, int64_t rows, int64_t classes, int64_t* plan) {
   const LaunchPlan p = op == 0   ? mc_select_plan(rows, classes)
                        : op == 1 ? loss_plan(rows, classes)
                                  : loss_backward_plan(rows, classes);
-  plan[0] = p.variant, plan[1] = p.lanes, plan[2] = p.threads, plan[3] = p.blocks;
+  plan[0] = p.variant, plan[1] = p.threads_per_row, plan[2] = p.threads, plan[3] = p.blocks;
 }
 
 // thresholds: tau_p, tau_n, kappa_p, kappa_n, temp_nl
 const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass_stride, int64_t row_stride, int passes,
                       int64_t rows, int classes, const double* thresholds, int64_t* label, float* confidence,
-                      float* std, bool* positive, void* negative, bool packed) {
+                      float* deviation, bool* positive, void* negative, bool packed) {
   const LaunchPlan plan = mc_select_plan(rows, classes);
   return with_type(dtype, [&](auto zero) -> std::string {
     using T = decltype(zero);
@@ -98,7 +98,7 @@ const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass
       const auto args =
           mc_select_args(plan, static_cast<const T*>(logits), pass_stride, row_stride, passes, rows, classes,
                          {thresholds[0], thresholds[1], thresholds[2], thresholds[3], thresholds[4]}, label, confidence,
-                         std, positive, negative, packed);
+                         deviation, positive, negative, packed);
       return launch(plan, seed, mc_select_kernel<T>(plan.variant), args);
     }
   });

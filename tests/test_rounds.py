@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import re
+import signal
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ups_fast
 from ups_fast import build, display, reference, rounds, step
 from ups_fast.batches import lr_at
-from ups_fast.checkpoint import load_checkpoint
+from ups_fast.checkpoint import load_checkpoint, open_folder
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.methods import METHODS, Batch, Method
@@ -607,3 +609,126 @@ def test_packed_words_of_the_selection(finished: Finished) -> None:
     negative = reference.unpack_mask(found.negative, 3)
     finite = found.label >= 0
     assert not negative[finite].gather(1, found.label[finite][:, None]).any(), "never the label itself"
+
+
+# Rounds one by one.
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def short(folder: Path, **changes: Any) -> Config:
+    return tiny_config(folder, train__round0_epochs=1, train__epochs=1, **changes)
+
+
+def test_rounds_are_a_generator_of_rows(tmp_path: Path) -> None:
+    """First of the rounds that the folder holds, then of each new one as soon as all its files are written."""
+    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
+    folder, seen = tmp_path / "run", []
+    run(short(folder, train__rounds=1))
+    for row in rounds.rounds(build.prepare(short(folder, train__rounds=3), tiny_set()), quiet()):
+        seen.append(row)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert row["round"] == len(seen) - 1 and json.loads(lines[row["round"]]) == row
+        state = load_checkpoint(folder)
+        assert state is not None and state.round == len(lines) == max(1, len(seen))
+        assert ups_fast.load_model(folder).classes == tiny_set().classes
+    clock = {"seconds": 0, "outside": 0}
+    assert [row | clock for row in seen] == [row | clock for row in whole.rows]
+    job = build.prepare(short(folder, train__rounds=3), tiny_set())
+    assert [row["round"] for row in rounds.rounds(job, quiet())] == [0, 1, 2], "nothing is left to do"
+    assert job.resumed == 3
+
+
+def test_a_sweep_may_leave_off_after_any_round(tmp_path: Path) -> None:
+    """What is closed lets the folder go, and the run goes on from there as if nothing was."""
+    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
+    cfg = short(tmp_path / "run", train__rounds=3)
+    before = signal.getsignal(signal.SIGINT), torch.backends.cudnn.deterministic
+    for last in (0, 1):
+        steps = rounds.rounds(build.prepare(cfg, tiny_set()), quiet())
+        for row in steps:
+            if row["round"] == last:
+                with (
+                    pytest.raises(rounds.RunFolderError, match="in use by another process"),
+                    open_folder(Path(cfg.run_dir), asdict(cfg)),
+                ):
+                    pass
+                break
+        steps.close()
+        assert (signal.getsignal(signal.SIGINT), torch.backends.cudnn.deterministic) == before
+        with open_folder(Path(cfg.run_dir), asdict(cfg)) as warning:
+            assert warning == "", "it is free again"
+    result, text = run(cfg)
+    assert "going on from round 2, epoch 0" in text
+    same = [load_file(each.folder / "model.safetensors") for each in (whole, result)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    assert len(EventAccumulator(str(result.folder / "tb/rounds")).Reload().Scalars("test_acc")) == 3
+
+
+def test_nothing_happens_before_the_first_row_is_asked_for(tmp_path: Path) -> None:
+    job = build.prepare(short(tmp_path / "run"), tiny_set())
+    rounds.rounds(job, quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_warnings_are_of_new_rounds(tmp_path: Path) -> None:
+    changes = {**NO_POSITIVES, **NO_NEGATIVES}
+    _, first = run(short(tmp_path, train__rounds=1, **changes))
+    _, second = run(short(tmp_path, train__rounds=2, **changes))
+    assert "round 0: nothing was selected" in first
+    assert "round 0: nothing" not in second and "round 1: nothing was selected" in second
+
+
+def test_lines_are_printed_as_they_are_on_any_console(tmp_path: Path) -> None:
+    """Names may look like markup, and a narrow terminal wraps no table."""
+    data = replace(tiny_set(), classes=["[red]top[/red]", "[/]", "\\[x"])
+    _, text = run(short(tmp_path / "[bold]run"), data)
+    assert "'[red]top[/red]' 2 + 10, '[/]' 2 + 10" in text and "[bold]run: a new run" in text
+    assert max(map(len, text.splitlines())) > 40
+
+
+# The average of the weights.
+
+
+def test_the_average_is_what_answers(tmp_path: Path) -> None:
+    """It is tested, labels and is saved; what is trained is as without it."""
+    plain, _ = run(short(tmp_path / "plain", train__rounds=1))
+    job = build.prepare(short(tmp_path / "mean", train__rounds=1, train__ema=0.5), tiny_set())
+    (row,) = rounds.rounds(job, quiet())
+    trained, mean = job.method.network.state_dict(), load_file(tmp_path / "mean" / "model.safetensors")
+    same = load_file(plain.folder / "model.safetensors")
+    assert all(torch.equal(trained[name], same[name]) for name in same)
+    assert set(mean) == set(same) and not all(torch.equal(mean[name], same[name]) for name in same)
+    ema = job.method.ema
+    assert ema is not None and all(torch.equal(ema.state_dict()[name], mean[name]) for name in mean)
+    model, data = ups_fast.load_model(tmp_path / "mean"), tiny_set()
+    test = ResidentImages(data.test_images, mean=data.mean, std=data.std, device="cpu")
+    with torch.no_grad():
+        right = model(test.clean(torch.arange(30))).argmax(dim=1) == data.test_labels
+    assert float(right.double().mean()) == pytest.approx(row["test_acc"])
+
+
+def test_each_round_begins_its_own_average(tmp_path: Path) -> None:
+    job = build.prepare(short(tmp_path, train__rounds=2, train__ema=0.5), tiny_set())
+    ends = []
+    for _ in rounds.rounds(job, quiet()):
+        assert job.method.ema is not None
+        ends.append([weight.clone() for weight in job.method.ema.parameters()])
+    fresh = job.new_method()
+    assert fresh.ema is not None
+    for mean, weight in zip(fresh.ema.parameters(), fresh.network.parameters(), strict=True):
+        assert torch.equal(mean, weight), "it begins as the network does"
+    assert not all(map(torch.equal, *ends))
+
+
+def test_weight_decay_of_norms_is_a_key(tmp_path: Path) -> None:
+    ends = []
+    for decay_norms in (True, False):
+        cfg = short(tmp_path / str(decay_norms), train__rounds=1, train__weight_decay=0.1)
+        cfg.train.decay_norms = decay_norms
+        result, _ = run(cfg)
+        ends.append(load_file(result.folder / "model.safetensors"))
+    norms = [name for name, weight in ends[0].items() if weight.ndim == 1 and name.endswith("weight")]
+    assert norms and all(ends[0][name].sum() < ends[1][name].sum() for name in norms)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,25 +24,21 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks import record
+from benchmarks import data, record
 from ups_fast import config, rounds
 from ups_fast.build import Run, prepare, split_of
 from ups_fast.calibration import ece, or_none, reliability
-from ups_fast.data import ImageSet, load_set
+from ups_fast.data import load_set
 from ups_fast.methods import METHODS
 from ups_fast.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
 RECORD = record.RESULTS / "methods.jsonl"
-# Of each set the config file, its words, and label spreading's neighbors and alpha.
-FASHION = os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
-SETS: dict[str, tuple[str, list[str]]] = {
-    "digits": ("configs/digits.yaml", []),
-    "fashion_mnist": (
-        "benchmarks/fashion_small.yaml",
-        [f"data.root={FASHION}"],
-    ),
-    "animals": ("benchmarks/animals.yaml", []),
+# Of each set the config file, and the labels in all where the set is written for each seed.
+SETS: dict[str, tuple[str, int]] = {
+    "digits": ("configs/digits.yaml", 0),
+    "fashion_mnist": ("benchmarks/gray28.yaml", 400),
+    "animals": ("benchmarks/gray28.yaml", 100),
 }
 SPREADING = "label_spreading"
 NAMES = [SPREADING, *METHODS]
@@ -93,20 +88,26 @@ def add(line: dict[str, Any]) -> None:
 
 
 def run(name: str, method: str, seed: int) -> dict[str, Any]:
-    path, words = SETS[name]
-    words = [*words, f"seed={seed}", "threads=1"]
-    start = time.monotonic()
-    if method == SPREADING:
-        cfg = config.load(ROOT / path, words)
-        return {**spreading(cfg, load_set(cfg.data.name, cfg.data.root)), "seconds": time.monotonic() - start}
     with tempfile.TemporaryDirectory() as folder:
-        cfg = config.load(ROOT / path, [*words, f"method.name={method}", f"run_dir={folder}/run"])
-        data = load_set(cfg.data.name, cfg.data.root)
-        if method != "ups":
-            cfg.train.epochs = epochs_for(prepare(cfg, data), budget(name, seed))
-        count = Counted()
-        with count:
-            found = rounds.run(cfg, data, console=Console(file=io.StringIO()))
+        path, labels = SETS[name]
+        words = [f"seed={seed}", "threads=1", f"run_dir={folder}/run"]
+        if labels:
+            data.write(name, Path(folder) / "set.npz", labels, seed)
+            words.append(f"data.root={folder}/set.npz")
+        start = time.monotonic()
+        if method == SPREADING:
+            found = spreading(config.load(ROOT / path, words))
+        else:
+            found = trained(config.load(ROOT / path, [*words, f"method.name={method}"]), name, seed)
+        return {**found, "seconds": time.monotonic() - start}
+
+
+def trained(cfg: config.Config, name: str, seed: int) -> dict[str, Any]:
+    images = load_set(cfg.data.name, cfg.data.root)
+    if cfg.method.name != "ups":
+        cfg.train.epochs = epochs_for(prepare(cfg, images), budget(name, seed))
+    with Counted() as count:
+        found = rounds.run(cfg, images, console=Console(file=io.StringIO()))
     row = found.rows[-1]
     keys = ("test_acc", "test_ece", "positives", "positive_acc", "ece", "ece_selected")
     return {
@@ -116,7 +117,6 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
         "unlabeled_acc": float((found.pseudo_labels.label == found.truth).double().mean()),
         "images": count.images,
         "epochs": cfg.train.epochs,
-        "seconds": time.monotonic() - start,
     }
 
 
@@ -151,22 +151,23 @@ class Counted:
         TrainStep.__call__ = self.original  # type: ignore[method-assign]
 
 
-def spreading(cfg: config.Config, data: ImageSet) -> dict[str, Any]:
+def spreading(cfg: config.Config) -> dict[str, Any]:
     """scikit-learn's label spreading on pixels in [0, 1], the same split."""
     from sklearn.semi_supervised import LabelSpreading
 
-    labeled, unlabeled = split_of(cfg, data)
-    pixels = data.train_images.flatten(1).numpy() / 255
+    images = load_set(cfg.data.name, cfg.data.root)
+    labeled, unlabeled = split_of(cfg, images)
+    pixels = images.train_images.flatten(1).numpy() / 255
     target = np.full(len(pixels), -1)
-    target[labeled] = data.train_labels[labeled]
+    target[labeled] = images.train_labels[labeled]
     model = LabelSpreading(kernel="knn", n_neighbors=7, alpha=0.2, max_iter=100).fit(pixels, target)
     p = torch.from_numpy(model.label_distributions_[unlabeled])
     confidence, label = p.max(1)
-    truth = data.train_labels[unlabeled]
+    truth = images.train_labels[unlabeled]
     right, kept = label == truth, confidence >= cfg.select.tau_p
-    test = model.predict(data.test_images.flatten(1).numpy() / 255)
+    test = model.predict(images.test_images.flatten(1).numpy() / 255)
     return {
-        "test_acc": float((torch.from_numpy(test) == data.test_labels).double().mean()),
+        "test_acc": float((torch.from_numpy(test) == images.test_labels).double().mean()),
         "positives": int(kept.sum()),
         "positive_acc": or_none(right[kept].double().mean()),
         "ece": or_none(ece(reliability(confidence, right))),

@@ -81,7 +81,8 @@ class CoMatch(Consistency):
             graph = graph / graph.sum(-1, keepdim=True).clamp(min=1e-12)
         p, label = q.max(-1)
         weight = (p >= options.tau).float() * self.kept(label, batch)
-        log_s = (z_0 @ z_1.T / options.temperature).log_softmax(-1)
+        seen = readable.log().clamp(min=-1e4)  # what is gone is nobody's opposite either
+        log_s = (z_0 @ z_1.T / options.temperature + seen).log_softmax(-1)
         contrast = (-(graph * log_s).sum(-1) * readable).mean()
         return (
             self.supervised(labeled, batch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import time
-from itertools import repeat
 
 import numpy as np
 import pytest
@@ -17,10 +16,12 @@ from PIL import Image
 from rivals import torchvision_transform
 from test_ops import GPU, MEAN, STD, measure
 
+from ups_fast.batches import epoch_order, views_of
 from ups_fast.data import ResidentImages, file_images, read_image, resize_crop
-from ups_fast.engine import Supervision, batch_mix, epoch_plan
+from ups_fast.methods import Group, Layout, Options, Setting, Supervised
 from ups_fast.models import build
 from ups_fast.policy import POLICIES, Policy
+from ups_fast.selection import Thresholds
 from ups_fast.step import TrainStep, plan_step
 
 IMAGES, BATCH, WORKERS, ROUNDS = 512, 64, 2, 10
@@ -205,23 +206,21 @@ def test_training_waits(benchmark, request, device, network, files, size, channe
         images = file_images(kind, root, paths, size=size, channels=channels, threads=threads, **common)
     model = build(network, n_classes=10, channels=channels, size=size, dropout=0.3)
     model = model.to(device, memory_format=torch.channels_last)
-    step = TrainStep(
-        model, images, 10, plan_step("auto", "auto", torch.device(device)), momentum=0.9, weight_decay=0.0
-    )
-    target, negative = torch.arange(len(paths)) % 10, torch.zeros(len(paths), 1, dtype=torch.int32)
-    mix = batch_mix(len(paths), 0, batch)
-    told = Supervision(target, negative, torch.arange(len(paths)), torch.arange(0))
-    step.start(told, mix, model.state_dict(), augment_seed=0, dropout_seed=0)
-    plan = epoch_plan(told.positives, told.negatives, mix, torch.Generator().manual_seed(0))
+    method = Supervised(Setting(lambda: model, Options("supervised"), Thresholds(), len(paths), 10))
+    how = plan_step("auto", "auto", torch.device(device))
+    step = TrainStep(method, images, how, momentum=0.9, weight_decay=0.0)
+    layout = Layout((Group("labeled", batch),), len(paths) // batch)
+    views = views_of(layout.groups, {"strong": images.policy})
+    tables = {"target": torch.arange(len(paths)) % 10}
+    step.start(layout, views, tables, method.state_dict(), augment_seed=0, dropout_seed=0)
+    plan, _ = epoch_order({"labeled": torch.arange(len(paths))}, layout, torch.Generator().manual_seed(0), 0)
     place = plan.to(device)
     waited = whole = 0.0
 
     def epoch():
         nonlocal waited, whole
         start = time.perf_counter()
-        batches = repeat(None)
-        if kind != "resident":
-            batches = images.training(zip(plan, plan * 0, strict=True), seed=0, out=step.batch)
+        batches = images.ahead(zip(plan, plan * 0, strict=True), views, seed=0, out=step.batch)
         for index in place:
             before = time.perf_counter()
             next(batches)

@@ -154,6 +154,25 @@ def test_nce_loss(benchmark, device, b, c, name):
     measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("b, c", [(448, 10), (448, 100), (8192, 100)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fixmatch_loss(benchmark, device, b, c, name):
+    """448: seven unlabeled images for each of 64 labeled ones. Some half of the rows are confident."""
+
+    def views():
+        weak = torch.randn(b, c, device=device)
+        weak[::2, 0] += 20
+        return torch.randn(b, c, device=device, requires_grad=True), weak
+
+    batches = [views() for _ in range(COPIES)]
+    loss = implementation(name, "fixmatch_loss")
+    call = over(batches, lambda batch: torch.autograd.grad(loss(*batch), batch[0]))
+    moved = nbytes(*batches[0], batches[0][0])
+    group = f"fixmatch_loss forward + backward {device} B={b} C={c}"
+    measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
+
+
 @pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "torch's dropout, eager"])
 @pytest.mark.parametrize("shape", [(128, 32, 32, 32), (128, 128, 8, 8)], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,7 +222,7 @@ def test_augment(benchmark, device, name):
     images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, device=home)
     planes = images.movedim(3, 1).contiguous()
     index = torch.randperm(n, device=home)
-    kwargs = {"policy": "published", "seed": 0, "epoch": 0, "mean": MEAN, "std": STD}
+    kwargs = {"policy": "published", "seed": 0, "draw": 0, "mean": MEAN, "std": STD}
     moved = 0
     if name == "published, Pillow":
         pictures = [Image.fromarray(image.numpy()) for image in images]

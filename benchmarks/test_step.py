@@ -11,10 +11,12 @@ import torch
 from test_ops import DEVICES, GPU, measure
 from torch import nn
 
+from ups_fast.batches import views_of
 from ups_fast.data import ResidentImages
-from ups_fast.engine import Mix, Supervision
+from ups_fast.methods import UPS, Group, Layout, Options, Setting
 from ups_fast.models import build
 from ups_fast.policy import POLICIES
+from ups_fast.selection import Thresholds
 from ups_fast.step import TrainStep, plan_step
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -50,16 +52,19 @@ def published_call(model: str, size: int, device: str):
 def our_call(model: str, size: int, device: str, mode: str, precision: str):
     net, _ = network(model, device)
     net = net.to(memory_format=torch.channels_last)
+    method = UPS(Setting(lambda: net, Options("ups"), Thresholds(), N, CLASSES))
     pixels = torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8)
     images = ResidentImages(pixels, mean=MEAN, std=STD, device=device, policy=POLICIES["published"])
     plan = plan_step(mode, precision, torch.device(device))
-    step = TrainStep(net, images, CLASSES, plan, momentum=0.9, weight_decay=0.0)
-    target, nothing = torch.randint(CLASSES, (N,)), torch.zeros(0, dtype=torch.int64)
+    step = TrainStep(method, images, plan, momentum=0.9, weight_decay=0.0)
+    positive = torch.arange(N) < N // 2  # each batch has as many of them as of negatives
+    target = torch.randint(CLASSES, (N,)).where(positive, -1)
     negative = torch.randint(0, 2**CLASSES, (N, 1), dtype=torch.int32)
-    mix = Mix(size - size // 2, size // 2, 1)
-    told = Supervision(target, negative, nothing, nothing)
-    step.start(told, mix, net.state_dict(), augment_seed=0, dropout_seed=0)
-    order = torch.randperm(N, device=device)
+    groups = Group("positive", size - size // 2), Group("negative", size // 2)
+    views = views_of(groups, {"strong": images.policy})
+    tables = {"target": target, "negative": negative}
+    step.start(Layout(groups, 1), views, tables, method.state_dict(), augment_seed=0, dropout_seed=0)
+    order = torch.stack([torch.randperm(N // 2), N // 2 + torch.randperm(N // 2)]).T.flatten().to(device)
     calls = itertools.count()
 
     def call():

@@ -28,7 +28,7 @@ struct AugmentSettings {
   int32_t n_ops;    // operations drawn for an image, with replacement
   int32_t flip;     // 1: left to right, with probability 1/2
   int32_t crop;     // reflected pixels on each side to crop from
-  int32_t cutout;   // largest side of the hole
+  int32_t cutout;   // largest side of the cutout
   int32_t low[3];   // smallest factor of brightness, contrast, saturation, times kOne
   int32_t high[3];  // largest
 };
@@ -44,7 +44,7 @@ struct PlannedFrame {
   int32_t dy, dx;                    // how far the crop lies below and right of the image
   int32_t order;                     // of the jitter: index into kJitterOrders
   int32_t factor[3];                 // of brightness, contrast, saturation, times kOne
-  int32_t top, left, bottom, right;  // the hole; bottom and right are the first pixels outside
+  int32_t top, left, bottom, right;  // the cutout; bottom and right are the first pixels outside
 };
 constexpr int kOpWords = sizeof(PlannedOp) / sizeof(int32_t);
 constexpr int kFrameWords = sizeof(PlannedFrame) / sizeof(int32_t);
@@ -55,14 +55,14 @@ UPS_HD constexpr int plan_words(int n_ops) { return n_ops * kOpWords + kFrameWor
 
 // From what a plan is drawn.
 struct DrawArgs {
-  const int64_t* index;       // [B]
-  const Variant* variants;    // [V]
-  int n_variants;             // V
-  const int32_t* operations;  // [O, 2], first variant and number of variants of each operation of the policy
-  int n_operations;           // O
-  const int64_t* seed;        // []
-  const int64_t* epoch;       // [] with stride 0, or [B]
-  int64_t epoch_stride;
+  const int64_t* index;        // [B]
+  const Variant* variants;     // [V]
+  int n_variants;              // V
+  const int32_t* operations;   // [O, 2], first variant and number of variants of each operation of the policy
+  int n_operations;            // O
+  const int64_t* seed;         // []
+  const int64_t* draw_number;  // [] with stride 0, or [B]
+  int64_t draw_stride;
   int H, W;
   AugmentSettings settings;
 };

@@ -26,7 +26,7 @@ inline AugmentSettings settings_of(const std::vector<int64_t>& words) {
 }
 
 inline DrawArgs draw_args(const Tensor& index, const Tensor& variants, const Tensor& operations, const Tensor& seed,
-                          const Tensor& epoch, int64_t H, int64_t W, const std::vector<int64_t>& settings) {
+                          const Tensor& draw_number, int64_t H, int64_t W, const std::vector<int64_t>& settings) {
   check_dim("index", index, 1);
   check_type("index", index, ScalarType::Long, "int64");
   check_dim("variants", variants, 2);
@@ -37,11 +37,11 @@ inline DrawArgs draw_args(const Tensor& index, const Tensor& variants, const Ten
   check_type("operations", operations, ScalarType::Int, "int32");
   check_dim("seed", seed, 0);
   check_type("seed", seed, ScalarType::Long, "int64");
-  check_type("epoch", epoch, ScalarType::Long, "int64");
-  const bool each = epoch.dim() != 0;
+  check_type("draw", draw_number, ScalarType::Long, "int64");
+  const bool each = draw_number.dim() != 0;
   if (each) {
-    check_dim("epoch", epoch, 1);
-    check_size("epoch", epoch, 0, index.size(0));
+    check_dim("draw", draw_number, 1);
+    check_size("draw", draw_number, 0, index.size(0));
   }
   for (const Tensor* x : {&variants, &operations, &index}) {
     UPS_CHECK(x->is_contiguous(), "index, variants and operations must be contiguous");
@@ -52,8 +52,8 @@ inline DrawArgs draw_args(const Tensor& index, const Tensor& variants, const Ten
                          data<const int32_t>(operations),
                          static_cast<int>(operations.size(0)),
                          data<const int64_t>(seed),
-                         data<const int64_t>(epoch),
-                         each ? epoch.stride(0) : 0,
+                         data<const int64_t>(draw_number),
+                         each ? draw_number.stride(0) : 0,
                          static_cast<int>(H),
                          static_cast<int>(W),
                          settings_of(settings)};
@@ -73,11 +73,11 @@ inline Tensor new_plan(const Tensor& index, const DrawArgs& args) {
 struct AugmentCall {
   AugmentCall(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
               const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
-              const Tensor& epoch, const std::optional<Tensor>& plan, const std::vector<int64_t>& settings)
+              const Tensor& draw_number, const std::optional<Tensor>& plan, const std::vector<int64_t>& settings)
       : images(images), blends(blends), norm(norm), out(out), plan(plan) {
     check_dim("images", images, 4);
     check_type("images", images, ScalarType::Byte, "uint8");
-    draw = draw_args(index, variants, operations, seed, epoch, images.size(1), images.size(2), settings);
+    draw = draw_args(index, variants, operations, seed, draw_number, images.size(1), images.size(2), settings);
     C = images.size(3);
     UPS_CHECK(C == 1 || C == 3, "images must have 1 or 3 channels, got ", C);
     check_dim("blends", blends, 3);

@@ -1,6 +1,6 @@
 """`augment` in a Dataset with worker processes: `python examples/dataset_workers.py`.
 
-What is drawn for an image depends on seed, epoch and its id alone. So a run sees the same bits without workers and with
+What is drawn for an image depends on seed, draw and its id alone. So a run sees the same bits without workers and with
 two, forked or spawned. A run that resumes at epoch 7 sees what it would have seen.
 """
 
@@ -35,7 +35,7 @@ class Digits(Dataset):
 
     def __getitems__(self, ids: list[int]) -> tuple[Tensor, Tensor]:  # a whole batch: [B, 1, 8, 8], [B]
         index = torch.tensor(ids)
-        rule = {"policy": POLICY, "seed": 0, "epoch": self.epoch, "mean": (0.3,), "std": (0.35,)}
+        rule = {"policy": POLICY, "seed": 0, "draw": self.epoch, "mean": (0.3,), "std": (0.35,)}
         return ups_fast.augment(self.images, index, **rule), self.target[index]
 
 

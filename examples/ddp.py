@@ -38,9 +38,7 @@ def work(rank: int, world: int, folder: str, images: Tensor, target: Tensor) -> 
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
 
     def view(index: Tensor, policy: ups_fast.Policy, epoch: int) -> Tensor:
-        return ups_fast.augment(
-            images, index, policy=policy, seed=SEED, epoch=epoch, mean=(0.3,), std=(0.35,)
-        )
+        return ups_fast.augment(images, index, policy=policy, seed=SEED, draw=epoch, mean=(0.3,), std=(0.35,))
 
     for epoch in range(EPOCHS):
         order = torch.randperm(1437, generator=torch.Generator().manual_seed(epoch))

@@ -49,7 +49,7 @@ def main(steps: int = 200) -> tuple[float, float]:
     labeled, unlabeled = train[:LABELED], train[LABELED:]
 
     def view(index: Tensor, policy: Policy, step: int) -> Tensor:
-        return ups_fast.augment(images, index, policy=policy, seed=SEED, epoch=step, mean=(0.3,), std=(0.35,))
+        return ups_fast.augment(images, index, policy=policy, seed=SEED, draw=step, mean=(0.3,), std=(0.35,))
 
     model = Network()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

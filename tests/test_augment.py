@@ -81,7 +81,7 @@ def hostile_images(n: int, height: int, width: int, channels: int) -> Tensor:  #
 def pixels_of(function, images: Tensor, index: Tensor, policy: str | Policy, **kwargs) -> Tensor:
     """What it makes of the images, hardly normalized."""
     channels = images.shape[3]
-    kwargs = {"seed": 3, "epoch": 1, "mean": (0.0,) * channels, "std": (1 / 255,) * channels, **kwargs}
+    kwargs = {"seed": 3, "draw": 1, "mean": (0.0,) * channels, "std": (1 / 255,) * channels, **kwargs}
     return function(images, index, policy=policy, **kwargs)
 
 
@@ -163,7 +163,7 @@ def test_the_reference_does_what_the_published_chain_calls():
         assert operate(picture, "Posterize", 3) == ImageOps.posterize(picture, 3)
         assert np.asarray(operate(picture, "Posterize", 0)).max() == 0
 
-        plan = reference.augment_plan(torch.tensor([0]), policy="weak", size=32, seed=0, epoch=0)
+        plan = reference.augment_plan(torch.tensor([0]), policy="weak", size=32, seed=0, draw=0)
         plan.flip[0], plan.crop[0] = 1, torch.tensor([-3, 4])
         moved = tv.crop(tv.pad(tv.hflip(picture), 4, padding_mode="reflect"), 4 - 3, 4 + 4, 32, 32)
         assert (reference.replay(pixels, plan, 0).numpy() == np.asarray(moved)).all()
@@ -193,14 +193,14 @@ def test_philox_gives_its_authors_numbers():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_plans_are_the_references(isa, policy):
     index = torch.tensor([0, 1, 5, 2**31, 2**40 + 3, 2**62, 0, *range(300)])
-    for seed, epoch, size in ((0, 0, 32), (2**63 - 1, 2**32 - 1, (40, 9)), (12345678901, 7, (5, 64))):
-        got = ops.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
-        want = reference.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
+    for seed, draw, size in ((0, 0, 32), (2**63 - 1, 2**32 - 1, (40, 9)), (12345678901, 7, (5, 64))):
+        got = ops.augment_plan(index, policy=policy, size=size, seed=seed, draw=draw)
+        want = reference.augment_plan(index, policy=policy, size=size, seed=seed, draw=draw)
         assert torch.equal(got.draws, want.draws)
         assert got.size == want.size
 
 
-def test_a_draw_depends_on_seed_epoch_and_sample_alone():
+def test_a_draw_depends_on_seed_draw_and_sample_alone():
     images = hostile_images(200, 32, 32, 3)
     index = torch.randperm(200)
     whole = fused(images, index, "ups")
@@ -209,14 +209,14 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone():
     assert torch.equal(fused(images, index.flip(0), "ups").flip(0), whole)
     repeated = fused(images, index[:1].expand(9).contiguous(), "ups")
     assert torch.equal(repeated, whole[:1].expand(9, -1, -1, -1))
-    assert torch.equal(fused(images, index, "ups", epoch=torch.tensor(1)), whole)
-    assert torch.equal(fused(images, index, "ups", epoch=torch.ones(200, dtype=torch.int64)), whole)
+    assert torch.equal(fused(images, index, "ups", draw=torch.tensor(1)), whole)
+    assert torch.equal(fused(images, index, "ups", draw=torch.ones(200, dtype=torch.int64)), whole)
     assert torch.equal(fused(images, index, "ups", seed=torch.tensor(3)), whole)
-    mixed, want = both(images, index[:1].expand(40).contiguous(), "ups", epoch=torch.arange(40))
+    mixed, want = both(images, index[:1].expand(40).contiguous(), "ups", draw=torch.arange(40))
     assert_equal(mixed, want)
     assert torch.equal(mixed[1], whole[0])
     assert len(mixed.unique(dim=0)) > 35
-    for changed in ({"seed": 4}, {"epoch": 2}, {"seed": 3 + 2**32}):
+    for changed in ({"seed": 4}, {"draw": 2}, {"seed": 3 + 2**32}):
         other = fused(images, index, "ups", **changed)
         assert (other != whole).flatten(1).any(dim=1).float().mean() > 0.9
 
@@ -238,7 +238,7 @@ def test_threads_change_nothing():
 def test_draws_are_spread_as_they_should_be():
     """Counts of 40,000 images within five standard deviations of what they should be."""
     n = 40_000
-    plan = ops.augment_plan(torch.arange(n), policy="published", size=32, seed=1, epoch=2)
+    plan = ops.augment_plan(torch.arange(n), policy="published", size=32, seed=1, draw=2)
 
     def uniform(values: Tensor, low: int, high: int) -> None:
         counts = torch.bincount(values.flatten() - low, minlength=high - low + 1)
@@ -282,7 +282,7 @@ def test_black_images_are_the_published_policys_alone():
     """Posterize to 0 bits meets 1 - (15/16)^3 = 17.6 % of the images."""
     names = [dict(POLICIES[policy].ops)["Posterize"] for policy in ("published", "ups")]
     assert names == [(0,), (1,)]
-    plan = ops.augment_plan(torch.arange(20_000), policy="published", size=32, seed=0, epoch=0)
+    plan = ops.augment_plan(torch.arange(20_000), policy="published", size=32, seed=0, draw=0)
     met = (plan.variant == plan.names.index(("Posterize", 0))).any(dim=1).float().mean()
     assert abs(met - 0.176) < 0.014
 
@@ -293,7 +293,7 @@ def test_black_images_are_the_published_policys_alone():
 def test_a_plan_replaces_the_draws():
     images = hostile_images(64, 32, 32, 3)
     index = torch.arange(64)
-    plan = ops.augment_plan(index, policy="published", size=32, seed=3, epoch=1)
+    plan = ops.augment_plan(index, policy="published", size=32, seed=3, draw=1)
     drawn = fused(images, index, "published")
     assert torch.equal(fused(images, index, "published", plan=plan, seed=99), drawn)
 
@@ -330,7 +330,7 @@ def test_a_plan_replaces_the_draws():
 )
 def test_a_plan_that_cannot_be_is_refused(field, value):
     images = hostile_images(8, 32, 32, 3)
-    plan = ops.augment_plan(torch.arange(8), policy="published", size=32, seed=0, epoch=0)
+    plan = ops.augment_plan(torch.arange(8), policy="published", size=32, seed=0, draw=0)
     view = getattr(plan, field)
     view[(3,) + (0,) * (view.ndim - 1)] = value
     with pytest.raises(RuntimeError, match="plan: row 3 holds what augment_plan would not draw"):
@@ -344,12 +344,12 @@ GOOD = {
     "index": torch.arange(4),
     "policy": "ups",
     "seed": 0,
-    "epoch": 0,
+    "draw": 0,
     "mean": (0.5,) * 3,
     "std": (0.5,) * 3,
     "dtype": torch.float32,
 }
-FOREIGN = ops.augment_plan(torch.arange(4), policy="weak", size=32, seed=0, epoch=0)
+FOREIGN = ops.augment_plan(torch.arange(4), policy="weak", size=32, seed=0, draw=0)
 
 
 @pytest.mark.parametrize(
@@ -375,10 +375,10 @@ FOREIGN = ops.augment_plan(torch.arange(4), policy="weak", size=32, seed=0, epoc
         ({"policy": Policy(crop=32)}, "policy.crop must be below the image size 32x32, got 32"),
         ({"seed": -1}, "seed must be an integer of 0 .. 2^63 - 1, got -1"),
         ({"seed": 1.5}, "seed must be an integer of 0 .. 2^63 - 1, got 1.5"),
-        ({"epoch": 2**32}, "epoch must be an integer of 0 .. 2^32 - 1, got 4294967296"),
+        ({"draw": 2**32}, "draw must be an integer of 0 .. 2^32 - 1, got 4294967296"),
         (
-            {"epoch": torch.tensor(1.0)},
-            "epoch must be an int or an int64 tensor [] or [4] on cpu, got torch.fl",
+            {"draw": torch.tensor(1.0)},
+            "draw must be an int or an int64 tensor [] or [4] on cpu, got torch.fl",
         ),
         ({"policy": "Publised"}, "got 'Publised' (did you mean published?)"),
         ({"seed": True}, "seed must be an integer of 0 .. 2^63 - 1, got True"),
@@ -469,7 +469,7 @@ def test_nothing_to_do():
     empty = torch.zeros(0, dtype=torch.int64)
     got, want = both(images, empty, "ups")
     assert got.shape == want.shape == (0, 3, 32, 32)
-    assert ops.augment_plan(empty, policy="ups", size=32, seed=0, epoch=0).draws.shape == (0, 20)
+    assert ops.augment_plan(empty, policy="ups", size=32, seed=0, draw=0).draws.shape == (0, 20)
     copies = fused(images, torch.arange(3), "none")
     assert torch.equal(copies.round(), images.permute(0, 3, 1, 2).float())
 
@@ -506,14 +506,14 @@ def test_the_ops_are_torchs():
 
 def test_index_and_counters_of_any_strides():
     images, perm = hostile_images(24, 8, 8, 3), torch.randperm(24)
-    epochs = torch.arange(48)
+    numbers = torch.arange(48)
     for index in (perm[1::2], perm[:1].expand(12), torch.stack([perm, perm], 1)[:12, 0], perm.flip(0)[:12]):
-        for epoch in (epochs[::4], epochs[:1].expand(12), epochs[3], torch.tensor(2**40 + 5)):
-            seed = torch.stack([epochs, epochs])[1, 7]
-            rule = {"policy": "ups", "seed": seed, "epoch": epoch}
+        for draw in (numbers[::4], numbers[:1].expand(12), numbers[3], torch.tensor(2**40 + 5)):
+            seed = torch.stack([numbers, numbers])[1, 7]
+            rule = {"policy": "ups", "seed": seed, "draw": draw}
             got, want = both(images, index, **rule)
             assert_equal(got, want)
-            assert_equal(fused(images, index.clone(), **{**rule, "epoch": epoch.clone()}), want)
+            assert_equal(fused(images, index.clone(), **{**rule, "draw": draw.clone()}), want)
             plans = [f(index, size=8, **rule) for f in (ops.augment_plan, reference.augment_plan)]
             assert torch.equal(plans[0].draws, plans[1].draws)
             twice = replace(plans[0], draws=plans[0].draws.repeat_interleave(2, 0)[::2])
@@ -522,7 +522,7 @@ def test_index_and_counters_of_any_strides():
 
 def test_numbers_in_any_form():
     images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
-    want = fused(images, index, "ups", mean=(0.25, 0.5, 0.75), std=(0.5, 0.25, 0.125), seed=7, epoch=3)
+    want = fused(images, index, "ups", mean=(0.25, 0.5, 0.75), std=(0.5, 0.25, 0.125), seed=7, draw=3)
     for form in (
         list,
         torch.tensor,
@@ -532,7 +532,7 @@ def test_numbers_in_any_form():
     ):
         for function in (ops.augment, reference.augment):
             mean, std = form((0.25, 0.5, 0.75)), form((0.5, 0.25, 0.125))
-            rule = {"mean": mean, "std": std, "seed": np.int64(7), "epoch": np.uint8(3)}
+            rule = {"mean": mean, "std": std, "seed": np.int64(7), "draw": np.uint8(3)}
             assert torch.equal(pixels_of(function, images, index, "ups", **rule), want)
     made = normalization.cache_info().misses
     for _ in range(3):
@@ -540,10 +540,10 @@ def test_numbers_in_any_form():
     assert normalization.cache_info().misses == made
     sizes = [8, (8, 8), [8, 8], np.int64(8), torch.Size((8, 8)), images.shape[1:3]]
     for size in sizes:
-        assert ops.augment_plan(index, policy="ups", size=size, seed=0, epoch=0).size == (8, 8)
+        assert ops.augment_plan(index, policy="ups", size=size, seed=0, draw=0).size == (8, 8)
     for size in (True, 8.0, "88", (8,), (8, 8, 3), 0, 2049, None, torch.tensor([8, 8])):
         with pytest.raises(ValueError, match=r"^size must be height and width in 1\.\.2048, got "):
-            ops.augment_plan(index, policy="none", size=size, seed=0, epoch=0)
+            ops.augment_plan(index, policy="none", size=size, seed=0, draw=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
@@ -551,7 +551,7 @@ def test_the_published_square_is_drawn_as_numpy_draws_it(size):
     """np.random.uniform(w) is uniform(low=w, high=1): from (1, w]. The square of `ups` has its center in [0, w)."""
     side, n = 5.3333, 20_000
     for name, low in (("CutoutAbs", 0), ("CutoutPublished", 1)):
-        rule = {"policy": Policy(ops=((name, (side,)),), n_ops=1), "size": size, "seed": 0, "epoch": 0}
+        rule = {"policy": Policy(ops=((name, (side,)),), n_ops=1), "size": size, "seed": 0, "draw": 0}
         drawn = ops.augment_plan(torch.arange(n), **rule).corner[:, 0]
         assert torch.equal(drawn[:300], reference.augment_plan(torch.arange(300), **rule).corner[:, 0])
         g = np.random.RandomState(0)  # as the published code: a Generator refuses low > high
@@ -571,8 +571,8 @@ import sys
 sys.modules["ups_fast._C"] = sys.modules["PIL"] = None
 import torch, ups_fast
 index, images = torch.arange(2), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-ups_fast.augment_plan(index, policy="ups", size=8, seed=0, epoch=0)
-ups_fast.augment(images, index, policy="ups", seed=0, epoch=0, mean=[0] * 3, std=[1] * 3)
+ups_fast.augment_plan(index, policy="ups", size=8, seed=0, draw=0)
+ups_fast.augment(images, index, policy="ups", seed=0, draw=0, mean=[0] * 3, std=[1] * 3)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
@@ -585,7 +585,7 @@ ups_fast.augment(images, index, policy="ups", seed=0, epoch=0, mean=[0] * 3, std
 @pytest.mark.parametrize("augment", [ops.augment, reference.augment], ids=["fused", "reference"])
 def test_the_result_may_go_to_a_given_place(augment):
     images, index = hostile_images(9, 8, 6, 3), torch.arange(5)
-    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    rule = {"policy": "none", "seed": 0, "draw": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     place = torch.zeros(7, 3, 8, 6).to(memory_format=torch.channels_last)
     assert augment(images, index, **rule, out=place[1:6]).data_ptr() == place[1:6].data_ptr()
     assert (
@@ -607,7 +607,7 @@ def test_the_result_may_go_to_a_given_place(augment):
 
 def test_a_place_that_a_backward_needs_is_not_overwritten_unheard():
     images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
-    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    rule = {"policy": "none", "seed": 0, "draw": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     batch, weight = ops.augment(images, index, **rule), torch.ones(3, 1, 1, requires_grad=True)
     loss = (batch * weight).sum()
     ops.augment(images, index + 1, **rule, out=batch)
@@ -624,7 +624,7 @@ def test_a_place_that_a_backward_needs_is_not_overwritten_unheard():
 @pytest.mark.parametrize("augment", [ops.augment, reference.augment], ids=["fused", "reference"])
 @pytest.mark.parametrize("index", [[-1], [0, 9]])
 def test_an_index_out_of_range_is_an_error(augment, index):
-    rule = {"policy": "none", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    rule = {"policy": "none", "seed": 0, "draw": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(RuntimeError, match=r"index must lie in 0\.\.8, got"):
         augment(hostile_images(9, 8, 8, 3), torch.tensor(index), **rule)
 
@@ -634,7 +634,7 @@ def test_augment_compiles():
     images, index = hostile_images(9, 8, 8, 3), torch.arange(5)
 
     def twice(images, index):
-        rule = {"policy": "weak", "seed": 0, "epoch": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        rule = {"policy": "weak", "seed": 0, "draw": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
         return ops.augment(images, index, **rule) * 2
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
@@ -646,3 +646,21 @@ def test_gray_squares_have_the_luma_of_the_colored_ones():
     policy = Policy(ops=(("CutoutAbs", (40,)),), n_ops=1)
     gray = fused(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.tensor([0]), policy)
     assert gray.max().round() == color
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_the_old_name_of_draw_works_and_says_so(module):
+    images, index = hostile_images(4, 8, 8, 3), torch.arange(4)
+    rule = {"policy": "ups", "seed": 3}
+    norm = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    want = module.augment(images, index, **rule, **norm, draw=2)
+    with pytest.warns(FutureWarning, match="epoch of augment is now draw") as said:
+        assert torch.equal(module.augment(images, index, **rule, **norm, epoch=2), want)
+    assert said[0].filename == __file__
+    plan = module.augment_plan(index, **rule, size=8, draw=2)
+    with pytest.warns(FutureWarning, match="epoch of augment_plan is now draw"):
+        assert torch.equal(module.augment_plan(index, **rule, size=8, epoch=2).draws, plan.draws)
+    with pytest.raises(TypeError, match="both draw and epoch"):
+        module.augment(images, index, **rule, **norm, draw=2, epoch=2)
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'draw'"):
+        module.augment(images, index, **rule, **norm)

@@ -250,17 +250,29 @@ def test_an_order_is_the_same_after_any_interruption() -> None:
 def test_views_know_their_rows_and_where_their_images_are_read() -> None:
     weak, strong = POLICY_OF["weak"], POLICY_OF["strong"]
     assert views_of(VIEWS.groups, POLICY_OF) == (
-        View(0, 3, weak, 0),
-        View(3, 7, weak, 3),
+        View(0, 7, weak, 0),
         View(7, 11, strong, 3, 2),
         View(11, 15, strong, 3, 3),
         View(15, 18, strong, 0, 4),
         View(18, 20, strong, 7),
     ), "the second group of 4 is read once, behind the first 3"
-    assert [view.again for view in views_of(VIEWS.groups, POLICY_OF)] == [False] * 2 + [True] * 3 + [False]
+    assert [view.again for view in views_of(VIEWS.groups, POLICY_OF)] == [False] + [True] * 3 + [False]
     assert views_of((), POLICY_OF) == ()
-    empty = views_of((Group("a", 6), Group("b", 0)), POLICY_OF)
-    assert empty == (View(0, 6, strong, 0), View(6, 6, strong, 6))
+
+
+def test_groups_that_are_seen_alike_are_one_view_whatever_their_shares() -> None:
+    weak, strong = POLICY_OF["weak"], POLICY_OF["strong"]
+    for shares in ((6, 0), (5, 1), (0, 6)):
+        groups = Group("a", shares[0]), Group("b", shares[1])
+        assert views_of(groups, POLICY_OF) == (View(0, 6, strong, 0),)
+    again = (
+        Group("a", 2, "weak"),
+        Group("b", 3, "weak"),
+        Group("b", 3, "weak", view_of=1),
+        Group("c", 1, "weak"),
+    )
+    found = (View(0, 5, weak, 0), View(5, 8, weak, 2, 2), View(8, 9, weak, 5))
+    assert views_of(again, POLICY_OF) == found, "what is shown again has draws of its own"
 
 
 # The schedule.

@@ -17,7 +17,9 @@ from test_rounds import tiny_config, tiny_set
 from torch import Tensor
 
 from ups_fast import checkpoint, rounds
+from ups_fast.build import Run, prepare
 from ups_fast.checkpoint import RunFolderError, load_checkpoint
+from ups_fast.display import Watch
 
 Content = dict[str, Any]
 NAN, INF = math.nan, math.inf
@@ -46,26 +48,32 @@ LEGAL: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> rounds._Run:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that was stopped in round 1, in the middle of an epoch."""
-    cfg = tiny_config(tmp_path_factory.mktemp("runs") / "run", checkpoint_seconds=0.0, train__epochs=2)
+    cfg = tiny_config(
+        tmp_path_factory.mktemp("runs") / "run",
+        checkpoint_seconds=0.0,
+        train__epochs=2,
+        data__n_labels=12,
+        data__val_share=0.5,
+    )
     console = Console(file=io.StringIO())
     with pytest.MonkeyPatch.context() as patched:
-        real = rounds._Run._show
+        real = Watch.show
 
-        def stop_in_round_1(self: Any, bar: Any, images: int, lr: float) -> None:
+        def stop_in_round_1(self: Watch, *args: Any) -> None:
             if self.state.round == 1 and self.state.epoch == 1:
                 self.stop.set()
-            real(self, bar, images, lr)
+            real(self, *args)
 
-        patched.setattr(rounds._Run, "_show", stop_in_round_1)
+        patched.setattr(Watch, "show", stop_in_round_1)
         with pytest.raises(rounds.Interrupted):
             rounds.run(cfg, tiny_set(), console=console)
-    return rounds._Run(cfg, tiny_set(), console)
+    return prepare(cfg, tiny_set())
 
 
 @pytest.fixture(scope="module")
-def content(job: rounds._Run) -> Content:
+def content(job: Run) -> Content:
     found = torch.load(job.folder / checkpoint.CHECKPOINT, weights_only=True)
     assert found["round"] == 1 and found["epoch"] == 1 and found["step"] > 0 and found["momentum"]
     return found
@@ -74,10 +82,10 @@ def content(job: rounds._Run) -> Content:
 @pytest.fixture(scope="module")
 def between(content: Content) -> Content:
     """The same run at the start of round 1: a small file."""
-    return {**content, "model": None, "momentum": None, "epoch": 0, "step": 0}
+    return {**content, "method": None, "momentum": None, "epoch": 0, "step": 0}
 
 
-def believed(job: rounds._Run, folder: Path, content: Content) -> str:
+def believed(job: Run, folder: Path, content: Content) -> str:
     """The sentence that refuses this content, "" if none does. Whatever else is raised fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,7 +93,7 @@ def believed(job: rounds._Run, folder: Path, content: Content) -> str:
     try:
         found = load_checkpoint(folder)
         assert found is not None
-        job._check(found)
+        rounds._check(job, found)
     except RunFolderError as error:
         said = str(error)
         assert "\n" not in said and said.isprintable() and len(said) < 1000
@@ -93,9 +101,7 @@ def believed(job: rounds._Run, folder: Path, content: Content) -> str:
     return ""
 
 
-def test_what_the_run_wrote_is_believed(
-    job: rounds._Run, content: Content, between: Content, tmp_path: Path
-) -> None:
+def test_what_the_run_wrote_is_believed(job: Run, content: Content, between: Content, tmp_path: Path) -> None:
     assert believed(job, tmp_path, content) == "" and believed(job, tmp_path, between) == ""
     harmless = {
         "seconds": 5,
@@ -121,11 +127,17 @@ def parts(content: Content) -> Iterator[tuple[str, Content]]:
 
 def tensors(content: Content) -> Iterator[tuple[str, Content]]:
     """Each tensor of another type, shape or order, and with values that it cannot have."""
-    places = [("labeled",), ("unlabeled",), *(("pseudo_labels", name) for name in content["pseudo_labels"])]
-    weights = ("conv1.weight", "bn1.running_var", "bn1.running_mean", "bn1.num_batches_tracked")
-    names = {name.rpartition(".")[2]: name for name in content["model"]}
-    chosen = [name for name in weights if name in content["model"]] or list(names.values())
-    places += [("model", name) for name in sorted({*chosen, *names.values()})]
+    places = [
+        ("labeled",),
+        ("unlabeled",),
+        ("val",),
+        *(("pseudo_labels", name) for name in content["pseudo_labels"]),
+    ]
+    parts = ("conv1.weight", "bn1.running_var", "bn1.running_mean", "bn1.num_batches_tracked")
+    weights = [f"network.{name}" for name in parts]
+    names = {name.rpartition(".")[2]: name for name in content["method"]}
+    chosen = [name for name in weights if name in content["method"]] or list(names.values())
+    places += [("method", name) for name in sorted({*chosen, *names.values()})]
     places += [("momentum", name) for name in list(content["momentum"])[:1]]
     for place in places:
         *path, last = place
@@ -160,7 +172,7 @@ def tensors(content: Content) -> Iterator[tuple[str, Content]]:
         if old.is_floating_point():
             for value in (NAN, INF, -INF):
                 yield f"{what} with {value}", put(torch.full_like(old, value))
-        if place[0] in ("labeled", "unlabeled") or last == "index":
+        if place[0] in ("labeled", "unlabeled", "val") or last == "index":
             for name, value in {
                 "reversed": old.flip(0),
                 "doubled": old[:1].expand_as(old).clone(),
@@ -186,7 +198,7 @@ def tensors(content: Content) -> Iterator[tuple[str, Content]]:
     unknown = torch.full_like(pseudo_labels["label"], -1)
     yield "no labels", {**content, "pseudo_labels": {**pseudo_labels, "label": unknown}}
     yield "one more column", {**content, "pseudo_labels": {**pseudo_labels, "more": unknown}}
-    for name in ("model", "momentum"):
+    for name in ("method", "momentum"):
         for key in list(content[name])[:3]:
             yield (
                 f"{name} without {key}",
@@ -199,11 +211,13 @@ def numbers(content: Content) -> Iterator[tuple[str, Content]]:
     """Places where this run cannot stand, and exchanged parts of the split."""
     for change in (
         {"round": 2}, {"round": 0}, {"round": 3}, {"epoch": 3}, {"step": 1000}, {"epoch": 2, "step": 1},
-        {"epoch": 0, "step": 0}, {"model": None}, {"momentum": None}, {"model": None, "momentum": None},
-        {"model": None, "momentum": None, "epoch": 0}, {"momentum": None, "epoch": 0, "step": 0},
+        {"epoch": 0, "step": 0}, {"method": None}, {"momentum": None}, {"method": None, "momentum": None},
+        {"method": None, "momentum": None, "epoch": 0}, {"momentum": None, "epoch": 0, "step": 0},
         {"pseudo_labels": None}, {"rows": []}, {"rows": content["rows"] * 2}, {"version": 3}, {"version": "4"},
         {"version": None}, {"format": "another"}, {"data": "another"}, {"torch_version": "2\n"},
         {"labeled": content["unlabeled"], "unlabeled": content["labeled"]},
+        {"val": content["labeled"], "labeled": content["val"]}, {"val": content["val"][:0]},
+        {"val": content["labeled"]}, {"labeled": torch.cat([content["labeled"], content["val"]]).sort().values},
         {
             "labeled": torch.cat([content["labeled"][1:], content["unlabeled"][:1]]),
             "unlabeled": torch.cat([content["labeled"][:1], content["unlabeled"][1:]]),
@@ -234,7 +248,7 @@ def rows(content: Content) -> Iterator[tuple[str, Content]]:
 @pytest.mark.parametrize("mutations", [parts, pytest.param(tensors, marks=pytest.mark.slow), numbers, rows])
 def test_no_mutation_is_believed(
     mutations: Callable[[Content], Iterator[tuple[str, Content]]],
-    job: rounds._Run,
+    job: Run,
     content: Content,
     between: Content,
     tmp_path: Path,
@@ -246,30 +260,30 @@ def test_no_mutation_is_believed(
     assert count >= 20
 
 
-def test_sentences_name_the_part(job: rounds._Run, content: Content, tmp_path: Path) -> None:
-    name = next(iter(content["model"]))
-    broken = {**content["model"], name: torch.full_like(content["model"][name], NAN)}
-    assert f"model ({name} has NaN or infinite values)" in believed(
-        job, tmp_path, {**content, "model": broken}
+def test_sentences_name_the_part(job: Run, content: Content, tmp_path: Path) -> None:
+    name = next(iter(content["method"]))
+    broken = {**content["method"], name: torch.full_like(content["method"][name], NAN)}
+    assert f"method ({name} has NaN or infinite values)" in believed(
+        job, tmp_path, {**content, "method": broken}
     )
     assert "labeled, which is not the split that config and data give," in believed(
         job, tmp_path, {**content, "labeled": content["labeled"].flip(0)}
     )
-    assert "has version 3, but this ups_fast reads version 4" in believed(
+    assert "has version 3, but this ups_fast reads version 5" in believed(
         job, tmp_path, {**content, "version": 3}
     )
 
 
-def test_another_torch_is_told(job: rounds._Run, content: Content) -> None:
+def test_another_torch_is_told(job: Run, content: Content) -> None:
     """The run goes on: its bits may differ, and it says so."""
     file = job.folder / checkpoint.CHECKPOINT
     before = file.read_bytes()
     torch.save({**content, "torch_version": "2.0.1"}, file)
     console = Console(file=io.StringIO(), width=1000)
-    rounds._Run(job.cfg, tiny_set(), console).resume()
+    rounds.resume(prepare(job.cfg, tiny_set()), console)
     said = console.file.getvalue()
     assert f"saved by torch 2.0.1 and goes on with torch {torch.__version__}: the results may differ" in said
     file.write_bytes(before)
     console = Console(file=io.StringIO(), width=1000)
-    rounds._Run(job.cfg, tiny_set(), console).resume()
+    rounds.resume(prepare(job.cfg, tiny_set()), console)
     assert "saved by torch" not in console.file.getvalue()

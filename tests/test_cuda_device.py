@@ -40,7 +40,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 inf, nan = math.inf, math.nan
 C_HOSTILE = [1, 2, 3, 10, 31, 32, 33, 100, 257, 500, 1000, 2000, 4096, 65536]
-OPS = ["mc_select", "nce_loss", "ups_loss"]
+OPS = ["mc_select", "nce_loss", "ups_loss", "fixmatch_loss"]
 
 
 def to_device(*xs: Tensor) -> list[Tensor]:
@@ -66,6 +66,8 @@ def test_the_kernels_serve_this_device():
         "nce_loss_backward",
         "ups_loss",
         "ups_loss_backward",
+        "fixmatch_loss",
+        "fixmatch_loss_backward",
         "augment",
         "augment_plan",
         "counter_dropout",
@@ -87,7 +89,7 @@ def test_augment_is_the_cpus(policy, channels, dtype):
     for size in ((32, 32), (8, 8), (64, 17), (96, 96), (224, 224), (250, 300)):  # the last in global memory
         images = hostile_images(64, *size, channels)
         index = torch.randint(64, (300,), generator=torch.Generator().manual_seed(0))
-        epoch = torch.arange(300)
+        draw = torch.arange(300)
         kwargs = {
             "policy": policy,
             "seed": 5,
@@ -95,13 +97,13 @@ def test_augment_is_the_cpus(policy, channels, dtype):
             "std": (0.3,) * channels,
             "dtype": dtype,
         }
-        want = ups_fast.augment(images, index, epoch=epoch, **kwargs)
-        images, index, epoch = to_device(images, index, epoch)
-        got = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        want = ups_fast.augment(images, index, draw=draw, **kwargs)
+        images, index, draw = to_device(images, index, draw)
+        got = ups_fast.augment(images, index, draw=draw, **kwargs)
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(got.cpu(), want)
-        plan = ups_fast.augment_plan(index, policy=policy, size=size, seed=5, epoch=epoch)
-        assert torch.equal(ups_fast.augment(images, index, epoch=0, plan=plan, **kwargs), got)
+        plan = ups_fast.augment_plan(index, policy=policy, size=size, seed=5, draw=draw)
+        assert torch.equal(ups_fast.augment(images, index, draw=0, plan=plan, **kwargs), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,16 +144,16 @@ def test_mish_is_the_references(dtype):
 
 def test_a_graph_of_augment_replays_for_another_epoch():
     images, index = hostile_images(32, 32, 32, 3).to(DEVICE), torch.arange(32, device=DEVICE)
-    seed, epoch = (torch.tensor(x, device=DEVICE) for x in (3, 1))
+    seed, draw = (torch.tensor(x, device=DEVICE) for x in (3, 1))
     kwargs = {"policy": "ups", "seed": seed, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    ups_fast.augment(images, index, epoch=epoch, **kwargs)
+    ups_fast.augment(images, index, draw=draw, **kwargs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ups_fast.augment(images, index, epoch=epoch, **kwargs)
+        out = ups_fast.augment(images, index, draw=draw, **kwargs)
     for number in (1, 7):
-        epoch.fill_(number)
+        draw.fill_(number)
         graph.replay()
-        assert torch.equal(out, ups_fast.augment(images, index, **{**kwargs, "epoch": number}))
+        assert torch.equal(out, ups_fast.augment(images, index, **{**kwargs, "draw": number}))
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -329,6 +331,27 @@ def test_wrong_arguments_of_the_bare_ops_raise():
         ops.mc_select(z[:1, :1, None].expand(1025, 1, 4096), 0.7, 0.05, 0.05, 0.005, 2.0, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "c"), [(1, 3), (448, 10), (448, 100), (70, 1000), (9000, 33)])
+def test_fixmatch_loss(n, c, dtype):
+    g = torch.Generator().manual_seed(n + c)
+    strong, weak = (3 * torch.randn(n, c, generator=g) for _ in range(2))
+    weak[torch.arange(n) % 3 == 0] *= 5
+    strong, weak = to_device(strong.to(dtype), weak.to(dtype))
+    tau, weight = to_device(torch.rand(c, generator=g), torch.rand(n, generator=g))
+    for options in ({}, {"tau": tau, "weight": weight, "temperature": 0.5, "reduction": "mean"}):
+
+        def f(x, weak=weak, options=options):
+            return reference.fixmatch_loss(x, weak.to(x.dtype), **options)
+
+        truth, d_truth, d_reference = both_gradients(f, strong)
+        loss, mask = ups_fast.fixmatch_loss(strong, weak, **options, return_mask=True)
+        assert torch.equal(mask, reference.fixmatch_loss(strong, weak, **options, return_mask=True)[1])
+        assert_close(loss, truth, f(strong), roundings=5)
+        d_strong = gradient(lambda x, options=options: ups_fast.fixmatch_loss(x, weak, **options), strong)
+        assert_close(d_strong, d_truth, d_reference, roundings=5)
+
+
 # Streams, graphs, waiting, determinism -------------------------------------------------------------------------------
 
 
@@ -339,6 +362,7 @@ def some_calls() -> dict[str, list[Tensor]]:
         "mc_select": [logits_of(10, 5000, 100, seed=9).to(DEVICE)],
         "nce_loss": [z, negative],
         "ups_loss": [z, target, positive, pack_mask(negative)],
+        "fixmatch_loss": [z, 4 * z.flip(0)],
     }
 
 
@@ -450,6 +474,7 @@ def test_opcheck(op):
         "mc_select": (logits_of(3, 20, 10).to(DEVICE), 0.7, 0.05, 0.05, 0.005, 2.0, True),
         "nce_loss": (z, negative, 1),
         "ups_loss": (z, target, positive, pack_mask(negative)),
+        "fixmatch_loss": (z, z.detach().flip(0), None, 0.5, 1.0, 3),
     }
     torch.library.opcheck(getattr(torch.ops.ups_fast, op).default, arguments[op])
 
@@ -479,7 +504,7 @@ ups_fast.nce_loss(x, x.detach() > 0).backward()
 for size, channels in ((32, 3), (9, 1)):
     images = torch.randint(0, 256, (50, size, size, channels), dtype=torch.uint8, device="cuda")
     index = torch.randperm(50, device="cuda")
-    chain = dict(policy="published", seed=1, epoch=2, mean=(0.5,) * channels, std=(0.2,) * channels)
+    chain = dict(policy="published", seed=1, draw=2, mean=(0.5,) * channels, std=(0.2,) * channels)
     x = ups_fast.augment(images, index, **chain).requires_grad_()
     keys = ups_fast.dropout_keys(index, seed=1, draw=2)
     ups_fast.counter_dropout(x, keys, p=0.3, layer=1).sum().backward()

@@ -30,7 +30,7 @@ inf, nan = math.inf, math.nan
 SHIM = Path(__file__).parent / "cuda_shim"
 CSRC = SHIM.parents[1] / "csrc"
 CXX = os.environ.get("CXX", "c++").split()
-FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DUPS_FAST_SHIM", f"-I{SHIM}"]
+FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", f"-I{SHIM}"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to change stacks
 LIBRARY = ["driver.cpp", "fibers.cpp", "controls.cpp"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -137,7 +137,7 @@ class Kernels:
     def plan(self, op: int, rows: int, classes: int) -> dict[str, int]:
         found = (ctypes.c_int64 * 4)()
         self.lib.launch_plan(op, ctypes.c_int64(rows), ctypes.c_int64(classes), found)
-        return dict(zip(("variant", "lanes", "threads", "blocks"), found, strict=True))
+        return dict(zip(("variant", "threads_per_row", "threads", "blocks"), found, strict=True))
 
     def mc_select(
         self,
@@ -273,6 +273,53 @@ class Kernels:
         results.check()
         return d_logits
 
+    def fixmatch_loss(
+        self,
+        strong: Tensor,
+        weak: Tensor,
+        *,
+        tau: float | Tensor = 0.95,
+        temperature=1.0,
+        weight: Tensor | None = None,
+        reduction=3,
+        seed=0,
+        max_blocks=MANY,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results = Results()
+        n, c = strong.shape
+        loss = results.new((n,) if reduction == 0 else (), scalar_type(strong))
+        mask, target = results.new((n,), torch.bool), results.new((n,), torch.int64)
+        scale = results.new((), scalar_type(strong))
+        by_class = tau.to(scalar_type(strong)) if isinstance(tau, Tensor) else None
+        self.call(
+            "fixmatch_loss", seed, max_blocks, DTYPES.index(strong.dtype), strong, strong.stride(0), weak,
+            weak.stride(0), n, c, by_class, 1.0 if isinstance(tau, Tensor) else tau, temperature, weight, reduction,
+            loss, mask, target, scale,
+        )  # fmt: skip
+        results.check()
+        return loss, mask, target, scale
+
+    def fixmatch_loss_backward(
+        self,
+        d_loss: Tensor,
+        strong: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        weight: Tensor | None = None,
+        *,
+        seed=0,
+        max_blocks=MANY,
+    ) -> Tensor:
+        results = Results()
+        d_strong = results.new(tuple(strong.shape), strong.dtype)
+        self.call(
+            "fixmatch_loss_backward", seed, max_blocks, DTYPES.index(strong.dtype), d_loss,
+            d_loss.stride(0) if d_loss.dim() else 0, strong, strong.stride(0), *strong.shape, target, scale, weight,
+            d_strong,
+        )  # fmt: skip
+        results.check()
+        return d_strong
+
     def counter_dropout(
         self, x: Tensor, keys: Tensor, p: float, layer: int, *, seed=0, max_blocks=MANY
     ) -> Tensor:
@@ -316,7 +363,7 @@ class Kernels:
         seed=0,
         shared=1 << 30,
     ) -> Tensor:
-        """Seed 3 and epoch 1; pixels / 255 as float32 [B, H, W, C]. Where `shared` bytes are too few, by 3 blocks."""
+        """Seed 3 and draw 1; pixels / 255 as float32 [B, H, W, C]. Where `shared` bytes are too few, by 3 blocks."""
         n, h, w, c = images.shape
         table = tables(policy, h, w, c, images.device)
         norm = normalization((0.0,) * c, (1.0,) * c, torch.float32, images.device)
@@ -357,7 +404,7 @@ def kernels(request) -> Kernels:
 def check_augment(kernels: Kernels, images: Tensor, policy: Policy, *, seed=0) -> None:
     c = images.shape[3]
     index = torch.arange(len(images)).flip(0)
-    kwargs = {"policy": policy, "seed": 3, "epoch": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
+    kwargs = {"policy": policy, "seed": 3, "draw": 1, "mean": (0.0,) * c, "std": (1.0,) * c}
     want = ops.augment(images, index, **kwargs).permute(0, 2, 3, 1)
     for shared in (1 << 30, 0):
         assert_equal(kernels.augment(images, index, policy, seed=seed, shared=shared), want)
@@ -384,7 +431,7 @@ def test_augment_by_the_whole_chain(kernels, policy, channels):
 def test_augment_draws_the_plans(kernels):
     index = torch.tensor([0, 1, 2**31, 2**40 + 3, *range(200)])
     for policy in POLICIES.values():
-        want = reference.augment_plan(index, policy=policy, size=(40, 9), seed=3, epoch=1).draws
+        want = reference.augment_plan(index, policy=policy, size=(40, 9), seed=3, draw=1).draws
         assert torch.equal(kernels.augment_plan(index, policy, 40, 9), want)
         images = hostile_images(6, 40, 9, 3)
         plan = want[4:10]
@@ -396,7 +443,7 @@ def test_augment_traps_what_it_cannot_do(kernels):
     images, policy = hostile_images(4, 8, 8, 3), Policy(randaugment(4), 3)
     with pytest.raises(AssertionError, match="traps"):
         kernels.augment(images, torch.tensor([0, 4]), policy)
-    plan = reference.augment_plan(torch.arange(4), policy=policy, size=8, seed=0, epoch=0)
+    plan = reference.augment_plan(torch.arange(4), policy=policy, size=8, seed=0, draw=0)
     plan.variant[2, 1] = 21
     with pytest.raises(AssertionError, match="traps"):
         kernels.augment(images, torch.arange(4), policy, plan.draws)
@@ -497,7 +544,7 @@ def test_mc_select_on_many_classes(kernels, c):
 def test_mc_select_uses_every_variant(kernels):
     plans = [kernels.plan(0, 7, c) for c in [*C_HOSTILE, *C_LARGE]]
     assert {plan["variant"] for plan in plans} == set(range(12))
-    assert all(plan["threads"] % 32 == 0 and plan["threads"] >= plan["lanes"] for plan in plans)
+    assert all(plan["threads"] % 32 == 0 and plan["threads"] >= plan["threads_per_row"] for plan in plans)
 
 
 @pytest.mark.parametrize("c", [2, 10, 33, 100, 1000])
@@ -892,6 +939,118 @@ def test_ups_loss_of_a_target_out_of_range_is_nan(kernels, c, bad):
         assert kernels.ups_loss(z, target, positive, negative)[0].isnan()
         d_logits = kernels.ups_loss_backward(torch.ones(()), z, target, positive, negative, scale)
         assert d_logits.isnan().all(dim=1).tolist() == [i == 1 for i in range(6)]
+
+
+def views(n, c, *, dtype=torch.float32, seed=0) -> tuple[Tensor, Tensor]:
+    """Logits of both views: rows from undecided to nearly certain, no confidence near a threshold that is tried."""
+    g = torch.Generator().manual_seed(seed)
+    strong = 3 * torch.randn(n, c, generator=g)
+    weak = torch.randn(n, c, generator=g) * torch.tensor([0.1, 1.0, 12.0])[torch.arange(n) % 3, None]
+    return strong.to(dtype), weak.to(dtype)
+
+
+def check_fixmatch_loss(kernels: Kernels, strong: Tensor, weak: Tensor, **options) -> None:
+    code = options.pop("reduction", 3)
+    names = ("none", "mean", "sum", "batchmean")
+    weight = options.get("weight")
+
+    def f(x: Tensor) -> Tensor:
+        loss = reference.fixmatch_loss(x, weak.to(x.dtype), reduction=names[code], **options)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    truth, d_truth, d_reference = both_gradients(f, strong)
+    got = kernels.fixmatch_loss(strong, weak, reduction=code, **options)
+    loss, mask, target, scale = got
+    _, want = reference.fixmatch_loss(strong, weak, **options, return_mask=True)
+    assert torch.equal(mask, want)
+    counts = mask if weight is None else mask & (weight != 0)
+    assert torch.equal(target, torch.where(counts, weak.double().argmax(dim=1), -1))
+    assert_close(loss, truth, f(strong), roundings=5)
+    one = torch.ones((), dtype=scalar_type(strong)).expand_as(loss)
+    d_strong = kernels.fixmatch_loss_backward(one, strong, target, scale, weight)
+    assert_close(d_strong, d_truth, d_reference, roundings=5)
+    again = kernels.fixmatch_loss(strong, weak, reduction=code, **options, seed=1)
+    torch.testing.assert_close(again, got, rtol=0, atol=0)
+    again = kernels.fixmatch_loss_backward(one, strong, target, scale, weight, seed=1)
+    torch.testing.assert_close(again, d_strong, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", C_LOSS)
+def test_fixmatch_loss_on_hostile_shapes(kernels, c, dtype):
+    g = torch.Generator().manual_seed(c)
+    for n in (1, 7, 40) if c <= 257 else (1, 3):
+        strong, weak = views(n, c, dtype=dtype, seed=n)
+        weight = torch.rand(n, dtype=scalar_type(strong), generator=g)
+        weight[::4] = 0
+        check_fixmatch_loss(kernels, strong, weak)
+        check_fixmatch_loss(kernels, strong, weak, weight=weight, temperature=0.5, tau=0.7, reduction=n % 3)
+        check_fixmatch_loss(kernels, strong, weak, tau=0.5 + torch.rand(c, generator=g) / 2, reduction=1)
+
+
+@pytest.mark.parametrize(("n", "c"), [(601, 10), (151, 100), (70, 1000)])
+def test_fixmatch_loss_in_several_blocks(kernels, n, c):
+    strong, weak = views(n, c)
+    check_fixmatch_loss(kernels, strong, weak)
+    loss, _, target, scale = kernels.fixmatch_loss(strong, weak, max_blocks=2)
+    torch.testing.assert_close(loss, reference.fixmatch_loss(strong, weak), rtol=1e-5, atol=1e-6)
+    want = kernels.fixmatch_loss_backward(torch.ones(()), strong, target, scale)
+    few = kernels.fixmatch_loss_backward(torch.ones(()), strong, target, scale, max_blocks=2)
+    torch.testing.assert_close(few, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("c", [10, 100, 1500])
+def test_fixmatch_loss_of_rows_that_are_not_finite(kernels, c):
+    strong, weak = views(9, c)
+    weak[:, 1] = 60  # all rows are confident, of class 1
+    for bad in (nan, inf, -inf):
+        broken = weak.clone()
+        broken[2, c - 1], broken[5, 0], broken[8] = bad, bad, bad
+        loss, mask, target, scale = kernels.fixmatch_loss(strong, broken, reduction=0, tau=torch.zeros(c))
+        assert (
+            mask.tolist() == [i not in (2, 5, 8) for i in range(9)]
+            and (target == torch.where(mask, 1, -1)).all()
+        )
+        assert (loss[~mask] == 0).all() and loss.isfinite().all()
+        hidden = strong.clone()
+        hidden[~mask] = nan  # nobody looks
+        torch.testing.assert_close(
+            kernels.fixmatch_loss(hidden, broken, reduction=0)[0], loss, rtol=0, atol=0
+        )
+        d_strong = kernels.fixmatch_loss_backward(torch.ones(9), hidden, target, scale)
+        assert (d_strong[~mask] == 0).all() and (d_strong[mask] != 0).any(dim=1).all()
+    for bad in (nan, inf):
+        broken = strong.clone()
+        broken[3, 0] = bad
+        loss, _, target, scale = kernels.fixmatch_loss(broken, weak, reduction=0)
+        assert loss.isfinite().tolist() == [i != 3 for i in range(9)]
+        d_strong = kernels.fixmatch_loss_backward(torch.ones(9), broken, target, scale)
+        assert d_strong.isnan().any(dim=1).tolist() == [i == 3 for i in range(9)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [10, 33, 1500])
+def test_fixmatch_loss_reads_slices_and_takes_the_lowest_of_a_tie(kernels, c, dtype):
+    strong, weak = views(5, c, dtype=dtype)
+    weak[:, 3] = weak[:, c - 1] = 50
+    want = kernels.fixmatch_loss(strong, weak, tau=0.4)
+    assert (want[2] == 3).all() and want[1].all()
+    d_strong = kernels.fixmatch_loss_backward(torch.ones((), dtype=want[0].dtype), strong, want[2], want[3])
+    for offset in (1, 3):
+        got = kernels.fixmatch_loss(inside(strong, offset), inside(weak, offset), tau=0.4)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        again = kernels.fixmatch_loss_backward(
+            torch.ones((), dtype=want[0].dtype), inside(strong, offset), want[2], want[3]
+        )
+        torch.testing.assert_close(again, d_strong, rtol=0, atol=0)
+
+
+def test_fixmatch_loss_of_nothing(kernels):
+    for n in (0, 5):
+        strong, weak = views(n, 10)
+        loss, mask, target, scale = kernels.fixmatch_loss(strong, 0 * weak, reduction=1)
+        assert loss == 0 and scale == 1 and not mask.any() and (target == -1).all()
 
 
 # The shim itself -----------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_without_locks_the_run_goes_on_and_says_so(
 def test_a_run_without_locks_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     console = Console(file=io.StringIO(), width=1000)
-    rounds.run(tiny_config(place, train__rounds=1, train__first_epochs=1), tiny_set(), console=console)
+    rounds.run(tiny_config(place, train__rounds=1, train__round0_epochs=1), tiny_set(), console=console)
     assert "The run goes on. Start no second process in this folder" in console.file.getvalue()
 
 
@@ -283,7 +283,7 @@ def test_only_regular_files_are_read(kind: str, place: Path) -> None:
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
 def test_predict_waits_for_no_pipe(name: str, place: Path) -> None:
     rounds.run(
-        tiny_config(place, train__rounds=1, train__first_epochs=1),
+        tiny_config(place, train__rounds=1, train__round0_epochs=1),
         tiny_set(),
         console=Console(file=io.StringIO()),
     )
@@ -448,7 +448,7 @@ def test_a_home_folder_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_trained_network_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    small = tiny_config(tmp_path / "run", train__rounds=1, train__first_epochs=1)
+    small = tiny_config(tmp_path / "run", train__rounds=1, train__round0_epochs=1)
     rounds.run(small, tiny_set(), console=Console(file=io.StringIO()))
     assert load_model("~/run").classes == load_model(tmp_path / "run").classes
     with pytest.raises(FileNotFoundError, match="run_dir=~no-such-user/run holds no trained network"):

@@ -18,7 +18,7 @@ from ups_fast import policy, reference
 
 IMAGES = torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 INDEX = torch.arange(5)
-RULE = {"policy": "ups", "seed": 0, "epoch": 0, "mean": (0.4, 0.5, 0.6), "std": (0.5,) * 3}
+RULE = {"policy": "ups", "seed": 0, "draw": 0, "mean": (0.4, 0.5, 0.6), "std": (0.5,) * 3}
 WANT = reference.augment(IMAGES, INDEX, **RULE)
 
 
@@ -90,7 +90,7 @@ def by_torch_func(transform: Callable, point: Tensor) -> None:
 
 
 def by_meta() -> None:
-    plan = ups_fast.augment_plan(INDEX.to("meta"), policy="ups", size=8, seed=0, epoch=0)
+    plan = ups_fast.augment_plan(INDEX.to("meta"), policy="ups", size=8, seed=0, draw=0)
     assert plan.draws.shape == (5, 20) and plan.draws.is_meta
     place = torch.empty(5, 8, 8, 3, device="meta").permute(0, 3, 1, 2)
     got = ups_fast.augment(IMAGES.to("meta"), INDEX.to("meta"), plan=plan, out=place, **RULE)
@@ -148,28 +148,28 @@ def test_augment_is_the_same_before_and_after_a_mode(nothing_cached, mode, first
 def test_many_rules_in_one_graph_and_one_rule_in_many_graphs():
     weak = {**RULE, "policy": "weak", "mean": [0.1, 0.2, 0.3]}
 
-    def views(images: Tensor, index: Tensor, epoch: Tensor) -> Tensor:
-        return ups_fast.augment(images, index, **{**RULE, "epoch": epoch}) - ups_fast.augment(
+    def views(images: Tensor, index: Tensor, draw: Tensor) -> Tensor:
+        return ups_fast.augment(images, index, **{**RULE, "draw": draw}) - ups_fast.augment(
             images, index, **weak
         )
 
     compiled = torch.compile(views, fullgraph=True, backend="aot_eager")
-    for epoch in (torch.tensor(0), torch.tensor(7), torch.arange(5)):
-        assert torch.equal(compiled(IMAGES, INDEX, epoch), views(IMAGES, INDEX, epoch))
+    for draw in (torch.tensor(0), torch.tensor(7), torch.arange(5)):
+        assert torch.equal(compiled(IMAGES, INDEX, draw), views(IMAGES, INDEX, draw))
     assert torch.equal(
-        compiled(IMAGES[:, 1:].contiguous(), INDEX, epoch), views(IMAGES[:, 1:].contiguous(), INDEX, epoch)
+        compiled(IMAGES[:, 1:].contiguous(), INDEX, draw), views(IMAGES[:, 1:].contiguous(), INDEX, draw)
     )
 
 
 @pytest.mark.slow
 def test_numbers_that_change_from_call_to_call():
-    def view(images: Tensor, index: Tensor, mean: float, epoch: int) -> Tensor:
-        return ups_fast.augment(images, index, **{**RULE, "mean": [mean] * 3, "epoch": epoch})
+    def view(images: Tensor, index: Tensor, mean: float, draw: int) -> Tensor:
+        return ups_fast.augment(images, index, **{**RULE, "mean": [mean] * 3, "draw": draw})
 
     torch._dynamo.reset()
     compiled = torch.compile(view, fullgraph=True, backend="aot_eager")
-    for mean, epoch in ((0.1, 0), (0.2, 1), (0.3, 2), (0.1, 3)):
-        assert torch.equal(compiled(IMAGES, INDEX, mean, epoch), view(IMAGES, INDEX, mean, epoch))
+    for mean, draw in ((0.1, 0), (0.2, 1), (0.3, 2), (0.1, 3)):
+        assert torch.equal(compiled(IMAGES, INDEX, mean, draw), view(IMAGES, INDEX, mean, draw))
 
 
 def test_an_error_while_tables_are_made_is_not_kept(nothing_cached, monkeypatch):

@@ -29,9 +29,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_rounds import tiny_config, tiny_set
 
-from ups_fast import checkpoint, files, rounds, selection, step
+from ups_fast import checkpoint, display, files, rounds, selection
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 from ups_fast.display import TensorBoard
+from ups_fast.methods import Method
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
@@ -48,7 +49,7 @@ CLOCKS = {"seconds": 0, "outside": 0}  # of a row: what no two runs have in comm
 
 def settings(folder: Path, **changes: Any) -> Any:
     """15 steps in round 0, three an epoch, and a round 1 of its positives and negatives."""
-    return tiny_config(folder, train__first_batch_size=2, train__first_epochs=5, **changes)
+    return tiny_config(folder, train__round0_batch_size=2, train__round0_epochs=5, **changes)
 
 
 # What is done to a process. `call` names a function; `what` happens before its n-th call.
@@ -83,7 +84,7 @@ def limit_files(*args: Any) -> None:
 
 
 CALLS = {
-    "train_step": step,
+    "step": Method,
     "mc_select": selection,  # once to test the network, then once per batch of labeling
     "fsync": os,  # twice per file written
     "replace": os,  # once per file written
@@ -142,7 +143,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in round 1, in the middle of an epoch."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    assert run(folder, ("train_step", 18, kill), checkpoint_seconds=ALWAYS) == -signal.SIGKILL
+    assert run(folder, ("step", 18, kill), checkpoint_seconds=ALWAYS) == -signal.SIGKILL
     return folder
 
 
@@ -192,14 +193,14 @@ def assert_same_run(folder: Path, want: Path) -> None:
 def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     plans: list[Plan] = [
-        ("train_step", 5, kill),  # in the middle of epoch 1
+        ("step", 5, kill),  # in the middle of epoch 1
         ("fsync", 9, kill),  # a checkpoint is written but does not have its name yet
         ("replace", 6, kill),  # nor now
         ("fsync", 5, tear),  # a checkpoint is half written
         ("mc_select", 3, kill),  # in the second batch of labeling
         ("replace", 5, kill),  # labeled: the network is saved, the selection is not
         ("replace", 6, kill),  # both are, the checkpoint is not
-        ("train_step", 4, kill),  # in the middle of an epoch of round 1
+        ("step", 4, kill),  # in the middle of an epoch of round 1
         ("replace", 7, kill),
     ]
     for plan in plans:
@@ -213,10 +214,11 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
     [
         ("fsync", 1, kill),  # before config.yaml is there
         ("replace", 2, kill),  # before split.npz is there
-        pytest.param(("train_step", 9, kill), marks=SLOW),  # before there is a checkpoint
+        pytest.param(("step", 9, kill), marks=SLOW),  # before there is a checkpoint
         ("mc_select", 2, kill),  # in labeling, with the checkpoint of the training's end
-        ("replace", 7, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
-        pytest.param(("train_step", 19, kill), marks=SLOW),  # in round 1, which starts again
+        ("replace", 7, kill),  # the network is saved, the selection is not
+        ("replace", 9, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
+        pytest.param(("step", 19, kill), marks=SLOW),  # in round 1, which starts again
     ],
     ids=lambda plan: f"{plan[0]}-{plan[1]}",
 )
@@ -232,9 +234,9 @@ def test_killed_with_few_checkpoints(plan: Plan, tmp_path: Path, uninterrupted: 
 )  # at the end of round 0, at the start of round 1 and later
 def test_killed_around_a_warm_start(n: int, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    warm = {"train__warm_start": True, "train__repeat_labels": 3, "checkpoint_seconds": ALWAYS}
+    warm = {"train__warm_start": True, "train__labeled_repeats": 3, "checkpoint_seconds": ALWAYS}
     assert run(whole, **warm) == FINISHED
-    assert run(folder, ("train_step", n, kill), **warm) == -signal.SIGKILL
+    assert run(folder, ("step", n, kill), **warm) == -signal.SIGKILL
     assert run(folder, **warm) == FINISHED
     assert_same_run(folder, whole)
 
@@ -254,8 +256,8 @@ def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "plan",
     [
-        ("train_step", 8, interrupt),
-        pytest.param(("train_step", 8, terminate), marks=SLOW),
+        ("step", 8, interrupt),
+        pytest.param(("step", 8, terminate), marks=SLOW),
         ("mc_select", 3, interrupt),
     ],
     ids=["SIGINT", "SIGTERM", "SIGINT in labeling"],
@@ -265,7 +267,7 @@ def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: P
     assert run(folder, plan, checkpoint_seconds=RARELY) == STOPPED
     state = checkpoint.load_checkpoint(folder)
     assert state is not None
-    if plan[0] == "train_step":
+    if plan[0] == "step":
         assert 3 * state.epoch + state.step == 8, "the step that was under way is done and saved"
     message = message_of(folder).read_text()
     assert str(folder) in message and f"round 0, epoch {state.epoch}" in message
@@ -274,7 +276,7 @@ def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: P
 
 
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
-    plan = ("train_step", 8, interrupt_twice)
+    plan = ("step", 8, interrupt_twice)
     assert run(tmp_path / "run", plan, checkpoint_seconds=RARELY) == -signal.SIGINT
     assert not (tmp_path / "run" / "checkpoint.pt").exists(), "not even this step was waited for"
 
@@ -284,7 +286,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with rounds._stop_signal(Console(file=io.StringIO())) as stop:
+        with display.stop_signal(Console(file=io.StringIO())) as stop:
             interrupt()
             assert not stop.is_set() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             terminate()
@@ -307,7 +309,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
 ) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
     before = (folder / "checkpoint.pt").read_bytes()
-    assert run(folder, ("train_step", 1, limit_files), checkpoint_seconds=ALWAYS) == FAILED
+    assert run(folder, ("step", 1, limit_files), checkpoint_seconds=ALWAYS) == FAILED
     message = message_of(folder).read_text()
     assert "checkpoint.pt" in message and "File too large" in message
     assert (folder / "checkpoint.pt").read_bytes() == before
@@ -399,7 +401,7 @@ def code_in_a_pickle(content: bytes) -> bytes:
 
 def of_next_year(content: bytes) -> bytes:
     file = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "version": 5}, file)
+    torch.save({"format": checkpoint.FORMAT, "version": 6}, file)
     return file.getvalue()
 
 
@@ -413,7 +415,7 @@ def of_next_year(content: bytes) -> bytes:
         (another_zip, "damaged"),
         (code_in_a_pickle, "damaged"),
         (foreign, "not a checkpoint of ups_fast"),
-        (of_next_year, "version 5, but this ups_fast reads version 4"),
+        (of_next_year, "version 6, but this ups_fast reads version 5"),
     ],
 )
 def test_a_damaged_or_foreign_checkpoint(
@@ -437,12 +439,12 @@ def test_a_damaged_or_foreign_checkpoint(
         ({"pseudo_labels": None}, "pseudo_labels"),
         ({"pseudo_labels": {"index": torch.zeros(3)}}, "pseudo_labels"),
         ({"unlabeled": torch.arange(3)}, "pseudo_labels"),
-        ({"labeled": torch.zeros(3)}, "labeled or unlabeled"),
-        ({"labeled": "abc"}, "labeled or unlabeled"),
+        ({"labeled": torch.zeros(3)}, "labeled, unlabeled or val"),
+        ({"labeled": "abc"}, "labeled, unlabeled or val"),
         ({"seconds": float("nan")}, "seconds or loss"),
         ({"loss": 0.5}, "seconds or loss"),
-        ({"momentum": None}, "model or momentum"),
-        ({"model": None, "momentum": None}, "model or momentum"),
+        ({"momentum": None}, "method or momentum"),
+        ({"method": None, "momentum": None}, "method or momentum"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself(
@@ -453,6 +455,16 @@ def test_a_checkpoint_that_contradicts_itself(
     assert state is not None
     checkpoint.save_checkpoint(folder, replace(state, **changes))
     refused(folder, f"{wrong} cannot be right; move it away to start over")
+
+
+def test_a_folder_of_an_older_version(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("mc_layers:", "dropouts:"))
+    refused(
+        folder,
+        "was begun by an older ups_fast, whose runs this one cannot go on with: choose another run_dir",
+    )
 
 
 def test_a_checkpoint_beyond_the_last_round(uninterrupted: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import re
+import signal
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from ups_fast.engine import lr_at
 
 import ups_fast
-from ups_fast import reference, rounds, step
-from ups_fast.checkpoint import load_checkpoint
+from ups_fast import build, display, reference, rounds, step
+from ups_fast.batches import lr_at
+from ups_fast.checkpoint import load_checkpoint, open_folder
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages
-from ups_fast.models import build
+from ups_fast.methods import METHODS, Batch, Method
+from ups_fast.models import build as build_network
 from ups_fast.reference import dropout_keys
 from ups_fast.rounds import Result
 from ups_fast.seeds import derive
@@ -60,11 +63,11 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
         "model__name": "wrn-10-1",
         "train__rounds": 2,
         "train__epochs": 3,
-        "train__first_epochs": 12,
+        "train__round0_epochs": 12,
         "train__batch_size": 20,
-        "train__first_batch_size": 6,
+        "train__round0_batch_size": 6,
         "train__lr": 0.05,
-        "engine__precision": "float32",
+        "runtime__precision": "float32",
         "select__tau_p": 0.95,
         "select__tau_n": 0.3,
         "select__kappa_p": 0.2,
@@ -72,6 +75,8 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
         "select__balance_rounds": 1,
         "select__batch_size": 40,
     }
+    if "method__name" in changes:
+        cfg.method = METHODS[changes["method__name"]].Options()
     for name, value in {**values, **changes}.items():
         group, _, last = name.rpartition("__")
         owner = getattr(cfg, group) if group else cfg
@@ -119,6 +124,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
     wanted = {
         "round",
         "test_acc",
+        "val_acc",
         "positives",
         "positive_acc",
         "negatives",
@@ -133,6 +139,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"
         shares = ("test_acc", "positive_acc", "negative_acc", "ece", "ece_selected", "test_ece", "outside")
         assert all(0 <= row[key] <= 1 for key in shares) and row["seconds"] > 0
+        assert row["val_acc"] is None, "there is no validation part"
 
 
 def test_the_last_row_follows_from_the_saved_selection(finished: Finished) -> None:
@@ -160,27 +167,32 @@ def test_labeled_and_unlabeled_never_meet_and_all_unlabeled_are_labeled(finished
 
 
 def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the highest test accuracy, of equal ones the last, whatever the later rounds do."""
-    accuracies, kept = [0.5, 0.75, 0.75, 0.25, 0.0], {}
+    """Of the highest accuracy on the validation part, of equal ones the last, whatever the later rounds do."""
+    accuracies, kept, tested = [0.5, 0.75, 0.75, 0.25, 0.0], {}, []
     real = rounds.evaluate
 
-    def scripted(model, *args, **kwargs):
-        found, n = real(model, *args, **kwargs), len(kept)
+    def scripted(model, images, labels, index=None, **kwargs):
+        found, n = real(model, images, labels, index, **kwargs), len(kept)
+        if index is None:  # the test part, which must not matter
+            tested.append(1.0 - accuracies[n])
+            return found._replace(correct=torch.arange(len(found.correct)) < tested[-1] * len(found.correct))
         kept[n] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        right = torch.arange(len(found.correct)) < accuracies[n] * len(found.correct)
-        return found._replace(correct=right)
+        return found._replace(correct=torch.arange(len(found.correct)) < accuracies[n] * len(found.correct))
 
     monkeypatch.setattr(rounds, "evaluate", scripted)
-    result, _ = run(tiny_config(tmp_path / "run", train__rounds=5))
+    val = {"data__n_labels": 24, "data__val_share": 0.5}
+    result, text = run(tiny_config(tmp_path / "run", train__rounds=5, **val))
     best, last = (ups_fast.load_model(result.folder, best=each).state_dict() for each in (True, False))
-    n = len(tiny_set().test_labels)
-    assert [row["test_acc"] for row in result.rows] == [
+    n = 12
+    assert [row["val_acc"] for row in result.rows] == [
         sum(i < a * n for i in range(n)) / n for a in accuracies
     ]
+    assert [row["test_acc"] for row in result.rows] == pytest.approx(tested, abs=1 / 30)
+    assert "12 labeled, 36 unlabeled, 12 validation, 30 test images" in text
     assert all(map(torch.equal, best.values(), kept[2].values()))
     assert all(map(torch.equal, last.values(), kept[4].values()))
     (result.folder / "best.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"it has no best\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no best network: it has no best\.safetensors"):
         ups_fast.load_model(result.folder, best=True)
 
 
@@ -219,7 +231,7 @@ def test_the_table_reads_well_without_a_terminal(finished: Finished) -> None:
     assert len(lines) == 7, f"four sentences, a header, a line per round, and none of them wrapped: {text}"
     assert lines.pop(1).startswith("classes (labeled + test images): 'top' 2 + 10, 'middle' 2 + 10,")
     assert "6 labeled, 54 unlabeled, 30 test images" in lines[0] and lines[2].endswith(": a new run")
-    assert lines[1].startswith("training step: eager, float32 (")
+    assert lines[1].startswith("method: ups; training step: eager, float32 (")
     assert len(lines[3]) == len(lines[4]) == len(lines[5]) <= 80
     assert f"{100 * result.rows[1]['test_acc']:.1f}%" in lines[5]
     assert "\x1b" not in text
@@ -239,7 +251,7 @@ def test_scalars(finished: Finished) -> None:
 
 def test_a_finished_run_is_not_run_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, result, text = finished
-    monkeypatch.setattr(step, "train_step", None)
+    monkeypatch.setattr(Method, "step", None)
     before = {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()}
     again, said = run(cfg)
     assert again.rows == result.rows and torch.equal(again.truth, result.truth)
@@ -255,26 +267,30 @@ def test_a_finished_run_is_not_run_again(finished: Finished, monkeypatch: pytest
 
 
 class Spy:
-    """Stands for `train_step`: keeps what each step was given, and takes the step."""
+    """Stands for `Method.step`: keeps what each step was given, and takes the step."""
 
     def __init__(self) -> None:
-        self.step = step.train_step
+        self.step = Method.step
         self.seen: list[dict[str, Any]] = []
 
-    def __call__(self, loss_of: Any, optimizer: torch.optim.Optimizer, *batch: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, method: Method, loss_of: Any, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> torch.Tensor:
         weights = [value.detach().clone() for value in optimizer.param_groups[0]["params"]]
-        names = ("images", "keys", "target", "positive", "negative")
-        given = {name: value.clone() for name, value in zip(names, batch, strict=True)}
+        target, negative = batch.rows["target"], batch.rows["negative"]
+        given = {"images": batch.images, "keys": batch.keys, "target": target, "negative": negative}
+        assert all(value is not None for value in given.values()) and batch.rows["readable"].all()
+        given = {**{name: value.clone() for name, value in given.items()}, "positive": target >= 0}
         lr = float(optimizer.param_groups[0]["lr"])
         momentum = any(state["momentum_buffer"].any() for state in optimizer.state.values())
-        self.seen.append({**given, "weights": weights, "lr": lr, "momentum": momentum})
-        return self.step(loss_of, optimizer, *batch)
+        self.seen.append({**given, "weights": weights, "lr": lr, "t": float(batch.t), "momentum": momentum})
+        return self.step(method, loss_of, optimizer, batch)
 
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     watch = Spy()
-    monkeypatch.setattr(step, "train_step", watch)
+    monkeypatch.setattr(Method, "step", lambda *args: watch(*args))
     return watch
 
 
@@ -285,7 +301,7 @@ def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
     assert len(starts) == 3 and starts[:2] == [0, 12], "the optimizer is new in each round, and only there"
     for number, start in enumerate(starts):
         torch.manual_seed(derive(5, "init", number))
-        fresh = build("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3)
+        fresh = build_network("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3)
         first = spy.seen[start]
         assert first["lr"] == pytest.approx(0.05)
         assert all(map(torch.equal, first["weights"], fresh.parameters()))
@@ -304,7 +320,7 @@ def test_a_warm_start_goes_on_from_the_last_weights(tmp_path: Path, spy: Spy) ->
 
 
 def test_later_rounds_may_have_a_rate_of_their_own(tmp_path: Path, spy: Spy) -> None:
-    run(tiny_config(tmp_path / "run", train__later_lr=0.01))
+    run(tiny_config(tmp_path / "run", train__later_rounds_lr=0.01))
     assert spy.seen[0]["lr"] == pytest.approx(0.05) and spy.seen[12]["lr"] == pytest.approx(0.01)
 
 
@@ -318,17 +334,20 @@ def test_every_epoch_and_step_has_random_numbers_of_its_own(
         return derive(seed, *path)
 
     drawn: list[tuple[int, int, int]] = []  # seed, epoch and sample of each augmented image
-    augmented = ResidentImages.augmented
+    read = ResidentImages._read
 
     def watched(
-        self: ResidentImages, index: torch.Tensor, *, seed: torch.Tensor, epoch: torch.Tensor
-    ) -> torch.Tensor:
-        drawn.extend(zip([int(seed)] * len(index), epoch.tolist(), index.tolist(), strict=True))
-        return augmented(self, index, seed=seed, epoch=epoch)
+        self: ResidentImages, index: torch.Tensor, policy: Any, seed: Any, epoch: Any, *out: Any
+    ) -> Any:
+        if len(index) and out:
+            drawn.extend(zip([int(seed)] * len(index), epoch.tolist(), index.tolist(), strict=True))
+        return read(self, index, policy, seed, epoch, *out)
 
-    monkeypatch.setattr(rounds, "derive", recorded)
-    monkeypatch.setattr(ResidentImages, "augmented", watched)
-    run(tiny_config(tmp_path, seed=5, train__rounds=1, train__first_batch_size=2, train__first_epochs=4))
+    monkeypatch.setattr(build, "derive", recorded)
+    monkeypatch.setattr(ResidentImages, "_read", watched)
+    run(tiny_config(tmp_path, seed=5, train__rounds=1, train__round0_batch_size=2, train__round0_epochs=4))
+    assert asked.count((5, "augment", 0)) == 2, "for what is read ahead and for the step itself"
+    asked.remove((5, "augment", 0))
     assert len(set(asked)) == len(asked), "no stream is drawn twice"
     assert [path for path in asked if path[1] == "augment"] == [(5, "augment", 0)]
     assert len(set(drawn)) == len(drawn) == 4 * 3 * 2, "no image is augmented twice by the same numbers"
@@ -346,6 +365,7 @@ def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path
     with np.load(tmp_path / "one" / "split.npz") as split:
         labeled = split["labeled"]
     assert len(spy.seen) == 12
+    assert [each["t"] for each in spy.seen] == pytest.approx([at / 12 for at in range(12)])
     for each in spy.seen:
         assert each["positive"].all() and not each["negative"].any()
         assert sorted(each["target"].tolist()) == sorted(data.train_labels[labeled].tolist())
@@ -375,17 +395,17 @@ def test_balance_holds_for_the_first_rounds_only(tmp_path: Path, monkeypatch: py
         asked.append(settings["balanced"])
         return pseudo_label(*args, **settings)
 
-    monkeypatch.setattr(rounds, "label", spy)
+    monkeypatch.setattr(rounds, "pseudo_label", spy)
     run(
         tiny_config(
-            tmp_path, train__rounds=3, train__epochs=1, train__first_epochs=1, select__balance_rounds=2
+            tmp_path, train__rounds=3, train__epochs=1, train__round0_epochs=1, select__balance_rounds=2
         )
     )
     assert asked == [True, True, False]
 
 
 def test_seeds(tmp_path: Path) -> None:
-    short = {"train__first_epochs": 2, "train__epochs": 1}
+    short = {"train__round0_epochs": 2, "train__epochs": 1}
     first, _ = run(tiny_config(tmp_path / "a", seed=3, **short))
     torch.rand(1)  # whatever happened before does not matter
     again, _ = run(tiny_config(tmp_path / "b", seed=3, **short))
@@ -419,7 +439,7 @@ def test_empty_groups(tmp_path: Path, changes: dict[str, float]) -> None:
 
 
 def test_fewer_labels_than_a_batch_and_no_place_for_negatives(tmp_path: Path, spy: Spy) -> None:
-    _, text = run(tiny_config(tmp_path, train__rounds=1, train__first_epochs=4, train__first_batch_size=50))
+    _, text = run(tiny_config(tmp_path, train__rounds=1, train__round0_epochs=4, train__round0_batch_size=50))
     assert "round 0: 6 samples are fewer than a batch of 50" in text
     assert len(spy.seen) == 4 and all(len(step["target"]) == 50 for step in spy.seen)
 
@@ -427,7 +447,7 @@ def test_fewer_labels_than_a_batch_and_no_place_for_negatives(tmp_path: Path, sp
 def test_first_epochs_and_batch_size_default_to_the_others(tmp_path: Path, spy: Spy) -> None:
     run(
         tiny_config(
-            tmp_path, train__rounds=1, train__first_epochs=0, train__first_batch_size=0, train__batch_size=3
+            tmp_path, train__rounds=1, train__round0_epochs=0, train__round0_batch_size=0, train__batch_size=3
         )
     )
     assert [len(step["target"]) for step in spy.seen] == [3] * 6, "3 epochs of 2 steps"
@@ -447,17 +467,17 @@ def test_a_network_that_explodes_ends_the_round_and_is_not_saved(lr: float, tmp_
         rounds.Diverged,
         match=rf"in round 0, epoch \d+: .*; lower train.lr, which is {re.escape(f'{lr:g}')}, and choose another",
     ):
-        run(tiny_config(tmp_path, train__lr=lr, train__first_epochs=200, checkpoint_seconds=0.0))
+        run(tiny_config(tmp_path, train__lr=lr, train__round0_epochs=200, checkpoint_seconds=0.0))
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "best.safetensors").exists()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     state = load_checkpoint(tmp_path)
     assert state is None or all(
-        x.isfinite().all() for part in (state.model, state.momentum) for x in (part or {}).values()
+        x.isfinite().all() for part in (state.method, state.momentum) for x in (part or {}).values()
     )
 
 
 def test_what_was_good_before_a_round_diverged_stays(tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path, train__later_lr=1e30, checkpoint_seconds=0.0)
+    cfg = tiny_config(tmp_path, train__later_rounds_lr=1e30, data__val_share=0.5, checkpoint_seconds=0.0)
     for _ in range(2):  # the same command again meets the same end
         with pytest.raises(
             rounds.Diverged, match=r"in round 1, .* train.lr \(here train.later_rounds_lr\), which is 1e"
@@ -480,8 +500,8 @@ def test_nothing_that_is_not_finite_is_saved(
         if next(steps) == 5:
             whole = {
                 "loss": self.loss,
-                "weight": next(self.model.parameters()).data,
-                "statistic": next(x for x in self.model.buffers() if x.is_floating_point()),
+                "weight": next(self.method.parameters()).data,
+                "statistic": next(x for x in self.method.buffers() if x.is_floating_point()),
                 "momentum": next(iter(self.momentum.values())),
             }[what]
             whole.view(-1)[0] = INF
@@ -495,10 +515,10 @@ def test_nothing_that_is_not_finite_is_saved(
 
 def test_answers_that_are_not_finite_are_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may be finite, and the sums of their products not."""
-    forward = rounds.passes_over
-    monkeypatch.setattr(rounds, "passes_over", lambda *args: forward(*args) * math.nan)
+    forward = build.passes_over
+    monkeypatch.setattr(build, "passes_over", lambda *args: forward(*args) * math.nan)
     with pytest.raises(rounds.Diverged, match="answers are NaN or infinite for all images"):
-        run(tiny_config(tmp_path, train__first_epochs=1))
+        run(tiny_config(tmp_path, train__round0_epochs=1))
     assert not (tmp_path / "best.safetensors").exists()
 
 
@@ -513,14 +533,16 @@ def test_a_batch_of_one_names_its_key_and_leaves_no_folder(key: str, tmp_path: P
 
 
 def test_a_batch_of_one_is_good_where_batch_norm_sees_more_than_a_pixel(tmp_path: Path) -> None:
-    result, _ = run(tiny_config(tmp_path, train__first_batch_size=1, train__rounds=1, train__first_epochs=1))
+    result, _ = run(
+        tiny_config(tmp_path, train__round0_batch_size=1, train__rounds=1, train__round0_epochs=1)
+    )
     assert len(result.rows) == 1
 
 
 def test_a_log_without_a_terminal_hears_of_long_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(display, "LOG_SECONDS", 0.0)
     _, text = run(tiny_config(tmp_path, train__rounds=1))
     assert "round 0: epoch 1 of 12, loss " in text and "round 0: epoch 12 of 12, loss " in text
 
@@ -572,7 +594,7 @@ def test_the_progress_bar_of_a_terminal(tmp_path: Path, monkeypatch: pytest.Monk
         update(self, *args, **fields)
         self.refresh()
 
-    monkeypatch.setattr(rounds, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(display, "REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(Progress, "update", update_now)
     text = io.StringIO()
     console = Console(file=text, width=120, force_terminal=True)
@@ -587,3 +609,126 @@ def test_packed_words_of_the_selection(finished: Finished) -> None:
     negative = reference.unpack_mask(found.negative, 3)
     finite = found.label >= 0
     assert not negative[finite].gather(1, found.label[finite][:, None]).any(), "never the label itself"
+
+
+# Rounds one by one.
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def short(folder: Path, **changes: Any) -> Config:
+    return tiny_config(folder, train__round0_epochs=1, train__epochs=1, **changes)
+
+
+def test_rounds_are_a_generator_of_rows(tmp_path: Path) -> None:
+    """First of the rounds that the folder holds, then of each new one as soon as all its files are written."""
+    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
+    folder, seen = tmp_path / "run", []
+    run(short(folder, train__rounds=1))
+    for row in rounds.rounds(build.prepare(short(folder, train__rounds=3), tiny_set()), quiet()):
+        seen.append(row)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert row["round"] == len(seen) - 1 and json.loads(lines[row["round"]]) == row
+        state = load_checkpoint(folder)
+        assert state is not None and state.round == len(lines) == max(1, len(seen))
+        assert ups_fast.load_model(folder).classes == tiny_set().classes
+    clock = {"seconds": 0, "outside": 0}
+    assert [row | clock for row in seen] == [row | clock for row in whole.rows]
+    job = build.prepare(short(folder, train__rounds=3), tiny_set())
+    assert [row["round"] for row in rounds.rounds(job, quiet())] == [0, 1, 2], "nothing is left to do"
+    assert job.resumed == 3
+
+
+def test_a_sweep_may_leave_off_after_any_round(tmp_path: Path) -> None:
+    """What is closed lets the folder go, and the run goes on from there as if nothing was."""
+    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
+    cfg = short(tmp_path / "run", train__rounds=3)
+    before = signal.getsignal(signal.SIGINT), torch.backends.cudnn.deterministic
+    for last in (0, 1):
+        steps = rounds.rounds(build.prepare(cfg, tiny_set()), quiet())
+        for row in steps:
+            if row["round"] == last:
+                with (
+                    pytest.raises(rounds.RunFolderError, match="in use by another process"),
+                    open_folder(Path(cfg.run_dir), asdict(cfg)),
+                ):
+                    pass
+                break
+        steps.close()
+        assert (signal.getsignal(signal.SIGINT), torch.backends.cudnn.deterministic) == before
+        with open_folder(Path(cfg.run_dir), asdict(cfg)) as warning:
+            assert warning == "", "it is free again"
+    result, text = run(cfg)
+    assert "going on from round 2, epoch 0" in text
+    same = [load_file(each.folder / "model.safetensors") for each in (whole, result)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    assert len(EventAccumulator(str(result.folder / "tb/rounds")).Reload().Scalars("test_acc")) == 3
+
+
+def test_nothing_happens_before_the_first_row_is_asked_for(tmp_path: Path) -> None:
+    job = build.prepare(short(tmp_path / "run"), tiny_set())
+    rounds.rounds(job, quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_warnings_are_of_new_rounds(tmp_path: Path) -> None:
+    changes = {**NO_POSITIVES, **NO_NEGATIVES}
+    _, first = run(short(tmp_path, train__rounds=1, **changes))
+    _, second = run(short(tmp_path, train__rounds=2, **changes))
+    assert "round 0: nothing was selected" in first
+    assert "round 0: nothing" not in second and "round 1: nothing was selected" in second
+
+
+def test_lines_are_printed_as_they_are_on_any_console(tmp_path: Path) -> None:
+    """Names may look like markup, and a narrow terminal wraps no table."""
+    data = replace(tiny_set(), classes=["[red]top[/red]", "[/]", "\\[x"])
+    _, text = run(short(tmp_path / "[bold]run"), data)
+    assert "'[red]top[/red]' 2 + 10, '[/]' 2 + 10" in text and "[bold]run: a new run" in text
+    assert max(map(len, text.splitlines())) > 40
+
+
+# The average of the weights.
+
+
+def test_the_average_is_what_answers(tmp_path: Path) -> None:
+    """It is tested, labels and is saved; what is trained is as without it."""
+    plain, _ = run(short(tmp_path / "plain", train__rounds=1))
+    job = build.prepare(short(tmp_path / "mean", train__rounds=1, train__ema=0.5), tiny_set())
+    (row,) = rounds.rounds(job, quiet())
+    trained, mean = job.method.network.state_dict(), load_file(tmp_path / "mean" / "model.safetensors")
+    same = load_file(plain.folder / "model.safetensors")
+    assert all(torch.equal(trained[name], same[name]) for name in same)
+    assert set(mean) == set(same) and not all(torch.equal(mean[name], same[name]) for name in same)
+    ema = job.method.ema
+    assert ema is not None and all(torch.equal(ema.state_dict()[name], mean[name]) for name in mean)
+    model, data = ups_fast.load_model(tmp_path / "mean"), tiny_set()
+    test = ResidentImages(data.test_images, mean=data.mean, std=data.std, device="cpu")
+    with torch.no_grad():
+        right = model(test.clean(torch.arange(30))).argmax(dim=1) == data.test_labels
+    assert float(right.double().mean()) == pytest.approx(row["test_acc"])
+
+
+def test_each_round_begins_its_own_average(tmp_path: Path) -> None:
+    job = build.prepare(short(tmp_path, train__rounds=2, train__ema=0.5), tiny_set())
+    ends = []
+    for _ in rounds.rounds(job, quiet()):
+        assert job.method.ema is not None
+        ends.append([weight.clone() for weight in job.method.ema.parameters()])
+    fresh = job.new_method()
+    assert fresh.ema is not None
+    for mean, weight in zip(fresh.ema.parameters(), fresh.network.parameters(), strict=True):
+        assert torch.equal(mean, weight), "it begins as the network does"
+    assert not all(map(torch.equal, *ends))
+
+
+def test_weight_decay_of_norms_is_a_key(tmp_path: Path) -> None:
+    ends = []
+    for decay_norms in (True, False):
+        cfg = short(tmp_path / str(decay_norms), train__rounds=1, train__weight_decay=0.1)
+        cfg.train.decay_norms = decay_norms
+        result, _ = run(cfg)
+        ends.append(load_file(result.folder / "model.safetensors"))
+    norms = [name for name, weight in ends[0].items() if weight.ndim == 1 and name.endswith("weight")]
+    assert norms and all(ends[0][name].sum() < ends[1][name].sum() for name in norms)

@@ -15,9 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 from test_predict import CONFIG, FAST, images, table
-from ups_fast.engine import evaluate
 
-from ups_fast import inputs, rounds, step, train
+from ups_fast import build, rounds, train
+from ups_fast.methods import Method
+from ups_fast.selection import evaluate
 
 __all__ = ["images"]  # the fixture
 SPAWN = multiprocessing.get_context("spawn")
@@ -37,7 +38,7 @@ def words(images: Path, folder: Path, *more: str) -> list[str]:
 
 
 def child(arguments: list[str], kill_at: int) -> None:
-    real, calls = step.train_step, 0
+    real, calls = Method.step, 0
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal calls
@@ -46,7 +47,7 @@ def child(arguments: list[str], kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
 
-    step.train_step = counted
+    Method.step = counted
     raise SystemExit(train.main(arguments))
 
 
@@ -104,13 +105,13 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     import shutil
 
     mine = shutil.copytree(images, tmp_path / "images")
-    real = step.train_step
+    real = Method.step
 
     def sabotaged(*args: Any) -> torch.Tensor:
         (mine / "unlabeled" / "dark 0.png").unlink(missing_ok=True)
         return real(*args)
 
-    monkeypatch.setattr(step, "train_step", sabotaged)
+    monkeypatch.setattr(Method, "step", sabotaged)
     assert train.main(words(mine, tmp_path / "run", "data.loader=plain", "train.rounds=1")) == 0
     said = capfd.readouterr().out
     assert "1 file cannot be read any more and is no longer trained on, such as" in said and "NaN" not in said
@@ -153,7 +154,7 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
     real, seen = evaluate, []
     monkeypatch.setattr(
         rounds, "evaluate", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1]
-    )
+    )  # there is no validation part, which it would be asked for, too
     assert train.main(arguments) == 0
     assert all(found.index.tolist() == [1, 2, 3, 4, 5] for found in seen) and seen, "the others are tested"
     page = (tmp_path / "run" / "report.html").read_text()
@@ -181,7 +182,7 @@ def test_a_disk_that_is_taken_away_ends_the_run_with_a_sentence(
         mine, away, run_dir = (tmp_path / part / name for name in ("images", "away", "run"))
         shutil.copytree(images, mine)
         arguments = words(mine, run_dir, "data.loader=plain")
-        real, calls = step.train_step, [0]
+        real, calls = Method.step, [0]
 
         def sabotaged(*args: Any, mine=mine, away=away, part=part, real=real, calls=calls) -> torch.Tensor:
             calls[0] += 1
@@ -192,11 +193,11 @@ def test_a_disk_that_is_taken_away_ends_the_run_with_a_sentence(
                         (mine / "labeled" / "dark" / f"dark {3 * i}.png").unlink()
             return real(*args)
 
-        monkeypatch.setattr(step, "train_step", sabotaged)
+        monkeypatch.setattr(Method, "step", sabotaged)
         assert train.main(arguments) == 2
         error = capfd.readouterr().err
         assert f"{what} cannot be read any more, such as" in error and error.count("\n") == 1
-        monkeypatch.setattr(step, "train_step", real)
+        monkeypatch.setattr(Method, "step", real)
         away.rename(mine / part)
         assert train.main(arguments) == 0
 
@@ -207,13 +208,13 @@ def test_a_run_whose_test_images_are_gone_ends_all_the_same(
     import shutil
 
     mine = shutil.copytree(images, tmp_path / "images")
-    real = step.train_step
+    real = Method.step
 
     def sabotaged(*args: Any) -> torch.Tensor:
         shutil.rmtree(mine / "test", ignore_errors=True)
         return real(*args)
 
-    monkeypatch.setattr(step, "train_step", sabotaged)
+    monkeypatch.setattr(Method, "step", sabotaged)
     assert train.main(words(mine, tmp_path / "run", "data.loader=plain")) == 0
     assert "No test image could be read" in (tmp_path / "run" / "report.html").read_text()
     assert [row["test_acc"] for row in rows_of(tmp_path / "run")] == [None, None]
@@ -222,7 +223,7 @@ def test_a_run_whose_test_images_are_gone_ends_all_the_same(
 def test_what_does_not_fit_into_memory_stays_in_its_files(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "memory", lambda device: 2000)
+    monkeypatch.setattr(build, "memory", lambda device: 2000)
     assert train.main(words(images, tmp_path / "run", "train.rounds=1", "data.loader=auto")) == 0
     said = capfd.readouterr().out
     assert "images stay in their files: they would take" in said

@@ -1,6 +1,7 @@
 """UPS, fast: uncertainty-aware pseudo-label selection for semi-supervised learning.
 
-`mc_select`, `nce_loss`, `ups_loss` and `augment` are the fused ops; `reference` holds their specification.
+`mc_select`, `nce_loss`, `ups_loss`, `fixmatch_loss` and `augment` are the fused ops; `reference` holds their
+specification.
 `python -m ups_fast.train CONFIG` runs the whole method, and `load_model` gives its trained network back.
 """
 
@@ -15,8 +16,18 @@ if sys.argv[:1] == ["-m"] and {"ups_fast.train", "ups_fast.predict"} & set(sys.o
     stop_at_ctrl_c()  # a command is on its way, and torch takes its time
 
 from . import reference
-from .modules import CounterDropout, Mish, NCELoss, UPSLoss, mc_dropout
-from .ops import augment, augment_plan, backend, counter_dropout, mc_select, mish, nce_loss, ups_loss
+from .modules import CounterDropout, FixMatchLoss, Mish, NCELoss, UPSLoss, mc_dropout
+from .ops import (
+    augment,
+    augment_plan,
+    backend,
+    counter_dropout,
+    fixmatch_loss,
+    mc_select,
+    mish,
+    nce_loss,
+    ups_loss,
+)
 from .policy import AugmentPlan, Policy
 from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 
@@ -27,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AugmentPlan",
     "CounterDropout",
+    "FixMatchLoss",
     "Mish",
     "NCELoss",
     "Policy",
@@ -37,6 +49,7 @@ __all__ = [
     "backend",
     "counter_dropout",
     "dropout_keys",
+    "fixmatch_loss",
     "load_model",
     "mc_dropout",
     "mc_select",

@@ -18,15 +18,18 @@ EPOCH_BITS = 20
 
 
 def views_of(groups: Sequence[Group], policies: Mapping[str, Policy]) -> tuple[View, ...]:
-    """Of each group the rows of the batch, and what is done to their images."""
+    """Which rows of the batch are seen alike. Neighboring groups that are make one view, whatever their shares are."""
     views: list[View] = []
+    sources: list[int] = []  # of each group
     first = read = 0
     for number, group in enumerate(groups):
-        again = group.view_of is not None
-        source = views[group.view_of].source if group.view_of is not None else read
-        rows = first, first + group.rows
-        views.append(View(*rows, policies[group.view], source, number if again else 0))
-        first += group.rows
+        again, policy, last = group.view_of is not None, policies[group.view], first + group.rows
+        sources.append(read if group.view_of is None else sources[group.view_of])
+        if views and not again and not views[-1].again and views[-1].policy == policy:
+            views[-1] = views[-1]._replace(last=last)
+        else:
+            views.append(View(first, last, policy, sources[-1], number if again else 0))
+        first = last
         read += 0 if again else group.rows
     return tuple(views)
 

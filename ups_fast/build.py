@@ -317,6 +317,7 @@ class Run:
     step: TrainStep
     forward: Callable[..., Tensor]  # `passes_over`, perhaps compiled
     state: Checkpoint  # at first that of a new run
+    resumed: int = 0  # rounds that the folder held when the run was resumed
 
     @property
     def method(self) -> Method:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ups_fast import config_file
+from ups_fast.config import RENAMED
 from ups_fast.files import (
     NotDense,
     RunFolderError,
@@ -122,6 +123,11 @@ def _check_config(path: Path, config: Mapping[str, Any], free: Collection[str]) 
     here, there = dict(_flat(config)), dict(_flat(tree))
     if not here.keys() & there.keys():
         raise _no_run(path.parent)
+    if there.keys() & RENAMED.keys():
+        raise RunFolderError(
+            f"run_dir={path.parent} was begun by an older ups_fast, whose runs this one cannot go on with: choose "
+            "another run_dir"
+        )
     differing = [
         f"{shown(key)} is {shown(here.get(key, 'absent'))} and was {shown(there.get(key, 'absent'))}"
         for key in {**here, **there}

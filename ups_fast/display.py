@@ -25,6 +25,11 @@ REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the d
 LOG_SECONDS = 60.0  # likewise, a line where there is no terminal for a bar
 
 
+def say(console: Console, line: str) -> None:
+    """One line as it is, on any console: names may look like markup, and a table must not be wrapped."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM ended the run, and everything is saved. The message says where it stands."""
 
@@ -39,7 +44,7 @@ class Watch:
         self.progress = progress_bar(console)
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
     @contextmanager
     def overhead(self) -> Iterator[None]:

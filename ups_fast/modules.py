@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from .ops import counter_dropout, mish, nce_loss, ups_loss
-from .reference import Reduction, check_dropout, check_label_smoothing, check_reduction, is_readable
+from .ops import counter_dropout, fixmatch_loss, mish, nce_loss, ups_loss
+from .reference import (
+    Reduction,
+    check_dropout,
+    check_fixmatch_options,
+    check_label_smoothing,
+    check_reduction,
+    is_readable,
+)
 
 
 class Mish(nn.Module):
@@ -151,6 +158,57 @@ class NCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
+
+
+class FixMatchLoss(nn.Module):
+    """`ups_fast.fixmatch_loss` as a module (Sohn et al., NeurIPS 2020, equation 4).
+
+    Args:
+        tau: threshold in [0, 1]. Thresholds of each class change while a network learns: give them to the call.
+        temperature: divides the weak logits, in [0.001, 1000].
+        reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"none"``, see `ups_fast.fixmatch_loss`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> loss = ups_fast.FixMatchLoss(tau=0.8)
+        >>> loss
+        FixMatchLoss(tau=0.8, temperature=1.0, reduction='batchmean')
+        >>> round(loss(torch.zeros(1, 4), torch.tensor([[0.0, 9.0, 0.0, 0.0]])).item(), 4)  # log 4
+        1.3863
+    """
+
+    def __init__(
+        self, tau: float = 0.95, temperature: float = 1.0, reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        if isinstance(tau, Tensor):
+            raise TypeError("tau must be a number, got Tensor: give the thresholds of each class to the call")
+        check_fixmatch_options(tau, temperature, reduction)
+        self.tau, self.temperature, self.reduction = tau, temperature, reduction
+
+    def forward(
+        self,
+        strong: Tensor,  # [B, C]
+        weak: Tensor,  # [B, C]
+        *,
+        tau: Tensor | None = None,  # float [C], in place of the module's own
+        weight: Tensor | None = None,  # float [B]
+        return_mask: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # [], or [B] for reduction="none"; and bool [B]
+        return fixmatch_loss(
+            strong,
+            weak,
+            tau=self.tau if tau is None else tau,
+            temperature=self.temperature,
+            weight=weight,
+            reduction=self.reduction,
+            return_mask=return_mask,
+        )
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, temperature={self.temperature}, reduction={self.reduction!r}"
 
 
 # Monte-Carlo dropout -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fused ops: schemas, fake kernels, derivatives and public functions. The only file that imports `_C`.
+"""The fused ops: public functions, schemas and fake kernels. The only file that imports `_C`.
 
 Every op has a twin of the same name and arguments in `ups_fast.reference`, which also documents it; a device without
 kernels is served by that twin, and `backend()` says so. Needs torch alone.
@@ -9,20 +9,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
+from .autograd import Constant, Dropout, Elementwise, FixMatch, Gradient, Loss, Op, register
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
 from .reference import REDUCTIONS, Reduction, Selection
 
 # Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
-INTERFACE = 2
+INTERFACE = 3
 
 try:
     from . import _C  # registers the kernels
@@ -41,50 +42,18 @@ _NO_KERNELS = (
 )
 
 _lib = torch.library.Library("ups_fast", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_lib.define(
-    "mc_select(Tensor logits, float tau_p, float tau_n, float kappa_p, float kappa_n, float temp_nl, bool packed)"
-    " -> (Tensor label, Tensor confidence, Tensor std, Tensor positive, Tensor negative)",
-    tags=_tags,
-)
-# Floating-point targets and weights have the dtype of the loss.
-_lib.define(
-    "nce_loss(Tensor logits, Tensor mask, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor scale)",
-    tags=_tags,
-)
-_lib.define(
-    "nce_loss_backward(Tensor d_loss, Tensor logits, Tensor mask, Tensor scale, Tensor? weight=None)"
-    " -> Tensor d_logits",
-    tags=_tags,
-)
-_lib.define(
-    "ups_loss(Tensor logits, Tensor target, Tensor positive, Tensor? negative, int reduction=1, Tensor? weight=None,"
-    " float label_smoothing=0.0) -> (Tensor loss, Tensor scale)",
-    tags=_tags,
-)
-_lib.define(
-    "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive, Tensor? negative, Tensor scale,"
-    " Tensor? weight=None, float label_smoothing=0.0) -> Tensor d_logits",
-    tags=_tags,
-)
-_lib.define("counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor", tags=_tags)
-_lib.define("mish(Tensor x) -> Tensor", tags=_tags)
-_lib.define("mish_backward(Tensor d_y, Tensor x) -> Tensor d_x", tags=_tags)
-_lib.define(
-    "augment(Tensor(a!) out, Tensor images, Tensor index, Tensor variants, Tensor operations, Tensor blends,"
-    " Tensor norm, Tensor seed, Tensor epoch, Tensor? plan, int[] settings) -> ()",
-    tags=_tags,
-)
-_lib.define(
-    "augment_plan(Tensor index, Tensor variants, Tensor operations, Tensor seed, Tensor epoch, int height, int width,"
-    " int[] settings) -> Tensor",
-    tags=_tags,
-)
-
-
 # Public functions ----------------------------------------------------------------------------------------------------
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+def _as_reference(function: _Function) -> _Function:
+    """With the docstring of its twin."""
+    function.__doc__ = getattr(reference, function.__name__).__doc__
+    return function
+
+
+@_as_reference
 def mc_select(
     logits: Tensor,  # [P, N, C]
     *,
@@ -103,6 +72,7 @@ def mc_select(
     return Selection(*torch.ops.ups_fast.mc_select(logits.detach(), *thresholds, packed))
 
 
+@_as_reference
 def nce_loss(
     logits: Tensor,  # [N, C]
     mask: Tensor,  # bool [N, C] or int32 [N, ceil(C / 32)]
@@ -117,6 +87,7 @@ def nce_loss(
     return torch.ops.ups_fast.nce_loss.default(logits, mask, code, _of_loss(weight, logits))[0]
 
 
+@_as_reference
 def ups_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # int64 [B], or float [B, C]
@@ -149,11 +120,44 @@ def ups_loss(
     )[0]
 
 
+@_as_reference
+def fixmatch_loss(
+    strong: Tensor,  # [B, C]
+    weak: Tensor,  # [B, C]
+    *,
+    tau: float | Tensor = 0.95,  # or float [C]
+    temperature: float = 1.0,
+    weight: Tensor | None = None,  # float [B]
+    reduction: Reduction = "batchmean",
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not _has_kernels(strong):
+        return reference.fixmatch_loss(
+            strong,
+            weak,
+            tau=tau,
+            temperature=temperature,
+            weight=weight,
+            reduction=reduction,
+            return_mask=return_mask,
+        )
+    tau, temperature = reference.check_fixmatch_loss(
+        strong, weak, tau, temperature, weight, reduction, return_mask
+    )
+    class_tau, tau = (_of_loss(tau, strong), 1.0) if isinstance(tau, Tensor) else (None, tau)
+    code = REDUCTIONS.index(reduction)
+    loss, mask, _, _ = torch.ops.ups_fast.fixmatch_loss.default(
+        strong, weak.detach(), class_tau, tau, temperature, code, _of_loss(weight, strong)
+    )
+    return (loss, mask) if return_mask else loss
+
+
 def _of_loss(x: Tensor | None, logits: Tensor) -> Tensor | None:
     """In the dtype of the loss, and a constant to it."""
     return None if x is None else x.detach().to(_compute_dtype(logits))
 
 
+@_as_reference
 def counter_dropout(
     x: Tensor,  # [B, C, ...]
     keys: Tensor,  # int32 [B]
@@ -167,6 +171,7 @@ def counter_dropout(
     return torch.ops.ups_fast.counter_dropout(x, keys, float(p), reference.plain(layer))
 
 
+@_as_reference
 def mish(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _has_kernels(x):
         return reference.mish(x)  # fuses with its neighbors
@@ -174,23 +179,25 @@ def mish(x: Tensor) -> Tensor:
     return torch.ops.ups_fast.mish(x)
 
 
+@_as_reference
+@reference.once_epoch
 def augment_plan(
     index: Tensor,  # int64 [B]
     *,
     policy: str | Policy,
     size: int | tuple[int, int],
     seed: int | Tensor,
-    epoch: int | Tensor,
+    draw: int | Tensor,
 ) -> AugmentPlan:
-    if not _has_kernels(index) and not _is_traced(index):
-        return reference.augment_plan(index, policy=policy, size=size, seed=seed, epoch=epoch)
-    found, (height, width) = reference.check_augment_plan(index, policy, size, seed, epoch)
+    if not _has_kernels(index, above=4) and not _is_traced(index):
+        return reference.augment_plan(index, policy=policy, size=size, seed=seed, draw=draw)
+    found, (height, width) = reference.check_augment_plan(index, policy, size, seed, draw)
     table = _tables(found, height, width, 3, index.device)
     draws = torch.ops.ups_fast.augment_plan(
         index.contiguous(),
         table.variants,
         table.operations,
-        *_counters(seed, epoch, index),
+        *_counters(seed, draw, index),
         height,
         width,
         table.settings,
@@ -198,33 +205,35 @@ def augment_plan(
     return AugmentPlan(draws, found, (height, width))
 
 
+@_as_reference
+@reference.once_epoch
 def augment(
     images: Tensor,  # uint8 [N, H, W, C]
     index: Tensor,  # int64 [B]
     *,
     policy: str | Policy,
     seed: int | Tensor,
-    epoch: int | Tensor,
+    draw: int | Tensor,
     mean: Sequence[float] | Tensor,
     std: Sequence[float] | Tensor,
     dtype: torch.dtype = torch.float32,
     plan: AugmentPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    if not _has_kernels(images) and not _is_traced(images):
+    if not _has_kernels(images, above=4) and not _is_traced(images):
         return reference.augment(
             images,
             index,
             policy=policy,
             seed=seed,
-            epoch=epoch,
+            draw=draw,
             mean=mean,
             std=std,
             dtype=dtype,
             plan=plan,
             out=out,
         )
-    found = reference.check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
+    found = reference.check_augment(images, index, policy, seed, draw, mean, std, dtype, plan, out)
     policy, (height, width), mean, std = found
     if out is None:
         out = images.new_empty(index.shape + images.shape[1:], dtype=dtype).permute(0, 3, 1, 2)
@@ -237,7 +246,7 @@ def augment(
         table.operations,
         table.blends,
         _normalization(mean, std, dtype, images.device),
-        *_counters(seed, epoch, index),
+        *_counters(seed, draw, index),
         None if plan is None else plan.draws.contiguous(),
         table.settings,
     )
@@ -246,7 +255,7 @@ def augment(
     return out
 
 
-def _counters(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _counters(seed: int | Tensor, draw: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Both as tensors, written on the device, so that nothing waits for a copy."""
 
     def tensor(x: int | Tensor) -> Tensor:
@@ -256,7 +265,7 @@ def _counters(seed: int | Tensor, epoch: int | Tensor, index: Tensor) -> tuple[T
             else torch.full((), reference.plain(x), dtype=torch.int64, device=index.device)
         )
 
-    return tensor(seed), tensor(epoch)
+    return tensor(seed), tensor(draw)
 
 
 # The tables are constants. A mode that sees ops gets them as it gets a new torch.tensor(...): FakeTensorMode as fakes,
@@ -323,10 +332,6 @@ def _lifted(real: Tensor, device: torch.device) -> Tensor:
     return torch.ops.aten.lift_fresh(real).to(device)
 
 
-for _function in (mc_select, nce_loss, ups_loss, counter_dropout, mish, augment_plan, augment):
-    _function.__doc__ = getattr(reference, _function.__name__).__doc__
-
-
 # Backend -------------------------------------------------------------------------------------------------------------
 
 
@@ -369,8 +374,8 @@ def _is_traced(x: Any) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
-def _has_kernels(x: Any) -> bool:
-    """Whether the fused op serves x; if not, that is said, or raised when strict."""
+def _has_kernels(x: Any, above: int = 3) -> bool:
+    """Whether the fused op serves x; if not, that is said of the caller `above` this, or raised when strict."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
     if kind == "meta":
         return True  # nothing is computed there, and the fake kernels tell the shapes
@@ -379,18 +384,48 @@ def _has_kernels(x: Any) -> bool:
         message = f"ups_fast runs its reference ops on {kind}: {why}"
         if os.environ.get("UPS_FAST_STRICT") == "1":
             raise RuntimeError(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=above)
     return fused
 
 
-# Fake kernels: shapes and types of the results -----------------------------------------------------------------------
+# The ops: of each its schema, its fake kernel (shapes and types of the results) and how it is differentiated. Backward
+# ops read the logits again and recompute the softmax: less memory traffic than a gradient kept from the forward pass
+# and scaled, and nothing is saved that was not there. `scale` holds the weights of the rows. Floating-point targets,
+# weights and thresholds have the dtype of the loss.
+
+
+def _op(schema: str, kind: type[Op] | None, backward: str = "") -> Any:
+    """Defines an op, whose fake kernel is the function below. It is differentiated as `kind` says, by `backward`."""
+    name = schema[: schema.index("(")]
+
+    def define(fake: Any) -> Any:
+        _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"ups_fast::{name}", fake, lib=_lib)
+        if kind is not None:
+            register(_lib, name, kind, getattr(torch.ops.ups_fast, backward).default if backward else None)
+        return fake
+
+    return define
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-@torch.library.register_fake("ups_fast::mc_select", lib=_lib)
+def _elementwise(x: Tensor) -> Tensor:
+    """Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them."""
+    if x.is_contiguous():
+        return x.new_empty(x.shape)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x)
+
+
+@_op(
+    "mc_select(Tensor logits, float tau_p, float tau_n, float kappa_p, float kappa_n, float temp_nl,"
+    " bool packed) -> (Tensor label, Tensor confidence, Tensor std, Tensor positive, Tensor negative)",
+    Constant,
+)
 def _(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed):
     _, n, c = logits.shape
     width, dtype = ((c + 31) // 32, torch.int32) if packed else (c, torch.bool)
@@ -403,222 +438,112 @@ def _(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed):
     )
 
 
-@torch.library.register_fake("ups_fast::nce_loss", lib=_lib)
+@_op(
+    "nce_loss_backward(Tensor d_loss, Tensor logits, Tensor mask, Tensor scale, Tensor? weight=None)"
+    " -> Tensor d_logits",
+    Gradient,
+)
+def _(d_loss, logits, mask, scale, weight=None):
+    return logits.new_empty(logits.shape)
+
+
+@_op(
+    "nce_loss(Tensor logits, Tensor mask, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor scale)",
+    Loss,
+    backward="nce_loss_backward",
+)
 def _(logits, mask, reduction, weight=None):
     dtype = _compute_dtype(logits)
     loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
     return loss, logits.new_empty((), dtype=dtype)
 
 
-@torch.library.register_fake("ups_fast::ups_loss", lib=_lib)
+@_op(
+    "ups_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor positive,"
+    " Tensor? negative, Tensor scale, Tensor? weight=None, float label_smoothing=0.0)"
+    " -> Tensor d_logits",
+    Gradient,
+)
+def _(d_loss, logits, target, positive, negative, scale, weight=None, label_smoothing=0.0):
+    return logits.new_empty(logits.shape)
+
+
+@_op(
+    "ups_loss(Tensor logits, Tensor target, Tensor positive, Tensor? negative, int reduction=1,"
+    " Tensor? weight=None, float label_smoothing=0.0) -> (Tensor loss, Tensor scale)",
+    Loss,
+    backward="ups_loss_backward",
+)
 def _(logits, target, positive, negative, reduction=1, weight=None, label_smoothing=0.0):
     dtype = _compute_dtype(logits)
     loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
     return loss, logits.new_empty(2, dtype=dtype)
 
 
-def _elementwise(x: Tensor) -> Tensor:
-    """Memory for the result of an elementwise op on x: strides as torch's own unary ops choose them."""
-    if x.is_contiguous():
-        return x.new_empty(x.shape)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    return torch.empty_like(x)
+@_op(
+    "fixmatch_loss_backward(Tensor d_loss, Tensor strong, Tensor target, Tensor scale,"
+    " Tensor? weight=None) -> Tensor d_strong",
+    Gradient,
+)
+def _(d_loss, strong, target, scale, weight=None):
+    return strong.new_empty(strong.shape)
 
 
-@torch.library.register_fake("ups_fast::counter_dropout", lib=_lib)
+# target: the pseudo-label of each row that counts, or -1.
+@_op(
+    "fixmatch_loss(Tensor strong, Tensor weak, Tensor? class_tau, float tau, float temperature,"
+    " int reduction, Tensor? weight=None) -> (Tensor loss, Tensor mask, Tensor target, Tensor scale)",
+    FixMatch,
+    backward="fixmatch_loss_backward",
+)
+def _(strong, weak, class_tau, tau, temperature, reduction, weight=None):
+    dtype = _compute_dtype(strong)
+    return (
+        strong.new_empty(strong.shape[:1] if reduction == 0 else (), dtype=dtype),
+        strong.new_empty(strong.shape[0], dtype=torch.bool),
+        strong.new_empty(strong.shape[0], dtype=torch.int64),
+        strong.new_empty((), dtype=dtype),
+    )
+
+
+@_op(
+    "counter_dropout(Tensor x, Tensor keys, float p, int layer) -> Tensor",
+    Dropout,
+)
 def _(x, keys, p, layer):
     return _elementwise(x)
 
 
-@torch.library.register_fake("ups_fast::mish", lib=_lib)
-def _(x):
-    return _elementwise(x)
-
-
-@torch.library.register_fake("ups_fast::mish_backward", lib=_lib)
+@_op(
+    "mish_backward(Tensor d_y, Tensor x) -> Tensor d_x",
+    Gradient,
+)
 def _(d_y, x):
     return _elementwise(x)
 
 
-@torch.library.register_fake("ups_fast::augment", lib=_lib)
-def _(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings):
+@_op(
+    "mish(Tensor x) -> Tensor",
+    Elementwise,
+    backward="mish_backward",
+)
+def _(x):
+    return _elementwise(x)
+
+
+@_op(
+    "augment(Tensor(a!) out, Tensor images, Tensor index, Tensor variants, Tensor operations,"
+    " Tensor blends, Tensor norm, Tensor seed, Tensor draw, Tensor? plan, int[] settings) -> ()",
+    None,
+)
+def _(out, images, index, variants, operations, blends, norm, seed, draw, plan, settings):
     return None
 
 
-@torch.library.register_fake("ups_fast::augment_plan", lib=_lib)
-def _(index, variants, operations, seed, epoch, height, width, settings):
+@_op(
+    "augment_plan(Tensor index, Tensor variants, Tensor operations, Tensor seed, Tensor draw,"
+    " int height, int width, int[] settings) -> Tensor",
+    None,
+)
+def _(index, variants, operations, seed, draw, height, width, settings):
     return index.new_empty((index.shape[0], 3 * settings[0] + 11), dtype=torch.int32)
-
-
-@torch.library.register_fake("ups_fast::nce_loss_backward", lib=_lib)
-def _(d_loss, logits, mask, scale, weight=None):
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.register_fake("ups_fast::ups_loss_backward", lib=_lib)
-def _(d_loss, logits, target, positive, negative, scale, weight=None, label_smoothing=0.0):
-    return logits.new_empty(logits.shape)
-
-
-# Derivatives. The backward ops read the logits again and recompute the softmax: less memory traffic than a gradient
-# kept from the forward pass and scaled, and nothing is saved that was not there. `scale` holds the weights of the rows.
-
-
-class _Op(torch.autograd.Function):
-    """An op above its kernels, for autograd, forward mode and the transforms of torch.func.
-
-    torch.library.register_autograd would serve the first alone, and give forward mode a silent 0.
-    """
-
-    op: Any
-
-    @classmethod
-    def forward(cls, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():  # the dispatcher goes on below this function
-            return cls.op(*inputs)
-
-    @classmethod
-    def vmap(cls, info, in_dims, *inputs):
-        """Sample by sample."""
-        pairs = list(zip(inputs, in_dims, strict=True))
-        samples = [
-            cls.op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
-
-
-class _Loss(_Op):
-    """(logits, what else describes the rows..., reduction, weight, label_smoothing?) -> (loss, scale)."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        loss, scale = output
-        at = 2 if isinstance(inputs[2], int) else 4  # where the reduction stands
-        tensors = *inputs[:at], scale, inputs[at + 1]
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(scale)
-        ctx.set_materialize_grads(False)  # so that jvp sees which arguments have a tangent
-        ctx.shape, ctx.smoothing, ctx.others = loss.shape, inputs[at + 2 :], len(inputs) - 1
-
-    @staticmethod
-    def backward(ctx, d_loss, _):
-        if any(ctx.needs_input_grad[1:]):
-            raise RuntimeError(_CONSTANTS)
-        if d_loss is None:
-            return (None,) * (1 + ctx.others)
-        return ctx.backward_op(d_loss, *ctx.saved_tensors, *ctx.smoothing), *(None,) * ctx.others
-
-    @staticmethod
-    def jvp(ctx, tangent, *others):
-        if any(other is not None for other in others):
-            raise RuntimeError(_CONSTANTS)
-        scale = ctx.saved_tensors[-2]
-        ones = scale.new_ones(ctx.shape)
-        d_logits = ctx.backward_op(ones, *ctx.saved_tensors, *ctx.smoothing)
-        rows = (d_logits.to(scale.dtype) * tangent).sum(dim=-1)  # a row's loss depends on its logits alone
-        return (rows if ctx.shape else rows.sum()), None
-
-
-class _Mish(_Op):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, d_y):
-        return ctx.backward_op(d_y, *ctx.saved_tensors)
-
-    jvp = backward  # elementwise: the slope times the tangent
-
-
-class _Backward(_Op):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the ops of ups_fast have no second derivative; use ups_fast.reference for one")
-
-    jvp = backward
-
-
-class _Constant(_Op):
-    """An op whose results are constants to every kind of differentiation."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output)
-        ctx.others, ctx.results = len(inputs), len(output)
-
-    @staticmethod
-    def backward(ctx, *_):
-        return (None,) * ctx.others
-
-    @staticmethod
-    def jvp(ctx, *_):
-        return (None,) * ctx.results
-
-
-class _Dropout(_Op):
-    """Linear in x: the gradient and the tangent take the same mask."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, keys, ctx.p, ctx.layer = inputs
-        ctx.save_for_backward(keys)
-        ctx.save_for_forward(keys)
-
-    @staticmethod
-    def backward(ctx, d_y):
-        (keys,) = ctx.saved_tensors
-        return ctx.op(d_y, keys, ctx.p, ctx.layer), None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return ctx.op(tangent, *ctx.saved_tensors, ctx.p, ctx.layer)
-
-
-_CONSTANTS = "the losses of ups_fast have a gradient for their logits alone: detach target and weight"
-
-
-def _register(name: str, base: type[_Op], backward_op: Any = None) -> Any:
-    """Puts a subclass of `base` above the kernels of the op `name`, which it returns."""
-    op = getattr(torch.ops.ups_fast, name).default
-    defaults = [argument.default_value for argument in op._schema.arguments]
-
-    # Compiled autograd takes a backward that is a staticmethod alone, so what it needs to know goes through ctx.
-    def setup_context(ctx, inputs, output):
-        ctx.op, ctx.backward_op = op, backward_op
-        base.setup_context(ctx, inputs, output)
-
-    function: Any = type(name, (base,), {"op": op, "setup_context": staticmethod(setup_context)})
-
-    def forward(ctx, *inputs):
-        output = function.forward(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    # torch.func needs the two apart; autograd takes them in one, which is 10 us faster.
-    joined = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
-    plain: Any = type(name, (function,), joined)
-
-    def above(apply: Any) -> Any:
-        return lambda *inputs: apply(*inputs, *defaults[len(inputs) :])  # the dispatcher leaves defaults out
-
-    _lib.impl(name, above(plain.apply), "Autograd")
-    _lib.impl(name, above(function.apply), "FuncTorchDynamicLayerFrontMode")
-    return op
-
-
-_register("mc_select", _Constant)
-for _name in ("nce_loss", "ups_loss"):
-    _register(_name, _Loss, backward_op=_register(f"{_name}_backward", _Backward))
-_register("mish", _Mish, backward_op=_register("mish_backward", _Backward))
-_register("counter_dropout", _Dropout)

@@ -202,7 +202,7 @@ class AugmentPlan:
 
     >>> import torch
     >>> from ups_fast import augment_plan
-    >>> plan = augment_plan(torch.tensor([3, 8]), policy="weak", size=32, seed=0, epoch=0)
+    >>> plan = augment_plan(torch.tensor([3, 8]), policy="weak", size=32, seed=0, draw=0)
     >>> plan.flip.shape, plan.crop.shape
     (torch.Size([2]), torch.Size([2, 2]))
     >>> plan.flip[:] = 0  # no image of this batch is mirrored
@@ -241,7 +241,7 @@ class AugmentPlan:
     @property
     def cutout(
         self,
-    ) -> Tensor:  # int32 [B, 4], top, left, bottom and right of the hole, the latter two outside
+    ) -> Tensor:  # int32 [B, 4], top, left, bottom and right of the cutout, the latter two outside
         return self._frame()[:, 7:]
 
     @property

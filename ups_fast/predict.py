@@ -82,7 +82,10 @@ class Predictor:
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError
             done = read_bytes(home(run_dir) / "metrics.jsonl").count(b"\n")
-            self.passes, mc_layers = int(select["passes"]), int(select.get("mc_layers", 0))
+            self.passes, mc_layers = (
+                int(select["passes"]),
+                int(select.get("mc_layers", select.get("dropouts", 0))),
+            )
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
                 f"{path}, which says by which thresholds to label, or metrics.jsonl beside it is gone or damaged"

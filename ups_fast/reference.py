@@ -1,7 +1,8 @@
 """The specification: every op of `ups_fast` in plain PyTorch, written to be read.
 
 Same names, arguments, results and errors as the fused ops; the tests hold each kernel against these functions.
-Needs torch alone. Equations: Rizve et al., "In Defense of Pseudo-Labeling", ICLR 2021.
+Needs torch alone. Equations: Rizve et al., "In Defense of Pseudo-Labeling", ICLR 2021, and Sohn et al., "FixMatch",
+NeurIPS 2020.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .reference_augment import (  # noqa: F401
     check_augment_plan,
     check_counter,
     is_integer,
+    once_epoch,
     plain,
     replay,
 )
@@ -236,6 +238,70 @@ def ups_loss(
     ce = torch.where(positive, _ce_rows(z, target, label_smoothing), 0)
     nce = torch.where(active, _nce_rows(z, g)[0], 0)
     return _reduced(ce + nce, [positive, active], w, reduction)
+
+
+def fixmatch_loss(
+    strong: Tensor,
+    weak: Tensor,
+    *,
+    tau: float | Tensor = 0.95,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The consistency loss of FixMatch: strong views learn the confident pseudo-labels of weak views.
+
+    (Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685, equation 4.) With ``q = softmax(weak / temperature)``:
+
+    - pseudo-label ``y_i = argmax_c q_ic``, the lowest class of a tie
+    - mask: ``max_c q_ic >= tau``, or ``tau[y_i]`` where each class has its own threshold
+    - ``L_i = w_i CE_i``, ``CE_i = -log softmax(strong_i)_y`` of a masked row, and 0 of another; w the weights, or 1
+    - ``"batchmean"``: ``sum_i L_i / B``, over all B rows of the batch: the rule of FixMatch
+    - ``"mean"``: ``sum_i L_i / sum_i w_i`` over the masked rows, or 0 if there is none
+    - ``"sum"``: ``sum_i L_i``
+    - ``"none"``: ``L_i`` of each row, [B]
+
+    A row whose weak logits hold a NaN or an infinity is not masked, as `mc_select` does not select it. A row whose
+    strong logits hold a NaN or +inf has a loss that is not finite if it is masked, and is not looked at if it is not;
+    -inf is a class of probability 0.
+
+    Args:
+        strong: [B, C] float32, float16, bfloat16 or float64. Softmax, log and sums are float32 (float64 for float64).
+        weak: [B, C], of the same dtype. A constant to the loss: it is detached, and no gradient flows to it.
+        tau: threshold in [0, 1]; or floating-point [C], the threshold of each class (FlexMatch, FreeMatch). The values
+            of a tensor are not checked, so that nothing waits for the device.
+        temperature: divides the weak logits, in [0.001, 1000].
+        weight: floating-point [B], at least 0. A row of weight 0 counts for nothing, whatever its mask is.
+        reduction: see above.
+        return_mask: return the mask, too.
+
+    Returns:
+        float32 (float64 for float64 logits) scalar, or [B] for ``"none"``. Differentiable in `strong` alone.
+        With return_mask, that and the mask, bool [B].
+
+    Raises:
+        TypeError, ValueError: naming the argument and what it got.
+
+    Example:
+        >>> weak = torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # only the first row is confident
+        >>> strong = torch.zeros(2, 3, requires_grad=True)
+        >>> loss, mask = ups_fast.fixmatch_loss(strong, weak, tau=0.95, return_mask=True)
+        >>> round(loss.item(), 4), mask.tolist()  # log 3, of one row of two
+        (0.5493, [True, False])
+        >>> loss.backward()
+    """
+    tau, temperature = check_fixmatch_loss(strong, weak, tau, temperature, weight, reduction, return_mask)
+    dtype = _compute_dtype(strong)
+    z, w = strong.to(dtype), _weights(strong, weight)
+    guess = weak.detach().to(dtype)
+    confidence, label = torch.softmax(guess / temperature, dim=-1).amax(dim=-1), guess.argmax(dim=-1)
+    threshold = tau.detach().to(dtype)[label] if isinstance(tau, Tensor) else tau
+    mask = (confidence >= threshold) & guess.isfinite().all(dim=-1)
+    counts = mask & (w != 0)
+    z = torch.where(counts[:, None], z, 0)  # a NaN in a row that counts for nothing stays there
+    loss = _reduced(_ce_rows(z, label, 0.0), [counts], w, reduction)
+    return (loss, mask) if return_mask else loss
 
 
 def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Tensor:
@@ -506,8 +572,12 @@ def _check_number(name: str, x: float, low: float, high: float) -> float:
 
 def _check_logits(logits: Tensor, shape: str) -> None:
     _check_tensor("logits", logits, shape, _FLOATS)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one class, got {list(logits.shape)}")
+    _check_classes("logits", logits)
+
+
+def _check_classes(name: str, x: Tensor) -> None:
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one class, got {list(x.shape)}")
 
 
 def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
@@ -646,6 +716,72 @@ def check_ups_loss(
     check_reduction(reduction)
     _check_weight(weight, logits, "[B]")
     check_label_smoothing(label_smoothing)
+
+
+def check_fixmatch_loss(
+    strong: Tensor,
+    weak: Tensor,
+    tau: float | Tensor,
+    temperature: float,
+    weight: Tensor | None,
+    reduction: str,
+    return_mask: bool,
+) -> tuple[float | Tensor, float]:
+    """Raise the error of the first `fixmatch_loss` argument that is not as documented; the numbers as floats."""
+    if not (_is_plain_matrix(strong) and _is_plain_matrix(weak) and _are_alike(strong, weak)):
+        _check_tensor("strong", strong, "[B, C]", _FLOATS)
+        _check_tensor("weak", weak, "[B, C]", _FLOATS)
+        _check_classes("strong", strong)
+        _check_alike("weak", weak, "strong", strong)
+    check_fixmatch_options(tau, temperature, reduction, return_mask)
+    if isinstance(tau, Tensor):
+        if tau.device != strong.device:
+            raise ValueError(f"tau must be on the device of strong, {strong.device}, got {tau.device}")
+        if tau.shape[0] != strong.shape[1]:
+            raise ValueError(f"tau must have {strong.shape[1]} classes like strong, got {list(tau.shape)}")
+    if weight is not None:
+        _check_weight(weight, strong, "[B]")
+    return tau if isinstance(tau, Tensor) else float(tau), float(temperature)
+
+
+def check_fixmatch_options(
+    tau: float | Tensor, temperature: float, reduction: str, return_mask: bool = False
+) -> None:
+    """Raise the error of the first option of `fixmatch_loss` that no batch could have."""
+    if isinstance(tau, Tensor):
+        _check_tensor("tau", tau, "[C]", _FLOATS)
+        _check_constant("tau", tau)
+    elif not (type(tau) is float and 0 <= tau <= 1):
+        _check_number("tau", tau, 0.0, 1.0)
+    if not (type(temperature) is float and 1e-3 <= temperature <= 1e3):
+        _check_number("temperature", temperature, 1e-3, 1e3)
+    check_reduction(reduction)
+    if not isinstance(return_mask, bool):
+        raise TypeError(f"return_mask must be True or False, got {return_mask!r}")
+
+
+def _is_plain_matrix(x: Tensor) -> bool:
+    return (
+        type(x) in _PLAIN
+        and x.dim() == 2
+        and x.dtype in _FLOATS
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.shape[1] > 0
+    )
+
+
+def _are_alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
+
+
+def _check_alike(name: str, x: Tensor, like: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name} must be on the device of {like}, {y.device}, got {x.device}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name} must be {str(y.dtype)[6:]} like {like}, got {str(x.dtype)[6:]}")
+    if x.shape != y.shape:
+        raise ValueError(f"{name} must have the shape {list(y.shape)} of {like}, got {list(x.shape)}")
 
 
 def _is_usual(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor | None) -> bool:

@@ -6,11 +6,13 @@ to 0 bits, which Pillow refuses since 13, and the color of CutoutAbs on gray ima
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,17 +48,40 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def once_epoch(function: _Function) -> _Function:
+    """`draw` was called `epoch`. That keyword works for one more release, with a warning that names the new one."""
+
+    @functools.wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        if "epoch" in kwargs:
+            name = function.__name__
+            if "draw" in kwargs:
+                raise TypeError(f"{name} got both draw and epoch, its old name: pass draw alone")
+            message = (
+                f"the keyword epoch of {name} is now draw: pass draw=, as the next release removes epoch"
+            )
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            kwargs["draw"] = kwargs.pop("epoch")
+        return function(*args, **kwargs)
+
+    return cast(_Function, renamed)
+
+
+@once_epoch
 def augment_plan(
     index: Tensor,
     *,
     policy: str | Policy,
     size: int | tuple[int, int],
     seed: int | Tensor,
-    epoch: int | Tensor,
+    draw: int | Tensor,
 ) -> AugmentPlan:
     """What `augment` draws for each image: the same numbers, so that anyone can replay an image.
 
-    A draw is a function of seed, epoch, sample id and what it is for (Philox 4x32-10): it does not depend on the
+    A draw is a function of seed, draw, sample id and what it is for (Philox 4x32-10): it does not depend on the
     batch, its order, the device or the process.
 
     Args:
@@ -66,8 +91,8 @@ def augment_plan(
             without the two), ``weak`` (flip, crop by 4), ``none``.
         size: height and width of the images, or the side of square ones, 1 to 2048 pixels.
         seed: integer of 0 .. 2^63 - 1, or an int64 tensor [] on the device of `index`.
-        epoch: integer of 0 .. 2^32 - 1, or an int64 tensor [] or [B] on the device of `index`, of which the lower 32
-            bits count. One for each row lets a sample that occurs twice be augmented in two ways.
+        draw: integer of 0 .. 2^32 - 1, or an int64 tensor [] or [B] on the device of `index`, of which the lower 32
+            bits count: which epoch or step. One for each row lets a sample that occurs twice be augmented in two ways.
 
     Returns:
         `AugmentPlan` with a row for each index, on its device.
@@ -75,24 +100,24 @@ def augment_plan(
     Raises:
         TypeError, ValueError: naming the argument and what it got.
 
-    >>> plan = augment_plan(torch.tensor([3, 8]), policy="ups", size=32, seed=0, epoch=0)
+    >>> plan = augment_plan(torch.tensor([3, 8]), policy="ups", size=32, seed=0, draw=0)
     >>> len(plan.operations(0))  # of image 3: name, value and corner of each operation
     3
     """
-    policy, (height, width) = check_augment_plan(index, policy, size, seed, epoch)
-    epochs = epoch.expand(len(index)).tolist() if isinstance(epoch, Tensor) else [int(epoch)] * len(index)
+    policy, (height, width) = check_augment_plan(index, policy, size, seed, draw)
+    draw_numbers = draw.expand(len(index)).tolist() if isinstance(draw, Tensor) else [int(draw)] * len(index)
     rows = [
         _drawn(sample, policy, height, width, int(seed), each)
-        for sample, each in zip(index.tolist(), epochs, strict=True)
+        for sample, each in zip(index.tolist(), draw_numbers, strict=True)
     ]
     draws = torch.tensor(rows, dtype=torch.int32).view(len(rows), 3 * policy.n_ops + 11)
     return AugmentPlan(draws.to(index.device), policy, (height, width))
 
 
-def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, epoch: int) -> list[int]:
+def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, draw: int) -> list[int]:
     def words(what: int) -> tuple[int, int, int, int]:
         halves = [number >> shift & 0xFFFFFFFF for number in (sample, seed) for shift in (0, 32)]
-        return philox((halves[0], halves[1], epoch & 0xFFFFFFFF, what), (halves[2], halves[3]))
+        return philox((halves[0], halves[1], draw & 0xFFFFFFFF, what), (halves[2], halves[3]))
 
     def between(word: int, low: int, high: int) -> int:
         return low + (word * (high - low + 1) >> 32)
@@ -127,13 +152,14 @@ def _drawn(sample: int, policy: Policy, height: int, width: int, seed: int, epoc
     return [*plan, max(0, y - half), max(0, x - half), min(height, y + half), min(width, x + half)]
 
 
+@once_epoch
 def augment(
     images: Tensor,
     index: Tensor,
     *,
     policy: str | Policy,
     seed: int | Tensor,
-    epoch: int | Tensor,
+    draw: int | Tensor,
     mean: Sequence[float] | Tensor,
     std: Sequence[float] | Tensor,
     dtype: torch.dtype = torch.float32,
@@ -147,7 +173,7 @@ def augment(
     Args:
         images: [N, H, W, C] uint8, C = 1 or 3, contiguous.
         index: [B] int64, on the device of `images`; any strides. Which images, and the ids that they draw by.
-        policy, seed, epoch: as in `augment_plan`.
+        policy, seed, draw: as in `augment_plan`.
         mean, std: C numbers each, one for each channel, for pixels in [0, 1]; std above 0. Lists, tuples, arrays of
             NumPy or tensors; a CUDA tensor makes the call wait for the device.
         dtype: of the result: float32, float16 or bfloat16. Computed in float32 and rounded once.
@@ -163,19 +189,19 @@ def augment(
         ImportError: there are neither kernels for this device nor Pillow.
 
     >>> images = torch.randint(0, 256, (100, 32, 32, 3), dtype=torch.uint8)
-    >>> rule = {"policy": "ups", "seed": 0, "epoch": 0, "mean": [0.5] * 3, "std": [0.25] * 3}
+    >>> rule = {"policy": "ups", "seed": 0, "draw": 0, "mean": [0.5] * 3, "std": [0.25] * 3}
     >>> batch = augment(images, torch.tensor([7, 42]), **rule)
     >>> batch.shape, batch.dtype
     (torch.Size([2, 3, 32, 32]), torch.float32)
     >>> torch.equal(augment(images, torch.tensor([42]), **rule)[0], batch[1])  # whatever the batch is
     True
     """
-    found = check_augment(images, index, policy, seed, epoch, mean, std, dtype, plan, out)
+    found = check_augment(images, index, policy, seed, draw, mean, std, dtype, plan, out)
     policy, (height, width), means, stds = found
     _need_pillow()
     if index.numel() and not (index.min() >= 0 and index.max() < len(images)):
         raise RuntimeError(f"index must lie in 0..{len(images) - 1}, got {index.min()}..{index.max()}")
-    plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, epoch=epoch)
+    plan = plan or augment_plan(index, policy=policy, size=(height, width), seed=seed, draw=draw)
     rows = [replay(images[sample], plan, i) for i, sample in enumerate(index.tolist())]
     pixels = torch.stack(rows) if rows else images[:0].cpu()
     center, scale = torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32)
@@ -276,7 +302,7 @@ def _flipped_and_cropped(picture: Image.Image, flip: bool, down: int, right: int
 
 
 def check_augment_plan(
-    index: Tensor, policy: str | Policy, size: int | tuple[int, int], seed: int | Tensor, epoch: int | Tensor
+    index: Tensor, policy: str | Policy, size: int | tuple[int, int], seed: int | Tensor, draw: int | Tensor
 ) -> tuple[Policy, tuple[int, int]]:
     """The policy and size meant; raises the error of the first argument that is not as documented."""
     if not isinstance(index, Tensor):
@@ -295,7 +321,7 @@ def check_augment_plan(
     if policy.crop >= min(height, width):
         raise ValueError(f"policy.crop must be below the image size {height}x{width}, got {policy.crop}")
     check_counter("seed", seed, 63, index)
-    check_counter("epoch", epoch, 32, index, each=True)
+    check_counter("draw", draw, 32, index, each=True)
     return policy, (height, width)
 
 
@@ -332,10 +358,10 @@ def check_counter(name: str, value: int | Tensor, bits: int, index: Tensor, *, e
 
 def _check_channels(name: str, values: Sequence[float] | Tensor, channels: int) -> tuple[float, ...]:
     """mean or std as Python's floats, one for each channel."""
-    numbers_meant = (
+    draw_numbersmeant = (
         "3 finite numbers, such as (0.5, 0.5, 0.5)" if channels == 3 else "1 finite number, such as (0.5,)"
     )
-    wanted = f"{name} must be {numbers_meant}, one for each channel"
+    wanted = f"{name} must be {draw_numbersmeant}, one for each channel"
     if isinstance(values, Tensor):
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             raise TypeError(f"{wanted}; while a graph is traced it cannot be a tensor: use {name}.tolist()")
@@ -361,7 +387,7 @@ def check_augment(
     index: Tensor,
     policy: str | Policy,
     seed: int | Tensor,
-    epoch: int | Tensor,
+    draw: int | Tensor,
     mean: Sequence[float] | Tensor,
     std: Sequence[float] | Tensor,
     dtype: torch.dtype,
@@ -380,7 +406,7 @@ def check_augment(
     height, width, channels = images.shape[1:]
     if not (1 <= height <= 2048 and 1 <= width <= 2048):
         raise ValueError(f"images must be 1 to 2048 pixels high and wide, got {list(images.shape)}")
-    policy, size = check_augment_plan(index, policy, (height, width), seed, epoch)
+    policy, size = check_augment_plan(index, policy, (height, width), seed, draw)
     if index.device != images.device:
         raise ValueError(f"index must be on the device of images, {images.device}, got {index.device}")
     means, stds = _check_channels("mean", mean, channels), _check_channels("std", std, channels)

@@ -40,11 +40,11 @@ from ups_fast.config import Config
 from ups_fast.data import Images, ImageSet
 from ups_fast.data.classes import class_counts, classes_line, uneven
 from ups_fast.data.fingerprint import differences
-from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, stop_signal, table_line
+from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, say, stop_signal, table_line
 from ups_fast.files import RunFolderError
 from ups_fast.methods import Known, Layout, Look, Targets
 from ups_fast.models.saved import MODEL, save_model
-from ups_fast.selection import PseudoLabels, evaluate, features_of, pseudo_label
+from ups_fast.selection import Evaluation, PseudoLabels, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
 from ups_fast.words import many
 
@@ -77,9 +77,9 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     """
     job = prepare(cfg, data)
     for row in rounds(job, console):
-        console.print(table_line(row))
-        for sentence in worries(row, job) if row["round"] == len(job.state.rows) - 1 else ():
-            console.print(f"round {row['round']}: {sentence}")
+        say(console, table_line(row))
+        for sentence in worries(row, job) if row["round"] >= job.resumed else ():
+            say(console, f"round {row['round']}: {sentence}")
     state, parts = job.state, (job.images, job.test_images)
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
@@ -96,7 +96,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
     free = [key for key in FREE_KEYS if key != "train.rounds" or not run.method.continues]
     with open_folder(run.folder, asdict(run.cfg), free) as warning, stop_signal(console) as stop:
         if warning:
-            console.print(warning)
+            say(console, warning)
         resume(run, console)
         yield from run.state.rows
         if run.state.round == run.cfg.train.rounds:
@@ -122,37 +122,40 @@ def resume(run: Run, console: Console) -> None:
     if found:
         _check(run, found)
     run.state = state = found or fresh
+    run.resumed = state.round
     write_files(folder, data)
     write_split(folder, state)
     write_rows(folder, state.rows)
     if state.pseudo_labels:
         write_selection(folder, PseudoLabels(**state.pseudo_labels), run.truth)
     val = f"{len(state.val):,} validation, " if len(state.val) else ""
-    console.print(
+    say(
+        console,
         f"{data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, {val}"
-        f"{len(data.test_labels):,} test images; {run.cfg.model.name} on {run.device}"
+        f"{len(data.test_labels):,} test images; {run.cfg.model.name} on {run.device}",
     )
     labeled = class_counts(data.train_labels[state.labeled], len(data.classes))
     tests = class_counts(data.test_labels, len(data.classes))
     vals = class_counts(data.train_labels[state.val], len(data.classes)) if len(state.val) else None
-    console.print(classes_line(data.classes, labeled, tests, vals))
+    say(console, classes_line(data.classes, labeled, tests, vals))
     if note := uneven(data.classes, labeled):
-        console.print(note)
+        say(console, note)
     mode, dtype, why = run.step.plan
-    console.print(f"method: {run.cfg.method.name}; training step: {mode}, {str(dtype)[6:]} ({why})")
+    say(console, f"method: {run.cfg.method.name}; training step: {mode}, {str(dtype)[6:]} ({why})")
     done = state.round == run.cfg.train.rounds
     at = "all rounds are done" if done else "a new run"
     if found and not done:
         if found.torch_version != torch.__version__:
-            console.print(
+            say(
+                console,
                 f"the run was saved by torch {found.torch_version} and goes on with torch {torch.__version__}: "
-                "the results may differ in their last bits"
+                "the results may differ in their last bits",
             )
         at = f"going on from round {state.round}, epoch {state.epoch}"
-    console.print(f"{folder}: {at}")
+    say(console, f"{folder}: {at}")
     if done and not (folder / MODEL).exists():
-        console.print(f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
-    console.print(HEADER)
+        say(console, f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
+    say(console, HEADER)
 
 
 def _check(run: Run, found: Checkpoint) -> None:
@@ -263,17 +266,13 @@ class _Round:
         """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         run, state, data, watch = self.run, self.state, self.run.data, self.watch
         method, n_classes = run.method, len(data.classes)
-        size, network = run.labeling_rows(), method.answers
+        network = method.answers
+        val_acc = None
         with watch.overhead():
-            test = evaluate(network, run.test_images, data.test_labels, batch_size=size, forward=run.forward)
-            val = evaluate(
-                network,
-                run.images,
-                data.train_labels[state.val],
-                state.val,
-                batch_size=size,
-                forward=run.forward,
-            )
+            test = self._evaluate(run.test_images, data.test_labels)
+            if len(state.val):
+                val = self._evaluate(run.images, data.train_labels[state.val], state.val)
+                val_acc = or_none(val.correct.double().mean())
         self._check_answers(test.label)
         balanced = state.round < run.cfg.select.balance_rounds
         found = method.keep(
@@ -287,7 +286,6 @@ class _Round:
             guess = selection_on_test(
                 self._label("labeling test images", run.test_images, index), data.test_labels
             )
-        val_acc = or_none(val.correct.double().mean())
         best = val_acc is not None and val_acc >= max((row["val_acc"] or 0 for row in state.rows), default=0)
         with watch.overhead():
             method.end_round(Look(found, data.train_labels, state.labeled, self._features))
@@ -356,6 +354,10 @@ class _Round:
         )
         watch.progress.remove_task(bar)
         return found.cpu()
+
+    def _evaluate(self, images: Images, labels: Tensor, index: Tensor | None = None) -> Evaluation:
+        run, size = self.run, self.run.labeling_rows()
+        return evaluate(run.method.answers, images, labels, index, batch_size=size, forward=run.forward)
 
     def _features(self, index: Tensor) -> Tensor:
         run = self.run

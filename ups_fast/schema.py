@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-from ups_fast import config_file
 from ups_fast.words import said
 
 NOUN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
@@ -51,6 +50,8 @@ def check(key: Key, value: Any) -> None:
 
 def typed(kind: type, value: Any) -> Any:
     """The value as a key of this type takes it: 1 and 0 may be true and false, "3" is 3, but 8 is no text."""
+    from ups_fast import config_file  # it needs yaml, and whoever only declares keys does not
+
     word = isinstance(value, str)
     if kind is str and word:
         value.encode("utf-8", "surrogateescape")  # ValueError for half a character, as no file's name has it

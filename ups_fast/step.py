@@ -63,10 +63,12 @@ class TrainStep:
     """The step of a run: augment, forward, backward, optimizer, sum of the losses, on a batch of sample ids.
 
     All that it reads or writes keeps its place in memory, and `start` begins a round in place: so a CUDA graph can
-    repeat the step, and no round but one with another layout compiles or captures anything again.
+    repeat the step, and no round but one with other views, or other groups for a method that splits batches, compiles
+    or captures anything again.
     """
 
     loss: Tensor  # float32 [], sum over the steps since somebody last set it to 0
+    views: tuple[View, ...]
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class TrainStep:
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
         self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], of images
-        self.views: tuple[View, ...] = ()
+        self.layout, self.views = Layout((), 0), ()
         self.unreadable = 0  # how many images the tables know to be unreadable
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
@@ -140,6 +142,9 @@ class TrainStep:
             shape = layout.rows, *self.images.shape
             self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
             self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
+        if self.method.splits and layout.groups != self.layout.groups:
+            self.graph = None
+        self.layout = layout
         self.method.begin(layout)
         if self.plan.mode == "graph" and self.graph is None:
             self.graph = self._capture()

@@ -32,8 +32,8 @@ void check_rows(const AugmentArgs<Word>& args, int64_t B) {
 
 void augment_cpu(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
                  const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
-                 const Tensor& epoch, std::optional<Tensor> plan, std::vector<int64_t> settings) {
-  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
+                 const Tensor& draw_number, std::optional<Tensor> plan, std::vector<int64_t> settings) {
+  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, draw_number, plan, settings);
   call.dispatch([&](const auto& args, auto channels) {
     constexpr int C = decltype(channels)::value;
     check_rows(args, index.size(0));
@@ -43,8 +43,8 @@ void augment_cpu(const Tensor& out, const Tensor& images, const Tensor& index, c
 }
 
 Tensor augment_plan_cpu(const Tensor& index, const Tensor& variants, const Tensor& operations, const Tensor& seed,
-                        const Tensor& epoch, int64_t H, int64_t W, std::vector<int64_t> settings) {
-  const DrawArgs args = draw_args(index, variants, operations, seed, epoch, H, W, settings);
+                        const Tensor& draw_number, int64_t H, int64_t W, std::vector<int64_t> settings) {
+  const DrawArgs args = draw_args(index, variants, operations, seed, draw_number, H, W, settings);
   const Tensor plan = new_plan(index, args);
   torch::stable::parallel_for(0, index.size(0), 256, [&](int64_t begin, int64_t end) {
     UPS_ISA_CALL(draw_rows, args, data<int32_t>(plan), begin, end);

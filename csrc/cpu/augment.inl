@@ -5,7 +5,7 @@
 #include "../math/draws.inl"
 #include "../math/pixels.inl"
 
-struct Alone {
+struct SingleThread {
   template <class F>
   UPS_HD void each(int n, const F& f) const {
     for (int i = 0; i < n; ++i) f(i);
@@ -25,7 +25,7 @@ struct Alone {
 template <int C, class Word>
 void augment_rows(const AugmentArgs<Word>& args, int64_t begin, int64_t end) {
   const Aligned scratch(canvas_bytes(args.H, args.W, C, args.settings.n_ops).total);
-  const Alone team;
+  const SingleThread team;
   for (int64_t b = begin; b < end; ++b) {
     augment_image(canvas_in<C>(static_cast<uint8_t*>(scratch.data), team, args), args, b);
   }

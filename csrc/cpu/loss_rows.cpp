@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "../loss_call.h"
 #include "../math/loss_row.h"
 #include "isa.h"
 #include "scratch.h"
@@ -55,27 +56,6 @@ Mask::Mask(const char* name, const Tensor& mask, int64_t n_rows, int64_t n_class
   UPS_CHECK(packed || mask.scalar_type() == ScalarType::Bool, name, " must be bool or packed int32");
   check_size(name, mask, 0, n_rows);
   check_size(name, mask, 1, packed ? (n_classes + 31) / 32 : n_classes);
-}
-
-static Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
-  if (!weight) return {};
-  check_dim("weight", *weight, 1);
-  check_size("weight", *weight, 0, logits.size(0));
-  check_type("weight", *weight, compute_type(logits), "of the loss' dtype");
-  return torch::stable::contiguous(*weight);
-}
-
-static Tensor checked_target(const Tensor& target, const Tensor& logits) {
-  if (target.scalar_type() == ScalarType::Long) {
-    check_dim("target", target, 1);
-    check_size("target", target, 0, logits.size(0));
-    return torch::stable::contiguous(target);
-  }
-  check_type("target", target, compute_type(logits), "int64 or of the loss' dtype");
-  check_dim("target", target, 2);
-  check_size("target", target, 0, logits.size(0));
-  check_size("target", target, 1, logits.size(1));
-  return dense_rows(target);
 }
 
 LossCall::LossCall(const Tensor& logits_in, Mask mask_in, const std::optional<Tensor>& weight_in,

@@ -3,24 +3,6 @@
 
 #include "simd.inl"
 
-// log(x) for positive normal x, within 1 ulp or 1e-8; NaN stays NaN: x = 2^n m with m in [sqrt(1/2), sqrt(2)),
-// log m = 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...), s = (m - 1) / (m + 1).
-UPS_HD Vec<float> log_positive(Vec<float> x) {
-  const Int<float> bits = bits_as<Int<float>>(x);
-  const Int<float> n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is sqrt(1/2)
-  const Vec<float> m = bits_as<Vec<float>>(bits - (n << 23));
-  const Vec<float> s = (m - 1) / (m + 1), s2 = s * s;
-  Vec<float> series = s2 * (1.0f / 9) + 1.0f / 7;
-  series = series * s2 + 1.0f / 5;
-  series = series * s2 + 1.0f / 3;
-  const Vec<float> log_x = __builtin_convertvector(n, Vec<float>) * 0x1.62e43p-1f + (2 * s * (series * s2) + 2 * s);
-  return x == x ? log_x : x;
-}
-UPS_HD Vec<double> log_positive(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
-  return x;
-}
-
 // Which of the classes of vector k are in the row's mask: -1 or 0 in each lane, 0 beyond the last class.
 template <class T>
 UPS_HD Int<T> mask_lanes(const MaskRow& mask, int64_t k, int64_t n_classes) {

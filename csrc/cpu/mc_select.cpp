@@ -40,7 +40,7 @@ struct McSelectArgs {
   const T* inv_k;  // [P], 1 / 1, 1 / 2, ...
   int64_t* label;  // [N]
   T* confidence;   // [N]
-  T* std;          // [N]
+  T* deviation;    // [N]
   bool* positive;  // [N]
   void* negative;  // bool [N, C], or int32 [N, ceil(C / 32)]
   bool packed;
@@ -81,12 +81,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mc_select_cpu(const Tensor& l
   dispatch_logits(logits, [&](auto storage, auto compute) {
     using S = decltype(storage);
     using T = decltype(compute);
-    const auto& [label, confidence, std, positive, negative] = result;  // named here: some clangs capture no such names
+    const auto& [label, confidence, deviation, positive, negative] =
+        result;  // named here: some clangs capture no such names
     mc_select_typed<S, T>(
         {data<const S>(logits), data<const S>(logits) + (P - 1) * logits.stride(0) + (N - 1) * logits.stride(1) + C,
          logits.stride(0), logits.stride(1), P, C, make_thresholds<T>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, P),
-         nullptr, data<int64_t>(label), data<T>(confidence), data<T>(std), data<bool>(positive), negative.data_ptr(),
-         packed},
+         nullptr, data<int64_t>(label), data<T>(confidence), data<T>(deviation), data<bool>(positive),
+         negative.data_ptr(), packed},
         N);
   });
   return result;

@@ -44,18 +44,7 @@ struct McSelectBlock {
     const S* const from = a.logits + pass * a.stride_p + row * a.stride_n;
     V* const z = exps + pass * k_count * kExps;
     if constexpr (rows_in_lanes) {
-      for (int64_t first = 0; first < a.C; first += L) {
-        const int64_t n = a.C - first < L ? a.C - first : L;
-        V square[L];
-        for (int64_t lane = 0; lane < L; ++lane) {
-          const S* const classes = from + (lane < n_rows ? lane : 0) * a.stride_n + first;
-          // What follows the classes is read too, where there is something, and left alone.
-          square[lane] =
-              classes + L <= a.end ? load_logits(classes, T{}) : load_logits_tail<T>(classes, static_cast<int>(n));
-        }
-        transpose<T>(square);
-        for (int64_t k = 0; k < n; ++k) z[(first + k) * kExps] = square[k];
-      }
+      load_rows<T>(from, a.stride_n, n_rows, a.C, a.end, z, kExps);
     } else {
       const int64_t full = a.C / L;
       for (int64_t k = 0; k < full; ++k) z[k * kExps] = load_logits(from + k * L, T{});
@@ -159,7 +148,7 @@ struct McSelectBlock {
   void write_row(int64_t row, int64_t label, T mean, T m2, bool finite) const {
     a.label[row] = finite ? label : -1;
     a.confidence[row] = finite ? mean : T(NAN);
-    a.std[row] = finite ? std_of(m2, a.P) : T(NAN);
+    a.deviation[row] = finite ? std_of(m2, a.P) : T(NAN);
     a.positive[row] = finite && mean >= a.t.tau_p && m2 < a.t.limit_p;
   }
 

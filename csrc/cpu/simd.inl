@@ -163,3 +163,68 @@ UPS_HD Vec<double> exp_nonpositive(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+// log(x) for positive normal x, within 1 ulp or 1e-8; NaN stays NaN: x = 2^n m with m in [sqrt(1/2), sqrt(2)),
+// log m = 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...), s = (m - 1) / (m + 1).
+UPS_HD Vec<float> log_positive(Vec<float> x) {
+  const Int<float> bits = bits_as<Int<float>>(x);
+  const Int<float> n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is sqrt(1/2)
+  const Vec<float> m = bits_as<Vec<float>>(bits - (n << 23));
+  const Vec<float> s = (m - 1) / (m + 1), s2 = s * s;
+  Vec<float> series = s2 * (1.0f / 9) + 1.0f / 7;
+  series = series * s2 + 1.0f / 5;
+  series = series * s2 + 1.0f / 3;
+  const Vec<float> log_x = __builtin_convertvector(n, Vec<float>) * 0x1.62e43p-1f + (2 * s * (series * s2) + 2 * s);
+  return x == x ? log_x : x;
+}
+UPS_HD Vec<double> log_positive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// log(1 + x) for x >= 0 of any size; NaN stays NaN. The quotient undoes the rounding of 1 + x (Kahan).
+template <class V>
+UPS_HD V log_one_plus(V x) {
+  const V sum = 1 + x, kept = sum - 1;
+  return (kept == 0) ? x : log_positive(sum) * (x / kept);
+}
+
+// Rows in lanes: z[k * step] becomes class k of up to kLanes rows [n_rows, n_classes], lane i that of row i. Lanes
+// without a row repeat the first one. What follows the classes is read too, up to `end`, and left alone.
+template <class T, class S>
+UPS_HD void load_rows(const S* from, int64_t stride, int64_t n_rows, int64_t n_classes, const S* end, Vec<T>* z,
+                      int64_t step = 1) {
+  constexpr int L = kLanes<T>;
+  for (int64_t first = 0; first < n_classes; first += L) {
+    const int64_t n = n_classes - first < L ? n_classes - first : L;
+    Vec<T> square[L];
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const S* const classes = from + (lane < n_rows ? lane : 0) * stride + first;
+      square[lane] = classes + L <= end ? load_logits(classes, T{}) : load_logits_tail<T>(classes, static_cast<int>(n));
+    }
+    transpose<T>(square);
+    for (int64_t k = 0; k < n; ++k) z[(first + k) * step] = square[k];
+  }
+}
+
+// The inverse, to dense rows [n_rows, n_classes].
+template <class T, class S>
+UPS_HD void store_rows(S* to, int64_t n_rows, int64_t n_classes, const Vec<T>* z) {
+  constexpr int L = kLanes<T>;
+  for (int64_t first = 0; first < n_classes; first += L) {
+    const int64_t n = n_classes - first < L ? n_classes - first : L;
+    Vec<T> square[L];
+    for (int64_t k = 0; k < L; ++k) square[k] = k < n ? z[first + k] : Vec<T>{};
+    transpose<T>(square);
+    for (int64_t lane = 0; lane < n_rows; ++lane) {
+      S* const classes = to + lane * n_classes + first;
+      if (n == L) {
+        store_values(classes, square[lane]);
+      } else {
+        S some[L];
+        store_values(some, square[lane]);
+        __builtin_memcpy(classes, some, n * sizeof(S));
+      }
+    }
+  }
+}

@@ -1,76 +1,6 @@
-// augment: uint8 images in, gathered, augmented as math/pixels.inl says, normalized and written channels last.
-//
-// Never materialized: the gathered or the augmented bytes of a batch. Mapping: a block per image, which stays in shared
-// memory (two copies) from the gather to the normalization, or, where it is too large (some 190x190 pixels in color on
-// an H100), in global memory that the block has for itself; a thread works on every so many pixels of it. What is
-// drawn is drawn here, one thread for each operation. augment_plan: a thread per image.
-#include <cstdint>
+// The launchers of augment and their registration; the device code is in augment.cuh.
+#include "augment.cuh"
 
-#include "../augment.h"
-#include "plan.h"
-
-namespace ups::cuda {
-namespace {
-
-#include "../math/row_math.inl"
-
-#include "../math/draws.inl"
-#include "../math/pixels.inl"
-
-#ifndef UPS_FAST_SHIM
-__device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ uint4 memory[];
-  return reinterpret_cast<uint8_t*>(memory);
-}
-#else
-using shim::dynamic_shared;
-#endif
-
-struct Block {
-  template <class F>
-  __device__ __forceinline__ void each(int n, const F& f) const {
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) f(i);
-  }
-  template <class F>
-  __device__ __forceinline__ void each_pixel(int H, int W, const F& f) const {
-    each(H * W, [&](int i) { f(i / W, i % W); });
-  }
-  __device__ __forceinline__ void sync() const { __syncthreads(); }
-  __device__ __forceinline__ void add(int32_t* to, int32_t x) const { atomicAdd(to, x); }
-  __device__ __forceinline__ void least(int32_t* to, int32_t x) const { atomicMin(to, x); }
-  __device__ __forceinline__ void most(int32_t* to, int32_t x) const { atomicMax(to, x); }
-};
-
-template <int C, class Word, bool kShared>
-__global__ void __launch_bounds__(256)
-    augment_block(const AugmentArgs<Word> a, int64_t images, uint8_t* global /* [blocks, canvas_bytes], or null */) {
-  const Block team;
-  uint8_t* memory;
-  if constexpr (kShared) {
-    memory = dynamic_shared();
-  } else {
-    memory = global + blockIdx.x * canvas_bytes(a.H, a.W, C, a.settings.n_ops).total;
-  }
-  for (int64_t b = blockIdx.x; b < images; b += gridDim.x) {
-    const bool fits = a.index[b] >= 0 && a.index[b] < a.N &&
-                      (a.plan == nullptr || plan_fits(a, a.plan + b * plan_words(a.settings.n_ops)));
-    if (!fits) __trap();  // as torch's indexing does: an error that the next synchronization reports
-    augment_image(canvas_in<C>(memory, team, a), a, b);
-  }
-}
-
-__global__ void augment_plan_rows(const DrawArgs a, int64_t images, int32_t* plan /* [B, plan_words] */) {
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (b >= images) return;
-  for (int slot = 0; slot < a.settings.n_ops + 3; ++slot) {
-    draw_slot(a, b, slot, plan + b * plan_words(a.settings.n_ops));
-  }
-}
-
-}  // namespace
-}  // namespace ups::cuda
-
-#ifndef UPS_FAST_SHIM  // the rest needs torch
 #include <optional>
 #include <vector>
 
@@ -90,8 +20,8 @@ int64_t shared_bytes(int32_t device) {
 
 void augment_cuda(const Tensor& out, const Tensor& images, const Tensor& index, const Tensor& variants,
                   const Tensor& operations, const Tensor& blends, const Tensor& norm, const Tensor& seed,
-                  const Tensor& epoch, std::optional<Tensor> plan, std::vector<int64_t> settings) {
-  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, epoch, plan, settings);
+                  const Tensor& draw_number, std::optional<Tensor> plan, std::vector<int64_t> settings) {
+  const AugmentCall call(out, images, index, variants, operations, blends, norm, seed, draw_number, plan, settings);
   check_beside("out", out, images);
   check_beside("index", index, images);
   check_beside("variants", variants, images);
@@ -99,7 +29,7 @@ void augment_cuda(const Tensor& out, const Tensor& images, const Tensor& index, 
   check_beside("blends", blends, images);
   check_beside("norm", norm, images);
   check_beside("seed", seed, images);
-  check_beside("epoch", epoch, images);
+  check_beside("draw", draw_number, images);
   if (plan.has_value()) check_beside("plan", *plan, images);
   if (out.numel() == 0) return;
 
@@ -126,12 +56,12 @@ void augment_cuda(const Tensor& out, const Tensor& images, const Tensor& index, 
 }
 
 Tensor augment_plan_cuda(const Tensor& index, const Tensor& variants, const Tensor& operations, const Tensor& seed,
-                         const Tensor& epoch, int64_t H, int64_t W, std::vector<int64_t> settings) {
-  const DrawArgs args = draw_args(index, variants, operations, seed, epoch, H, W, settings);
+                         const Tensor& draw_number, int64_t H, int64_t W, std::vector<int64_t> settings) {
+  const DrawArgs args = draw_args(index, variants, operations, seed, draw_number, H, W, settings);
   check_beside("variants", variants, index);
   check_beside("operations", operations, index);
   check_beside("seed", seed, index);
-  check_beside("epoch", epoch, index);
+  check_beside("draw", draw_number, index);
   const Tensor plan = new_plan(index, args);
   if (plan.numel() == 0) return plan;
   const DeviceGuard guard(index.get_device_index());
@@ -146,4 +76,3 @@ STABLE_TORCH_LIBRARY_IMPL(ups_fast, CUDA, m) {
   m.impl("augment", TORCH_BOX(&ups::cuda::augment_cuda));
   m.impl("augment_plan", TORCH_BOX(&ups::cuda::augment_plan_cuda));
 }
-#endif

@@ -1,4 +1,4 @@
-// The elements of tensors: types, aligned chunks of logits, and two functions in their fast form.
+// The elements of tensors: types, and aligned chunks of logits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,8 @@
 #include <cfloat>
 #include <cstdint>
 #include <cstring>
+
+#include "intrinsics.cuh"
 
 namespace ups::cuda {
 
@@ -42,14 +44,14 @@ struct WordOf<16> {
 };
 
 // What a slot past the last class holds: it loses every maximum and its exponential is 0.
-constexpr float kNoLogit = -FLT_MAX;
+constexpr float kMasked = -FLT_MAX;
 
-// The logits of kWidth neighbors, of which the first `count` exist (none if it is negative); kNoLogit for the others.
+// The logits of kWidth neighbors, of which the first `count` exist (none if it is negative); kMasked for the others.
 // kAligned: `from` is aligned to all of them together, and all or none exist.
 template <int kWidth, bool kAligned, class T>
 __device__ __forceinline__ void load_chunk(const T* from, int count, float* z) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) z[i] = kNoLogit;
+  for (int i = 0; i < kWidth; ++i) z[i] = kMasked;
   if constexpr (kAligned) {
     using Word = typename WordOf<kWidth * sizeof(T)>::type;
     if (count > 0) {
@@ -74,38 +76,6 @@ __device__ __forceinline__ void load_chunk(const T* from, int count, bool aligne
   } else {
     load_chunk<kWidth, false>(from, count, z);
   }
-}
-
-// 2^(x * scale) for x <= 0 < scale: one rounding of the product, then 2 ulp from one instruction (exp2f spends three
-// more on results below 2^-126, here 0). `volatile` and the product inside keep the compiler from holding on to a
-// value, and to its register, where computing it again is cheaper.
-__device__ __forceinline__ float fast_exp2(float x, float scale) {
-#ifdef UPS_FAST_SHIM
-  return shim::exp2_approx(x * scale);
-#else
-  float y;
-  asm volatile(
-      "{\n\t"
-      ".reg .f32 scaled;\n\t"
-      "mul.f32 scaled, %1, %2;\n\t"
-      "ex2.approx.ftz.f32 %0, scaled;\n\t"
-      "}"
-      : "=f"(y)
-      : "f"(x), "f"(scale));
-  return y;
-#endif
-}
-
-// 1 / x for x >= 1, correctly rounded but for rare last bits: the hardware's estimate and one Newton step. A division
-// would bring a subroutine for x that cannot occur here.
-__device__ __forceinline__ float fast_inverse(float x) {
-#ifdef UPS_FAST_SHIM
-  return 1.0f / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return fmaf(y, fmaf(-x, y, 1.0f), y);
-#endif
 }
 
 }  // namespace ups::cuda

@@ -1,6 +1,6 @@
 // What nce_loss and ups_loss share: the softmax of a row, its NCE and gradient, and sums over rows. The formulas are
-// those of math/loss_row.h. A lane takes every kLanes-th class, so any C fits any team; a row is read from memory once,
-// for its softmax, and again from the cache for what follows.
+// those of math/loss_row.h. A lane takes every kThreadsPerRow-th class, so any C fits any team; a row is read from
+// memory once, for its softmax, and again from the cache for what follows.
 #pragma once
 
 #include <climits>
@@ -81,11 +81,11 @@ struct Softmax {
   __device__ __forceinline__ A not_p(A p, int c) const { return c == top_class ? rest * inv_sum : 1 - p; }
 };
 
-template <class T, int kLanes>
-__device__ __forceinline__ Softmax<Acc<T>> softmax_of(const T* z /* [C] */, int classes, Team<kLanes>& team) {
+template <class T, int kThreadsPerRow>
+__device__ __forceinline__ Softmax<Acc<T>> softmax_of(const T* z /* [C] */, int classes, Team<kThreadsPerRow>& team) {
   using A = Acc<T>;
   RowSummary<A> row = {A(-INFINITY), 0, INT_MAX};
-  for (int c = team.lane(); c < classes; c += kLanes) row.add(to_acc(z[c]), c);
+  for (int c = team.lane(); c < classes; c += kThreadsPerRow) row.add(to_acc(z[c]), c);
   row = team.reduce(row, MergeSummaries{});
   const A sum = 1 + row.rest + 0 * row.top;  // 0 * inf is NaN
   return {row.top, row.rest, 1 / sum, row.top_class};
@@ -110,14 +110,14 @@ struct AddMaskedSums {
 };
 
 // All lanes must reach this. `wanted`: false leaves the sums empty, and so does a mask that is null.
-template <bool kForward, class T, int kLanes>
+template <bool kForward, class T, int kThreadsPerRow>
 __device__ __forceinline__ MaskedSums<Acc<T>> masked_sums(const T* z /* [C] */, int classes, const Mask& mask,
                                                           int64_t row, bool wanted, const Softmax<Acc<T>>& softmax,
-                                                          Team<kLanes>& team) {
+                                                          Team<kThreadsPerRow>& team) {
   using A = Acc<T>;
   MaskedSums<A> sums = {0, 0, 0};
   wanted = wanted && mask.data != nullptr;
-  for (int c = team.lane(); wanted && c < classes; c += kLanes) {
+  for (int c = team.lane(); wanted && c < classes; c += kThreadsPerRow) {
     if (!mask.at(row, c)) continue;
     const A p = softmax.p(to_acc(z[c]), c);
     const A not_p = softmax.not_p(p, c);
@@ -146,13 +146,13 @@ struct AddTargetSums {
 };
 
 // All lanes must reach this. target(c) is that of class c; `wanted`: false leaves the sums empty.
-template <class T, int kLanes, class Target>
+template <class T, int kThreadsPerRow, class Target>
 __device__ __forceinline__ TargetSums<Acc<T>> target_sums(const T* z /* [C] */, int classes, const Target& target,
                                                           bool wanted, const Softmax<Acc<T>>& softmax,
-                                                          Team<kLanes>& team) {
+                                                          Team<kThreadsPerRow>& team) {
   using A = Acc<T>;
   TargetSums<A> sums = {0, 0};
-  for (int c = team.lane(); wanted && c < classes; c += kLanes) {
+  for (int c = team.lane(); wanted && c < classes; c += kThreadsPerRow) {
     const A t = target(c);
     if (c != softmax.top_class) sums.others += t;
     if (t != 0) sums.cross += t * (softmax.top - to_acc(z[c]));  // 0 * inf would be NaN
@@ -266,13 +266,33 @@ __global__ void __launch_bounds__(kLossMaxThreads) add_partials(const LossOutput
 
 // The rows of a team: `body(row, exists)` for each. All teams of a block take equally many turns, because lanes must
 // meet at shuffles and barriers; in a turn too many `row` is the last one and does not `exist`.
-template <int kLanes, class Body>
+template <int kThreadsPerRow, class Body>
 __device__ __forceinline__ void for_rows(int64_t rows, const Body& body) {
-  const int64_t teams = blockDim.x / kLanes;
+  const int64_t teams = blockDim.x / kThreadsPerRow;
   for (int64_t first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
-    const int64_t row = first + threadIdx.x / kLanes;
+    const int64_t row = first + threadIdx.x / kThreadsPerRow;
     body(row < rows ? row : rows - 1, row < rows);
   }
+}
+
+// The two launches of a forward, for a real GPU and for the tests' CUDA on the CPU alike. `launch(plan, kernel,
+// args...)` launches; `launch.memory(bytes)` lasts until both are done.
+
+// kernel(rows..., out), and where it ran in several blocks the sum of what they left.
+template <class Launch, class Kernel, class A, int kGroups, class... Rows>
+void launch_loss(Launch& launch, const LaunchPlan& plan, Kernel kernel, LossOutput<A, kGroups> out,
+                 const Rows&... rows) {
+  using Sums = GroupSums<A, kGroups>;
+  if (plan.blocks > 1) out.partials = static_cast<Sums*>(launch.memory(plan.blocks * sizeof(Sums)));
+  launch(plan, kernel, rows..., out);
+  if (plan.blocks == 1) return;
+  launch({0, kLossMaxThreads, kLossMaxThreads, 1}, add_partials<A, kGroups>, out, static_cast<int>(plan.blocks));
+}
+
+// What a forward of `rows` rows writes: `loss` is [rows] for the losses of the rows themselves, else [].
+template <int kGroups, class A>
+LossOutput<A, kGroups> loss_output(A* loss, A* scale, int64_t reduction, int64_t rows) {
+  return {reduction == kNone ? nullptr : loss, scale, divisor_of(reduction, rows), nullptr};
 }
 
 }  // namespace ups::cuda

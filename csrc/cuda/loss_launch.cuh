@@ -1,9 +1,10 @@
-// What the launchers of nce_loss and ups_loss share: checks, outputs, and the two launches of a large batch.
+// What the launchers of the losses share: checks, outputs and how they launch.
 #pragma once
 
 #include <initializer_list>
 #include <optional>
 
+#include "../loss_call.h"
 #include "launch.cuh"
 #include "loss.cuh"
 
@@ -41,14 +42,10 @@ inline void check_gradient_beside(const Tensor& d_loss, const Tensor& scale, int
   check_beside("scale", scale, logits);
 }
 
-// [N], or undefined if there is none
-inline Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
-  return weight ? checked_rows("weight", *weight, compute_type(logits), "of the loss' dtype", logits) : Tensor();
-}
-
-template <class A>
-const A* data_or_null(const Tensor& x) {
-  return x.defined() ? data<const A>(x) : nullptr;
+// As the host's, and on the logits' device.
+inline Tensor weight_beside(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (weight) check_beside("weight", *weight, logits);
+  return checked_weight(weight, logits);
 }
 
 inline Mask mask_of(const Tensor& checked) {
@@ -60,19 +57,25 @@ inline Tensor new_losses(const Tensor& logits, std::initializer_list<int64_t> sh
   return torch::stable::new_empty(logits, shape, compute_type(logits));
 }
 
-// kernel(rows..., out), and where it ran in several blocks the sum of what they left.
-template <class Kernel, class A, int kGroups, class... Rows>
-void launch_loss(const char* op, Kernel kernel, const LaunchPlan& plan, const Tensor& logits,
-                 LossOutput<A, kGroups> out, const Rows&... rows) {
-  if (plan.blocks == 1) return launch(op, kernel, plan, logits, rows..., out);
-  using Sums = GroupSums<A, kGroups>;
-  static_assert(sizeof(Sums) % sizeof(int64_t) == 0);
-  const int64_t words = plan.blocks * static_cast<int64_t>(sizeof(Sums) / sizeof(int64_t));
-  const Tensor partials = torch::stable::new_empty(logits, {words}, ScalarType::Long);
-  out.partials = reinterpret_cast<Sums*>(partials.data_ptr());
-  launch(op, kernel, plan, logits, rows..., out);
-  launch(op, add_partials<A, kGroups>, {0, kLossMaxThreads, kLossMaxThreads, 1}, logits, out,
-         static_cast<int>(plan.blocks));
-}
+// Launches of one op on the current stream; see launch_loss.
+class LossLaunch {
+ public:
+  LossLaunch(const char* op, const Tensor& on) : op_(op), on_(on) {}
+
+  template <class Kernel, class... Args>
+  void operator()(const LaunchPlan& plan, Kernel kernel, const Args&... args) const {
+    launch(op_, kernel, plan, on_, args...);
+  }
+
+  void* memory(int64_t bytes) {
+    kept_ = torch::stable::new_empty(on_, {ceil_div(bytes, sizeof(int64_t))}, ScalarType::Long);
+    return kept_.data_ptr();
+  }
+
+ private:
+  const char* const op_;
+  const Tensor on_;
+  Tensor kept_;
+};
 
 }  // namespace ups::cuda

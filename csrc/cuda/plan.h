@@ -11,19 +11,19 @@ namespace ups::cuda {
 constexpr int kMaxClasses = 1 << 30;  // a class and a step over all of them fit an int
 
 struct LaunchPlan {
-  int variant;     // index into the op's table below
-  int lanes;       // threads that share one row
-  int threads;     // per block
-  int64_t blocks;  // grid
-  int shared = 0;  // bytes of shared memory whose size is chosen at launch
+  int variant;          // index into the op's table below
+  int threads_per_row;  // threads that share one row
+  int threads;          // per block
+  int64_t blocks;       // grid
+  int shared = 0;       // bytes of shared memory whose size is chosen at launch
 };
 
 // mc_select: a lane keeps `chunks` chunks of `width` neighboring classes in registers over all passes, and a chunk is
 // one load. The arithmetic on a class (18 instructions a pass) weighs more than its load, so a row should fill its
-// lanes: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over classes instead.
+// threads: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over classes instead.
 struct McSelectVariant {
   int max_classes;
-  int lanes;
+  int threads_per_row;
   int chunks;
   int width;
 };
@@ -34,10 +34,10 @@ constexpr McSelectVariant kMcSelectVariants[] = {
 };
 constexpr int kMcSelectMaxLoopedPasses = 1024;
 
-// The losses: lanes stride over the row, so any C fits any variant.
+// The losses: threads stride over the row, so any C fits any variant.
 struct LossVariant {
   int max_classes;
-  int lanes;
+  int threads_per_row;
 };
 
 constexpr LossVariant kLossVariants[] = {{32, 4}, {128, 16}, {1024, 32}, {INT32_MAX, 256}};
@@ -49,7 +49,7 @@ constexpr int kLossMaxTurns = 2;       // of such a block; a multiprocessor is s
 constexpr int kLossMaxBlocks = 1024;   // 8 for each multiprocessor of a large GPU; as many partial sums to add up
 
 // Threads of a block of mc_select: those of one team, or of several small ones.
-constexpr int threads_of(int lanes) { return lanes > 32 ? lanes : 128; }
+constexpr int threads_of(int threads_per_row) { return threads_per_row > 32 ? threads_per_row : 128; }
 
 template <class Variant, std::size_t kCount>
 int find_variant(const Variant (&variants)[kCount], int64_t classes) {
@@ -70,34 +70,43 @@ auto pick_kernel(const Variant (&)[kCount], int variant, KernelOf kernel_of) {
   return pick_kernel(variant, kernel_of, std::make_integer_sequence<int, kCount>{});
 }
 
+// kernel_of(std::integral_constant<int, n>{}) for the n threads per row that a plan of a loss has.
+template <class KernelOf>
+auto loss_kernel(const LaunchPlan& plan, KernelOf kernel_of) {
+  return pick_kernel(kLossVariants, plan.variant, [&](auto i) {
+    return kernel_of(std::integral_constant<int, kLossVariants[decltype(i)::value].threads_per_row>{});
+  });
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {
   const int i = find_variant(kMcSelectVariants, classes);
-  const int lanes = kMcSelectVariants[i].lanes;
-  const int threads = threads_of(lanes);
-  return {i, lanes, threads, ceil_div(rows, threads / lanes)};
+  const int threads_per_row = kMcSelectVariants[i].threads_per_row;
+  const int threads = threads_of(threads_per_row);
+  return {i, threads_per_row, threads, ceil_div(rows, threads / threads_per_row)};
 }
 
 // Blocks walk over the rows and leave a partial sum each, which a second launch adds up. A small batch is not worth
 // that: a single block does it all.
 inline LaunchPlan loss_plan(int64_t rows, int64_t classes) {
   const int i = find_variant(kLossVariants, classes);
-  const int lanes = kLossVariants[i].lanes;
-  const int64_t work = rows > 0 ? rows * lanes : 1;
-  if (lanes <= 32 && work <= kLossMaxTurns * kLossMaxThreads) {
-    return {i, lanes, work < kLossMaxThreads ? static_cast<int>(ceil_div(work, 32) * 32) : kLossMaxThreads, 1};
+  const int threads_per_row = kLossVariants[i].threads_per_row;
+  const int64_t work = rows > 0 ? rows * threads_per_row : 1;
+  if (threads_per_row <= 32 && work <= kLossMaxTurns * kLossMaxThreads) {
+    return {i, threads_per_row, work < kLossMaxThreads ? static_cast<int>(ceil_div(work, 32) * 32) : kLossMaxThreads,
+            1};
   }
   const int64_t blocks = ceil_div(work, kLossThreads);
-  return {i, lanes, kLossThreads, blocks < kLossMaxBlocks ? blocks : kLossMaxBlocks};
+  return {i, threads_per_row, kLossThreads, blocks < kLossMaxBlocks ? blocks : kLossMaxBlocks};
 }
 
 // Rows of a backward are independent: as many blocks as it takes.
 inline LaunchPlan loss_backward_plan(int64_t rows, int64_t classes) {
   const int i = find_variant(kLossVariants, classes);
-  const int lanes = kLossVariants[i].lanes;
-  const int64_t blocks = ceil_div(rows * lanes, kLossThreads);
-  return {i, lanes, kLossThreads, blocks < INT32_MAX ? blocks : INT32_MAX};
+  const int threads_per_row = kLossVariants[i].threads_per_row;
+  const int64_t blocks = ceil_div(rows * threads_per_row, kLossThreads);
+  return {i, threads_per_row, kLossThreads, blocks < INT32_MAX ? blocks : INT32_MAX};
 }
 
 // augment: a block per image; more threads for more pixels, but no more than keep several blocks on a multiprocessor.

@@ -23,24 +23,25 @@ __device__ __forceinline__ V shuffle_xor(V value, int offset) {
 
 constexpr int kWholeBlock = 1024;  // a team of any number of warps
 
-// kLanes neighboring threads: a power of two up to a warp; or more than a warp, and then the team is the whole block.
+// kThreadsPerRow neighboring threads: a power of two up to a warp; or more than a warp, and then the team is the whole
+// block.
 //
 // `reduce` must be reached by every thread of the block together, with an `op` whose result does not depend on the
 // order of its two arguments. Every lane then gets the same bits, whatever the order in which warps run: lanes meet
 // in a butterfly, warps are folded in order. In a team of several warps it is a barrier too: what a thread wrote
 // before, all see after.
-template <int kLanes>
+template <int kThreadsPerRow>
 class Team {
  public:
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kThreadsPerRow; }
 
   template <class V, class Op>
   __device__ __forceinline__ V reduce(V value, Op op) {
 #pragma unroll
-    for (int offset = (kLanes < kWarp ? kLanes : kWarp) / 2; offset > 0; offset /= 2) {
+    for (int offset = (kThreadsPerRow < kWarp ? kThreadsPerRow : kWarp) / 2; offset > 0; offset /= 2) {
       value = op(value, shuffle_xor(value, offset));
     }
-    if constexpr (kLanes > kWarp) value = fold_warps(value, op);
+    if constexpr (kThreadsPerRow > kWarp) value = fold_warps(value, op);
     return value;
   }
 

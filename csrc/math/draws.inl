@@ -1,4 +1,4 @@
-// What is drawn for an image: a pure function of (seed, epoch, sample id, what it is for). No include guard, as in
+// What is drawn for an image: a pure function of (seed, draw, sample id, what it is for). No include guard, as in
 // row_math.inl.
 
 struct Words {
@@ -31,15 +31,15 @@ UPS_HD int32_t corner(uint32_t word, int32_t size, int32_t half, int32_t low) {
 
 constexpr uint32_t kFrameSlot = 1 << 16, kJitterSlot = kFrameSlot + 1, kCutoutSlot = kFrameSlot + 2;
 
-// Of row b of the batch: slot 0..n_ops-1 draws an operation, then the frame, the jitter and the hole: n_ops + 3 slots,
-// which may be drawn by as many threads.
+// Of row b of the batch: slot 0..n_ops-1 draws an operation, then the frame, the jitter and the cutout: n_ops + 3
+// slots, which may be drawn by as many threads.
 UPS_HD void draw_slot(const DrawArgs& a, int64_t b, int slot, int32_t* plan) {
   const AugmentSettings& s = a.settings;
   const auto draw = [&](uint32_t what) {
     const auto id = static_cast<uint64_t>(a.index[b]), seed = static_cast<uint64_t>(*a.seed);
-    const auto epoch = static_cast<uint32_t>(a.epoch[b * a.epoch_stride]);
-    return philox(static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32), epoch, what, static_cast<uint32_t>(seed),
-                  static_cast<uint32_t>(seed >> 32));
+    const auto draw_number = static_cast<uint32_t>(a.draw_number[b * a.draw_stride]);
+    return philox(static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32), draw_number, what,
+                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   };
   auto& frame = *reinterpret_cast<PlannedFrame*>(plan + s.n_ops * kOpWords);
   if (slot < s.n_ops) {

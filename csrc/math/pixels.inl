@@ -1,7 +1,7 @@
 // The augmentation of one image by a team: the threads of a block, or one thread of a CPU. No include guard, as in
 // row_math.inl.
 //
-//   gather -> the drawn operations -> flip and reflect crop -> jitter -> normalize, with a hole
+//   gather -> the drawn operations -> flip and reflect crop -> jitter -> normalize, with a cutout
 //
 // Every step gives Pillow's result bit for bit. The arithmetic is integer but for one line of auto_contrast: what
 // Pillow computes in floating point is either as exact in integers (the jitter, by the choice of its factors) or comes

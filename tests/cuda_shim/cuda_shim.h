@@ -1,5 +1,5 @@
-// The part of CUDA C++ that the kernels use, for a host compiler: include this, then a .cu file, with UPS_FAST_SHIM
-// defined (which leaves out launchers and PTX). See fibers.h for how threads run.
+// The part of CUDA C++ that the kernels use, for a host compiler: include this, then a .cuh file with the device code
+// of an op. Stands in for intrinsics.cuh, whose include guard it defines. See fibers.h for how threads run.
 #pragma once
 
 #include <algorithm>
@@ -123,3 +123,13 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   std::memcpy(&value, &words[from], sizeof value);
   return value;
 }
+
+#define UPS_CUDA_INTRINSICS
+
+namespace ups::cuda {
+
+inline float fast_exp2(float x, float scale) { return shim::exp2_approx(x * scale); }
+inline float fast_inverse(float x) { return 1.0f / x; }
+inline uint8_t* dynamic_shared() { return shim::dynamic_shared(); }
+
+}  // namespace ups::cuda

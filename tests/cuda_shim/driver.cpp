@@ -6,12 +6,13 @@
 
 #include "cuda_shim.h"
 
-#include "../../csrc/cuda/augment.cu"
-#include "../../csrc/cuda/counter_dropout.cu"
-#include "../../csrc/cuda/mc_select.cu"
-#include "../../csrc/cuda/mish.cu"
-#include "../../csrc/cuda/nce_loss.cu"
-#include "../../csrc/cuda/ups_loss.cu"
+#include "../../csrc/cuda/augment.cuh"
+#include "../../csrc/cuda/counter_dropout.cuh"
+#include "../../csrc/cuda/fixmatch_loss.cuh"
+#include "../../csrc/cuda/mc_select.cuh"
+#include "../../csrc/cuda/mish.cuh"
+#include "../../csrc/cuda/nce_loss.cuh"
+#include "../../csrc/cuda/ups_loss.cuh"
 
 using namespace ups::cuda;
 
@@ -34,30 +35,32 @@ std::string launch(const LaunchPlan& plan, uint64_t seed, void (*kernel)(Params.
   return shim::run_grid(plan.blocks, plan.threads, seed, [&] { kernel(args...); }, plan.shared);
 }
 
-// As loss_launch.cuh does it. `partials` is this function's own, of exact size.
-template <class Kernel, class A, int kGroups, class... Rows>
-std::string launch_loss(const LaunchPlan& plan, uint64_t seed, Kernel kernel, LossOutput<A, kGroups> out,
-                        const Rows&... rows) {
-  if (plan.blocks == 1) return launch(plan, seed, kernel, rows..., out);
-  std::vector<GroupSums<A, kGroups>> partials(plan.blocks);
-  std::memset(partials.data(), 0xff, partials.size() * sizeof partials[0]);
-  out.partials = partials.data();
-  const std::string error = launch(plan, seed, kernel, rows..., out);
-  if (!error.empty()) return error;
-  return launch({0, kLossMaxThreads, kLossMaxThreads, 1}, seed, add_partials<A, kGroups>, out,
-                static_cast<int>(plan.blocks));
-}
+// As LossLaunch of loss_launch.cuh; memory of exact size.
+struct LossLaunch {
+  uint64_t seed;
+  std::string error;
+  std::vector<char> kept;
+
+  template <class Kernel, class... Args>
+  void operator()(const LaunchPlan& plan, Kernel kernel, const Args&... args) {
+    if (error.empty()) error = launch(plan, seed, kernel, args...);
+  }
+  void* memory(int64_t bytes) {
+    kept.assign(bytes, static_cast<char>(0xff));
+    return kept.data();
+  }
+};
 
 ups::DrawArgs draw_args(const int64_t* index, const void* variants, int n_variants, const int32_t* operations,
-                        int n_operations, const int64_t* seed_and_epoch, int H, int W,
+                        int n_operations, const int64_t* seed_and_draw, int H, int W,
                         const ups::AugmentSettings& settings) {
   return {index,
           static_cast<const ups::Variant*>(variants),
           n_variants,
           operations,
           n_operations,
-          seed_and_epoch,
-          seed_and_epoch + 1,
+          seed_and_draw,
+          seed_and_draw + 1,
           0,
           H,
           W,
@@ -74,42 +77,28 @@ LaunchPlan at_most(int64_t max_blocks, LaunchPlan plan) {
 
 extern "C" {
 
-// variant, lanes, threads, blocks of op 0 mc_select, 1 a loss, 2 its backward
+// variant, threads per row, threads, blocks of op 0 mc_select, 1 a loss, 2 its backward
 void launch_plan(int op, int64_t rows, int64_t classes, int64_t* plan) {
   const LaunchPlan p = op == 0   ? mc_select_plan(rows, classes)
                        : op == 1 ? loss_plan(rows, classes)
                                  : loss_backward_plan(rows, classes);
-  plan[0] = p.variant, plan[1] = p.lanes, plan[2] = p.threads, plan[3] = p.blocks;
+  plan[0] = p.variant, plan[1] = p.threads_per_row, plan[2] = p.threads, plan[3] = p.blocks;
 }
 
 // thresholds: tau_p, tau_n, kappa_p, kappa_n, temp_nl
 const char* mc_select(uint64_t seed, int dtype, const void* logits, int64_t pass_stride, int64_t row_stride, int passes,
                       int64_t rows, int classes, const double* thresholds, int64_t* label, float* confidence,
-                      float* std, bool* positive, void* negative, bool packed) {
+                      float* deviation, bool* positive, void* negative, bool packed) {
   const LaunchPlan plan = mc_select_plan(rows, classes);
   return with_type(dtype, [&](auto zero) -> std::string {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, double>) {
       return "mc_select has no float64 kernel";
     } else {
-      McSelectArgs<T> args = {};
-      args.logits = static_cast<const T*>(logits);
-      args.pass_stride = pass_stride;
-      args.row_stride = row_stride;
-      args.passes = passes;
-      args.rows = rows;
-      args.classes = classes;
-      args.aligned =
-          chunks_aligned(args.logits, pass_stride, row_stride, classes, kMcSelectVariants[plan.variant].width);
-      args.temp_is_2 = thresholds[4] == 2.0;
-      args.limits = ups::make_thresholds<float>(thresholds[0], thresholds[1], thresholds[2], thresholds[3],
-                                                thresholds[4], passes);
-      args.label = label;
-      args.confidence = confidence;
-      args.std = std;
-      args.positive = positive;
-      args.negative = packed ? nullptr : static_cast<bool*>(negative);
-      args.negative_bits = packed ? static_cast<unsigned*>(negative) : nullptr;
+      const auto args =
+          mc_select_args(plan, static_cast<const T*>(logits), pass_stride, row_stride, passes, rows, classes,
+                         {thresholds[0], thresholds[1], thresholds[2], thresholds[3], thresholds[4]}, label, confidence,
+                         deviation, positive, negative, packed);
       return launch(plan, seed, mc_select_kernel<T>(plan.variant), args);
     }
   });
@@ -125,11 +114,9 @@ const char* nce_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* l
     using A = Acc<T>;
     const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed},
                              static_cast<const A*>(weight)};
-    A* const values = static_cast<A*>(loss);
-    const bool each = reduction == ups::kNone;
-    const LossOutput<A, 1> out = {each ? nullptr : values, static_cast<A*>(scale), ups::divisor_of(reduction, rows),
-                                  nullptr};
-    return launch_loss(plan, seed, nce_loss_kernel<T>(plan.variant), out, args, each ? values : nullptr);
+    LossLaunch launch = {seed, "", {}};
+    launch_nce_loss(launch, plan, args, reduction, static_cast<A*>(loss), static_cast<A*>(scale));
+    return launch.error;
   });
 }
 
@@ -142,38 +129,12 @@ const char* nce_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
     using A = Acc<T>;
     const NceRows<T> args = {static_cast<const T*>(logits), row_stride, rows, classes, {mask, mask_stride, packed},
                              static_cast<const A*>(weight)};
-    return launch(plan, seed, nce_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
-                  d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
+    LossLaunch launch = {seed, "", {}};
+    launch_nce_loss_backward(launch, plan, args, static_cast<const A*>(d_loss), d_loss_stride,
+                             static_cast<const A*>(scale), static_cast<T*>(d_logits));
+    return launch.error;
   });
 }
-
-}  // extern "C"
-
-namespace {
-
-template <class T>
-UpsRows<T> ups_rows(const void* logits, int64_t row_stride, int64_t rows, int classes, const int64_t* target,
-                    const void* soft, int64_t soft_stride, double smoothing, const bool* positive, const void* negative,
-                    int64_t negative_stride, bool packed, const void* weight) {
-  using A = Acc<T>;
-  return {static_cast<const T*>(logits),
-          row_stride,
-          rows,
-          classes,
-          target,
-          static_cast<const A*>(soft),
-          soft_stride,
-          soft != nullptr || smoothing != 0,
-          static_cast<A>(1 - smoothing),
-          static_cast<A>(smoothing / classes),
-          positive,
-          {negative, negative_stride, packed},
-          static_cast<const A*>(weight)};
-}
-
-}  // namespace
-
-extern "C" {
 
 // Of `target` and `soft` one is null; `negative` may be.
 const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride, int64_t rows,
@@ -184,13 +145,12 @@ const char* ups_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* l
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto args = ups_rows<T>(logits, row_stride, rows, classes, target, soft, soft_stride, smoothing, positive,
-                                  negative, negative_stride, packed, weight);
-    A* const values = static_cast<A*>(loss);
-    const bool each = reduction == ups::kNone;
-    const LossOutput<A, 2> out = {each ? nullptr : values, static_cast<A*>(scale), ups::divisor_of(reduction, rows),
-                                  nullptr};
-    return launch_loss(plan, seed, ups_loss_kernel<T>(plan.variant), out, args, each ? values : nullptr);
+    const auto args = ups_rows<T>(static_cast<const T*>(logits), row_stride, rows, classes, target,
+                                  static_cast<const A*>(soft), soft_stride, smoothing, positive,
+                                  {negative, negative_stride, packed}, static_cast<const A*>(weight));
+    LossLaunch launch = {seed, "", {}};
+    launch_ups_loss(launch, plan, args, reduction, static_cast<A*>(loss), static_cast<A*>(scale));
+    return launch.error;
   });
 }
 
@@ -203,10 +163,59 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto args = ups_rows<T>(logits, row_stride, rows, classes, target, soft, soft_stride, smoothing, positive,
-                                  negative, negative_stride, packed, weight);
-    return launch(plan, seed, ups_loss_backward_kernel<T>(plan.variant), args, static_cast<const A*>(d_loss),
-                  d_loss_stride, static_cast<const A*>(scale), static_cast<T*>(d_logits));
+    const auto args = ups_rows<T>(static_cast<const T*>(logits), row_stride, rows, classes, target,
+                                  static_cast<const A*>(soft), soft_stride, smoothing, positive,
+                                  {negative, negative_stride, packed}, static_cast<const A*>(weight));
+    LossLaunch launch = {seed, "", {}};
+    launch_ups_loss_backward(launch, plan, args, static_cast<const A*>(d_loss), d_loss_stride,
+                             static_cast<const A*>(scale), static_cast<T*>(d_logits));
+    return launch.error;
+  });
+}
+
+// `class_tau` and `weight` may be null.
+const char* fixmatch_loss(uint64_t seed, int64_t max_blocks, int dtype, const void* strong, int64_t strong_stride,
+                          const void* weak, int64_t weak_stride, int64_t rows, int classes, const void* class_tau,
+                          double tau, double temperature, const void* weight, int reduction, void* loss, bool* mask,
+                          int64_t* target, void* scale) {
+  const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const FixmatchRows<T> args = {static_cast<const T*>(strong),
+                                  strong_stride,
+                                  static_cast<const T*>(weak),
+                                  weak_stride,
+                                  rows,
+                                  classes,
+                                  static_cast<A>(1 / temperature),
+                                  static_cast<A>(tau),
+                                  static_cast<const A*>(class_tau),
+                                  static_cast<const A*>(weight)};
+    LossLaunch launch = {seed, "", {}};
+    launch_fixmatch_loss(launch, plan, args, reduction, static_cast<A*>(loss), mask, target, static_cast<A*>(scale));
+    return launch.error;
+  });
+}
+
+const char* fixmatch_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss,
+                                   int64_t d_loss_stride, const void* strong, int64_t strong_stride, int64_t rows,
+                                   int classes, const int64_t* target, const void* scale, const void* weight,
+                                   void* d_strong) {
+  const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    FixmatchRows<T> args = {};
+    args.strong = static_cast<const T*>(strong);
+    args.strong_stride = strong_stride;
+    args.rows = rows;
+    args.classes = classes;
+    args.weight = static_cast<const A*>(weight);
+    LossLaunch launch = {seed, "", {}};
+    launch_fixmatch_loss_backward(launch, plan, args, target, static_cast<const A*>(d_loss), d_loss_stride,
+                                  static_cast<const A*>(scale), static_cast<T*>(d_strong));
+    return launch.error;
   });
 }
 
@@ -214,10 +223,10 @@ const char* ups_loss_backward(uint64_t seed, int64_t max_blocks, int dtype, cons
 const char* augment(uint64_t seed, int64_t shared_bytes, int64_t max_blocks, const uint8_t* images, int64_t N, int H,
                     int W, int C, const int64_t* index, int64_t B, const void* variants, int n_variants,
                     const int32_t* operations, int n_operations, const uint8_t* blends, const uint32_t* norm,
-                    const int64_t* seed_and_epoch, const int32_t* plan, const ups::AugmentSettings* settings,
+                    const int64_t* seed_and_draw, const int32_t* plan, const ups::AugmentSettings* settings,
                     uint32_t* out) {
   const ups::DrawArgs draw =
-      draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
+      draw_args(index, variants, n_variants, operations, n_operations, seed_and_draw, H, W, *settings);
   const ups::AugmentArgs<uint32_t> args = {draw, images, N, blends, norm, plan, out};
   const size_t bytes = ups::canvas_bytes(H, W, C, settings->n_ops).total;
   const LaunchPlan where = at_most(max_blocks, augment_plan(B, int64_t{H} * W, bytes, shared_bytes));
@@ -233,10 +242,10 @@ const char* augment(uint64_t seed, int64_t shared_bytes, int64_t max_blocks, con
 }
 
 const char* augment_plan_draws(uint64_t seed, const int64_t* index, int64_t B, const void* variants, int n_variants,
-                               const int32_t* operations, int n_operations, const int64_t* seed_and_epoch, int H, int W,
+                               const int32_t* operations, int n_operations, const int64_t* seed_and_draw, int H, int W,
                                const ups::AugmentSettings* settings, int32_t* plan) {
   const ups::DrawArgs draw =
-      draw_args(index, variants, n_variants, operations, n_operations, seed_and_epoch, H, W, *settings);
+      draw_args(index, variants, n_variants, operations, n_operations, seed_and_draw, H, W, *settings);
   report = launch(draw_plan(B), seed, augment_plan_rows, draw, B, plan);
   return report.c_str();
 }

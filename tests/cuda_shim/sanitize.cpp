@@ -18,6 +18,10 @@ const char* augment(uint64_t, int64_t, int64_t, const uint8_t*, int64_t, int, in
                     const void*, int, const int32_t*, int, const uint8_t*, const uint32_t*, const int64_t*,
                     const int32_t*, const ups::AugmentSettings*, uint32_t*);
 const char* control(const char*, uint64_t, int*);
+const char* fixmatch_loss(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int, const void*,
+                          double, double, const void*, int, void*, bool*, int64_t*, void*);
+const char* fixmatch_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
+                                   const int64_t*, const void*, const void*, void*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
 const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool,
@@ -176,6 +180,45 @@ void try_losses(int dtype, int64_t rows, int classes, bool packed, int offset) {
   }
 }
 
+void try_fixmatch_loss(int dtype, int64_t rows, int classes, int offset) {
+  const std::string where = "fixmatch_loss dtype " + std::to_string(dtype) + " [" + std::to_string(rows) + ", " +
+                            std::to_string(classes) + "] offset " + std::to_string(offset);
+  const int64_t stride = classes + offset, needed = offset + (rows - 1) * stride + classes;
+  const int size = dtype == 3 ? 8 : 4;  // of the results
+  const Bytes strong = logits_of(dtype, needed, rows > 1), weak = logits_of(dtype, needed, rows > 1);
+  const void* const s = as<void>(strong, offset * kBytesOf[dtype]);
+  const void* const w = as<void>(weak, offset * kBytesOf[dtype]);
+  Bytes class_tau(classes * size), weight(rows * size), ones(rows * size);
+  for (int64_t i = 0; i < classes || i < rows; ++i) {
+    const double tau = static_cast<double>(i % 5) / 10;
+    if (dtype == 3 && i < classes) as<double>(class_tau)[i] = tau;
+    if (dtype != 3 && i < classes) as<float>(class_tau)[i] = static_cast<float>(tau);
+    if (dtype == 3 && i < rows) as<double>(weight)[i] = i % 3, as<double>(ones)[i] = 1;
+    if (dtype != 3 && i < rows) as<float>(weight)[i] = i % 3, as<float>(ones)[i] = 1;
+  }
+  std::vector<std::vector<Bytes>> results;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    std::vector<Bytes>& r = results.emplace_back();
+    const int64_t d_bytes = rows * classes * kBytesOf[dtype];
+    for (int64_t bytes : {rows * size, rows, 8 * rows, 1L * size, d_bytes, 1L * size, rows, 8 * rows, 1L * size}) {
+      r.emplace_back(bytes);
+    }
+    const auto run = [&](const char* error) { expect(*error == 0, error, where); };
+    run(fixmatch_loss(seed, 3, dtype, s, stride, w, stride, rows, classes, as<void>(class_tau), 1, 0.5,
+                      as<void>(weight), 0, as<void>(r[0]), as<bool>(r[1]), as<int64_t>(r[2]), as<void>(r[3])));
+    run(fixmatch_loss_backward(seed, 3, dtype, as<void>(ones), 1, s, stride, rows, classes, as<int64_t>(r[2]),
+                               as<void>(r[3]), as<void>(weight), as<void>(r[4])));
+    run(fixmatch_loss(seed, 3, dtype, s, stride, w, stride, rows, classes, nullptr, 0.3, 1, nullptr, 3, as<void>(r[5]),
+                      as<bool>(r[6]), as<int64_t>(r[7]), as<void>(r[8])));
+    for (int64_t i = 0; i < rows; ++i) {
+      expect(as<int64_t>(r[2])[i] >= -1 && as<int64_t>(r[2])[i] < classes, "target out of range", where);
+    }
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    expect(results[0][i] == results[1][i], "the order of threads shows in result " + std::to_string(i), where);
+  }
+}
+
 // Every operation, drawn often; an affine one that turns and shifts, so that it looks outside the image.
 void try_augment(int H, int W, int C) {
   const std::string where = "augment " + std::to_string(H) + "x" + std::to_string(W) + "x" + std::to_string(C);
@@ -224,6 +267,7 @@ int main(int argc, char** argv) {
       try_mc_select(dtype % 3, 3, rows, classes, packed, 0, 2.0);
       try_mc_select(dtype % 3, 6, 1, classes, packed, 1 + dtype % 2, 3.0);
       try_losses(dtype % 4, rows, classes, packed, dtype % 3);
+      try_fixmatch_loss(dtype % 4, rows, classes, dtype % 3);
       ++dtype;
     }
   }

@@ -107,7 +107,7 @@ class ResidentImages:
         index, epoch = index.to(home), epoch.to(home) if isinstance(epoch, Tensor) else epoch
         here = out if home == self.device else None
         batch = augment(
-            self.images, index, policy=policy, seed=seed, epoch=epoch, mean=self.mean, std=self.std, out=here
+            self.images, index, policy=policy, seed=seed, draw=epoch, mean=self.mean, std=self.std, out=here
         )
         if out is None or here is not None:
             return batch.to(self.device)

@@ -211,7 +211,7 @@ class FileImages:
         if batch.is_cuda:  # it was made on another stream, which must not have its memory back too early
             batch.record_stream(torch.cuda.current_stream(batch.device))
         batch, ids, draw = (x.to(self.home, non_blocking=True) for x in (batch, ids, draw))
-        plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, epoch=draw)
+        plan = augment_plan(ids, policy=policy, size=self.size, seed=seed, draw=draw)
         rows = torch.arange(len(ids), device=self.home)
         there = self.home == self.device
         done = augment(
@@ -219,7 +219,7 @@ class FileImages:
             rows,
             policy=policy,
             seed=seed,
-            epoch=0,
+            draw=0,
             mean=self.mean,
             std=self.std,
             plan=plan,

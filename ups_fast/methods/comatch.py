@@ -81,8 +81,7 @@ class CoMatch(Consistency):
             graph = graph / graph.sum(-1, keepdim=True).clamp(min=1e-12)
         p, label = q.max(-1)
         weight = (p >= options.tau).float() * self.kept(label, batch)
-        seen = readable.log().clamp(min=-1e4)  # what is gone is nobody's opposite either
-        log_s = (z_0 @ z_1.T / options.temperature + seen).log_softmax(-1)
+        log_s = (z_0 @ z_1.T / options.temperature + readable.log().clamp(min=-1e4)).log_softmax(-1)
         contrast = (-(graph * log_s).sum(-1) * readable).mean()
         return (
             self.supervised(labeled, batch)
@@ -99,7 +98,7 @@ class CoMatch(Consistency):
 
     def smooth(self, q: Tensor, z: Tensor) -> Tensor:
         """By the memory, once it is full."""
-        scores = z @ self.queue_z.T / self.options.temperature + (self.queue_valid.log()).clamp(min=-1e4)
+        scores = z @ self.queue_z.T / self.options.temperature + self.queue_valid.log().clamp(min=-1e4)
         alpha = torch.where(self.steps >= self.options.queue, self.options.alpha, 1.0)
         return alpha * q + (1 - alpha) * (scores.softmax(-1) @ self.queue_q)
 

@@ -244,7 +244,7 @@ class FreeMatch(Consistency):
         p = strong.softmax(-1)
         mean = (p * weight[:, None]).sum(0) / count.clamp(min=1)
         hist = (shares(p.argmax(-1), self.n_classes) * weight[:, None]).sum(0) / count.clamp(min=1)
-        expected = self.classes / self.labels.clamp(min=1e-12)
+        expected = torch.where(self.labels > 1e-12, self.classes / self.labels.clamp(min=1e-12), 0.0)
         ratio = torch.where(hist > 0, mean / hist.clamp(min=1e-12), 0.0)
         ratio = ratio / ratio.sum().clamp(min=1e-12)
         return (expected / expected.sum() * (ratio + 1e-12).log()).sum() * (count > 0)
@@ -287,7 +287,8 @@ class SoftMatch(Consistency):
             self.mean.lerp_(mean, step)
             self.var.lerp_(mean_of((p - mean).square(), readable) * n / (n - 1), step)
         below = (p - self.mean).clamp(max=0)
-        return q.argmax(-1), torch.exp(-below.square() / (2 * self.var / self.options.n_sigma**2))
+        var = self.var.clamp(min=1e-12)  # 0 where all are equally sure
+        return q.argmax(-1), torch.exp(-below.square() / (2 * var / self.options.n_sigma**2))
 
 
 @dataclass
@@ -316,7 +317,7 @@ class Dash(Consistency):
     """The threshold is one of the loss, and falls: rho_t = max(C gamma^-k rho_0, rho_min), k = 0, 1, ..."""
 
     Options = DashOptions
-    rho: Tensor  # float32 [2], sum of losses and their number
+    rho: Tensor  # float32 [2], sum of batches' losses and their number, each times its share of rows with one
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -332,10 +333,12 @@ class Dash(Consistency):
         warm = batch.t < options.warmup
         readable = self.split(batch.rows["readable"])[1]
         with torch.no_grad():
-            seen = supervised if options.rho_0 == "labeled" else mean_of(cross, readable)
-            counts = (warm & (batch.t >= options.warmup / 2)).float()
-            self.rho += torch.stack([seen.float(), torch.ones_like(self.rho[1])]) * counts
-        rho_0 = self.rho[0] / self.rho[1].clamp(min=1)
+            seen, rows = mean_of(cross, readable), readable
+            if options.rho_0 == "labeled":
+                seen, rows = supervised.float(), self.split(batch.rows["target"])[0] >= 0
+            counts = rows.float().mean() * (warm & (batch.t >= options.warmup / 2))
+            self.rho += torch.stack([seen, torch.ones_like(seen)]) * counts
+        rho_0 = self.rho[0] / self.rho[1].clamp(min=1e-12)
         k = ((batch.t - options.warmup) / (1 - options.warmup) * options.decays).floor().clamp(min=0)
         rho = (options.factor * options.gamma**-k * rho_0).clamp(min=options.rho_min)
         hard = rho <= options.rho_min

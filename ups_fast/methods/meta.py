@@ -38,7 +38,9 @@ class MetaPseudoLabelsOptions(Options):
     ramp: float = key(0.05, "Share of the training over which that weight grows.", within="(0, 1]")
     tau: float = key(0.6, "Confidence from which on the consistency counts.", within="[0, 1]")
     temperature: float = key(0.7, "Of the consistency's soft target.", within="(0, 100]")
-    label_smoothing: float = key(0.15, "Of the labels, for both networks.", within="[0, 1)")
+    label_smoothing: float = key(
+        0.15, "Of the teacher's labels and of what the student learns from.", within="[0, 1)"
+    )
     finetune: float = key(0.1, "Factor of the learning rate in the last round.", within="(0, 1]")
 
 
@@ -76,14 +78,12 @@ class MetaPseudoLabels(Method):
         return super().prepare(how)
 
     def loss(self, batch: Batch) -> Tensor:
-        """CE of the student's labeled rows."""
+        """CE of the student's labeled rows: smoothed where it learns from them, and not in h."""
         target = self.split(batch.rows["target"])[0]
         n = len(target)
         keys = None if batch.keys is None else batch.keys[:n]
-        return self.labeled_loss(self.logits(batch.images[:n], keys), target)
-
-    def labeled_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return ups_loss(logits, target, target >= 0, label_smoothing=self.options.label_smoothing)
+        smoothing = self.options.label_smoothing if self.finetuning else 0.0
+        return ups_loss(self.logits(batch.images[:n], keys), target, target >= 0, label_smoothing=smoothing)
 
     def teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's logits of strong rows, and its loss but for the student's part."""
@@ -94,7 +94,8 @@ class MetaPseudoLabels(Method):
         weight = (q.amax(-1) >= options.tau).float() * self.split(batch.rows["readable"])[1]
         ramp = options.weight * (batch.t / options.ramp).clamp(max=1)
         target = self.split(batch.rows["target"])[0]
-        return strong, self.labeled_loss(labeled, target) + ramp * consistency(strong, soft, weight)
+        supervised = ups_loss(labeled, target, target >= 0, label_smoothing=options.label_smoothing)
+        return strong, supervised + ramp * consistency(strong, soft, weight)
 
     def learn(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
         """The student's loss on the teacher's soft labels, and its loss on the labels, without gradient."""
@@ -103,9 +104,10 @@ class MetaPseudoLabels(Method):
         assert batch.keys is not None
         images, keys = (torch.cat([each[:n], each[u:]]) for each in (batch.images, batch.keys))
         logits = self.logits(images, keys)
-        labels = self.split(batch.rows["target"])[0]
+        labels, smoothing = self.split(batch.rows["target"])[0], self.options.label_smoothing
         readable = self.split(batch.rows["readable"])[1].float()
-        return consistency(logits[n:], target, readable), self.labeled_loss(logits[:n].detach(), labels)
+        target = (1 - smoothing) * target + smoothing / self.n_classes
+        return consistency(logits[n:], target, readable), ups_loss(logits[:n].detach(), labels, labels >= 0)
 
     def step(
         self, loss_of: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, batch: Batch

@@ -102,6 +102,7 @@ class Method(nn.Module):
     # rounds divide into equal parts.
     continues: ClassVar[bool] = False
     two_views: ClassVar[bool] = False  # it needs a strong view that differs from the weak one
+    splits: ClassVar[bool] = True  # its loss treats the groups of a batch differently, by their place
 
     network: Network  # the one that is trained
     ema: Network | None  # its average

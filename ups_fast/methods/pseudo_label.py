@@ -55,10 +55,8 @@ class PseudoLabel(Consistency):
     def loss(self, batch: Batch) -> Tensor:
         options, (labeled, own) = self.options, self.split(self.logits(batch.images, batch.keys))
         target, given = self.split(batch.rows["target"])
-        label = own.detach().argmax(-1)
-        weight = self.kept(label, batch)
-        if options.variant == "round":
-            label, weight = given, weight * (given >= 0)
+        label = given if options.variant == "round" else own.detach().argmax(-1)
+        weight = self.kept(label, batch) * (label >= 0)
         ramp = ((batch.t - options.t1) / max(options.t2 - options.t1, 1e-9)).clamp(0, 1)
         supervised = ups_loss(labeled, target, target >= 0)
         unsupervised = options.weight * options.alpha * ramp * consistency(own, label, weight)

@@ -21,6 +21,8 @@ from ups_fast.selection import PseudoLabels
 
 
 class UPS(Method):
+    splits = False  # a row's target says what it is
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.repeat = setting.labeled_repeats
@@ -90,6 +92,7 @@ class Supervised(Method):
     """CE on the labels alone, over as many images as the training set has: what every method must beat."""
 
     continues = True
+    splits = False
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         steps = max(1, sum(sizes.values()) // batch_size)

@@ -75,8 +75,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
         why = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
         why = "it is a file" if folder.is_file() else why
         if best and (folder / MODEL).exists():
-            why = f"{why}, because the run had no validation part to choose it by (data.val_share)"
-        raise FileNotFoundError(f"run_dir={run_dir} holds no trained network: {why}")
+            why += ", which only a run with a validation part has (data.val_share)"
+        raise FileNotFoundError(f"run_dir={run_dir} holds no {'best' if best else 'trained'} network: {why}")
     try:
         open_regular(path).close()  # safetensors would wait for a pipe
         with safetensors.safe_open(path, "pt") as file:

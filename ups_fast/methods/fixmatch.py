@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ups_fast.methods.method import Batch, Group, Layout, Method, Options, Setting, epoch_steps
 from ups_fast.models import Network
-from ups_fast.ops import ups_loss
+from ups_fast.ops import fixmatch_loss, ups_loss
 from ups_fast.schema import key
 from ups_fast.selection import passes_over
 
@@ -58,9 +59,8 @@ class Consistency(Method):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.kappa = setting.select.kappa_p
-        self.judge: list[
-            Network
-        ] = []  # in a list, so that its weights, which are the network's, are named once
+        # In a list, so that its weights, which are the network's, are named once.
+        self.judge: list[Network] = []
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
@@ -106,9 +106,8 @@ class Consistency(Method):
         """Whether the label's probability varies by less than select.kappa_p over passes with dropout."""
         assert batch.keys is not None
         images, keys = self.split(batch.images)[1], self.split(batch.keys)[1]
-        logits = passes_over(
-            self.judge[0], images, keys.long(), self.options.passes, 0
-        )  # other keys, other masks
+        # Its keys stand for the samples, so that each step drops others.
+        logits = passes_over(self.judge[0], images, keys.long(), self.options.passes, 0)
         p = logits.float().softmax(-1)[:, torch.arange(len(label), device=label.device), label]
         return p.std(0) < self.kappa
 
@@ -145,11 +144,22 @@ def shares(label: Tensor, n_classes: int) -> Tensor:  # int64 [n] -> float [n, C
 
 
 class FixMatch(Consistency):
-    Options = FixMatchOptions
+    """And what differs from it by the thresholds alone: one for all classes, or one for each."""
 
-    def judged(self, q: Tensor, strong: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        p, label = q.max(-1)
-        return label, (p >= self.options.tau).float()
+    Options: ClassVar[type[ConsistencyOptions]] = FixMatchOptions
+
+    def unsupervised(self, weak: Tensor, strong: Tensor, batch: Batch) -> Tensor:
+        tau = self.thresholds(weak, batch)
+        kept = self.kept(weak.argmax(-1), batch)
+        loss, mask = fixmatch_loss(strong, weak, tau=tau, weight=kept, return_mask=True)
+        return self.options.weight * loss + self.beside(strong, mask * kept)
+
+    def thresholds(self, weak: Tensor, batch: Batch) -> float | Tensor:  # float32 [C]
+        return self.options.tau
+
+    def beside(self, strong: Tensor, weight: Tensor) -> Tensor | float:
+        """A further term; weight, float [n], is that of the rows learned from."""
+        return 0.0
 
 
 class FlexMatch(FixMatch):
@@ -170,14 +180,13 @@ class FlexMatch(FixMatch):
         counts[self.n_classes] = setting.n_unlabeled
         self.register_buffer("counts", counts)  # of each class, of -1, of nobody
 
-    def judged(self, q: Tensor, strong: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        p, label = q.max(-1)
+    def thresholds(self, weak: Tensor, batch: Batch) -> Tensor:
         counts = self.counts[: self.n_classes + 1]
         progress = counts[: self.n_classes] / counts.max()
-        weight = (p >= self.options.tau * (progress / (2 - progress))[label]).float()
+        p, label = weak.float().softmax(-1).max(-1)
         sure = (p >= self.options.tau) & self.split(batch.rows["readable"])[1]
         self.note(self.split(batch.index)[1], label, sure)
-        return label, weight
+        return self.options.tau * progress / (2 - progress)
 
     @torch.no_grad()
     def note(self, index: Tensor, label: Tensor, sure: Tensor) -> None:
@@ -203,7 +212,7 @@ class FreeMatchOptions(ConsistencyOptions):
     )
 
 
-class FreeMatch(Consistency):
+class FreeMatch(FixMatch):
     """The thresholds are running means of what the network says; they are renewed before the mask.
 
     Fairness: w_f * sum_c N(P / h)_c log N(mean softmax(strong) / hist)_c over the selected rows, N: to sum 1.
@@ -221,14 +230,8 @@ class FreeMatch(Consistency):
         self.register_buffer("classes", uniform.clone())
         self.register_buffer("labels", uniform.clone())
 
-    def unsupervised(self, weak: Tensor, strong: Tensor, batch: Batch) -> Tensor:
+    def thresholds(self, weak: Tensor, batch: Batch) -> Tensor:
         q = weak.float().softmax(-1)
-        label, weight = self.judged(q, strong.detach(), batch)
-        weight = weight * self.kept(label, batch)
-        options, unfair = self.options, self.unfair(strong.float(), weight)
-        return options.weight * consistency(strong, label, weight) + options.fairness * unfair
-
-    def judged(self, q: Tensor, strong: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         p, label = q.max(-1)
         readable, step = self.split(batch.rows["readable"])[1], 1 - self.options.momentum
         step = step * readable.any()
@@ -236,8 +239,10 @@ class FreeMatch(Consistency):
             self.confidence.lerp_(mean_of(p, readable), step)
             self.classes.lerp_(mean_of(q, readable), step)
             self.labels.lerp_(mean_of(shares(label, self.n_classes), readable), step)
-        tau = self.confidence * self.classes / self.classes.max()
-        return label, (p >= tau[label]).float()
+        return self.confidence * self.classes / self.classes.max()
+
+    def beside(self, strong: Tensor, weight: Tensor) -> Tensor:
+        return self.options.fairness * self.unfair(strong.float(), weight)
 
     def unfair(self, strong: Tensor, weight: Tensor) -> Tensor:
         count = weight.sum()

@@ -26,11 +26,12 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
     raise
 
 DESCRIPTION = """\
-Train a classifier from few labels and many unlabeled images by UPS.
+Train a classifier from few labels and many unlabeled images by UPS, or by
+another method.name.
 
 CONFIG is a YAML file, such as configs/digits.yaml. key=value changes one of its
 keys, such as seed=1 or train.rounds=3. A stopped run goes on when you give the
-same command again. A finished run goes on when you raise train.rounds."""
+same command again. A finished run of UPS goes on when you raise train.rounds."""
 REMEDY = "lower train.batch_size or select.batch_size, or choose a smaller model.name"
 
 

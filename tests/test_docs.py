@@ -92,7 +92,8 @@ def test_keys_exist(page):
         python = value in ("True", "False") or "(" in word or '"' in word or name.isupper()
         dotted = name.partition(".")[0] in groups and "." in name and not name.endswith(".safetensors")
         if dotted or (equals and value and not python):
-            assert name in config.KEYS, f"{word} is no key"
+            known = set(config.KEYS).union(*config.METHOD_KEYS.values())
+            assert name in known, f"{word} is no key"
             if re.fullmatch(r"[\w.:-]+", value):
                 config.load(ROOT / "configs/digits.yaml", [word, *recipe_for(word)])
 
@@ -100,6 +101,9 @@ def test_keys_exist(page):
 def recipe_for(word: str) -> list[str]:
     """What a key needs beside it."""
     loose = ["select.kappa_p=inf", "select.kappa_n=inf"]
+    if word.startswith("method.") and word.partition("=")[0] not in config.KEYS:
+        (method, *_) = [name for name, found in config.METHOD_KEYS.items() if word.partition("=")[0] in found]
+        return [f"method.name={method}"]
     return loose if word == "select.passes=1" else ["train.round0_batch_size=0"]
 
 
@@ -109,6 +113,21 @@ def test_commands_of_train_have_a_config_and_keys(page, monkeypatch):
     for path, *words in commands(page, "python -m ups_fast.train"):
         if path != "--help":
             config.load(path, words)
+
+
+def test_the_old_names_of_keys_are_all_told():
+    text = (
+        (ROOT / "docs/how-it-works.md").read_text().partition("## Old names of keys")[2].partition("## ")[0]
+    )
+    told = [[each.strip(" `") for each in cell.split(",")] for cell in re.findall(r"\| ([^|\n]+) ", text)]
+    pairs = zip(told[::2], told[1::2], strict=True)
+    found = {old: new for olds, news in pairs for old, new in zip(olds, news, strict=True)}
+    assert {old: new for old, new in found.items() if "." in old} == config.RENAMED
+
+
+def test_every_method_is_told():
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [name for name in config.METHOD_KEYS if f"`{name}`" not in text]
 
 
 def test_pages_show_the_commands():

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from ups_fast import report
+from ups_fast import report, selection
 from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
-from ups_fast.selection import PseudoLabels, drop_negatives, recall, test_selection
+from ups_fast.selection import PseudoLabels, drop_negatives, recall
 from ups_fast.selection import report as numbers
 
 NASTY = [
@@ -274,7 +274,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     pseudo_labels, truth, _ = case(broken=4)
     test, test_truth, _ = case(seed=1, broken=3)
     unknown = torch.full_like(truth, -1)
-    found = test_selection(test, test_truth)
+    found = selection.test_selection(test, test_truth)
     rows = [{**row, **json.loads(json.dumps(found))} for row in rows_of(pseudo_labels, unknown, 10, 2)]
     calibration = panels(pseudo_labels, unknown, rows, cfg)[2]
     expected = numbers(test, test_truth, 10)
@@ -287,7 +287,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     taken = f"The same thresholds select {expected['positives']} of 297 test images, {share}"
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
     assert report.test_guess(rows_of(pseudo_labels, truth, 10, 1)[0]) == ""
-    nothing = {**found, **test_selection(no_samples(test), test_truth[:0])}
+    nothing = {**found, **selection.test_selection(no_samples(test), test_truth[:0])}
     assert report.test_guess(nothing).startswith(
         "The same thresholds select 0 of 0 test images. This estimates"
     )

@@ -57,7 +57,7 @@ def animals() -> tuple[np.ndarray, ...]:
         raise FileNotFoundError(
             f"there is no {files[0]}: pip install --no-deps animal-mnist, or set ANIMAL_MNIST"
         )
-    images, labels = (_Arrays(io.BytesIO(gzip.open(file).read())).load() for file in files)
+    images, labels = (_Arrays(io.BytesIO(gzip.decompress(file.read_bytes()))).load() for file in files)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images.reshape(-1, 28, 28)[order], labels.astype(np.int64)[order]
     return images[2000:], labels[2000:], images[:2000], labels[:2000]

@@ -120,6 +120,21 @@ def test_commands_of_train_have_a_config_and_keys(page, monkeypatch):
             config.load(path, words)
 
 
+def test_the_old_names_of_keys_are_all_told():
+    text = (
+        (ROOT / "docs/how-it-works.md").read_text().partition("## Old names of keys")[2].partition("## ")[0]
+    )
+    told = [[each.strip(" `") for each in cell.split(",")] for cell in re.findall(r"\| ([^|\n]+) ", text)]
+    pairs = zip(told[::2], told[1::2], strict=True)
+    found = {old: new for olds, news in pairs for old, new in zip(olds, news, strict=True)}
+    assert {old: new for old, new in found.items() if "." in old} == config.RENAMED
+
+
+def test_every_method_is_told():
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [name for name in config.METHOD_KEYS if f"`{name}`" not in text]
+
+
 def test_pages_show_the_commands():
     assert sum(len(commands(page, "python -m ups_fast.train")) for page in PAGES) >= 10
     assert sum(len(commands(page, "python -m ups_fast.predict")) for page in PAGES) >= 3

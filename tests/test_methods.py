@@ -73,7 +73,7 @@ def config_of(folder: Path, case: Case, **changes: Any) -> Config:
         "train__batch_size": 20,
         "train__round0_batch_size": 10,
         "select__tau_p": 0.15,
-        "select__tau_n": 0.2,
+        "select__tau_n": 0.14,
         "select__passes": 2,
         "select__batch_size": 512,
         "checkpoint_seconds": 3600.0,
@@ -249,6 +249,23 @@ def test_the_labels_of_unlabeled_images_are_not_looked_at(
     rounds.run(config_of(tmp_path / "blind", case, data__n_labels=0), blind, console=quiet())
     seen, unseen = (load_file(tmp_path / name / "model.safetensors") for name in ("true", "blind"))
     assert all(torch.equal(seen[key], unseen[key]) for key in seen)
+
+
+@each_case
+def test_more_rounds_go_on_where_each_is_a_training_of_its_own(
+    case: Case, digits: ImageSet, tmp_path: Path
+) -> None:
+    """One training over all rounds has a schedule that depends on their number."""
+    short = {"train__epochs": 1, "train__round0_epochs": 1, "data__val_share": 0.25}
+    one, two = (config_of(tmp_path / "run", case, train__rounds=n, **short) for n in (1, 2))
+    rounds.run(one, digits, console=quiet())
+    if METHODS[case[0]].continues:
+        with pytest.raises(rounds.RunFolderError, match=r"train\.rounds is 2 and was 1"):
+            rounds.run(two, digits, console=quiet())
+        return
+    rounds.run(two, digits, console=quiet())
+    rounds.run(config_of(tmp_path / "whole", case, train__rounds=2, **short), digits, console=quiet())
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -175,6 +175,10 @@ def test_what_the_user_can_mend(folder: Path, images: Path, tmp_path: Path, caps
     for words, said in (
         ([str(tmp_path / "nothing"), str(images)], "holds no trained network"),
         (
+            [str(folder), str(images), "--best"],
+            "it has no best.safetensors, which only a run with a validation part has (data.val_share)",
+        ),
+        (
             [str(tmp_path / "run"), str(images)],
             "by which thresholds to label, or metrics.jsonl beside it is gone",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from test_rounds import one_thread, run, tiny_config, tiny_set
 
@@ -174,6 +176,23 @@ def test_it_is_neither_labeled_nor_read_in_training(tmp_path: Path, monkeypatch:
     result, _ = run(tiny_config(tmp_path / "run", train__rounds=2, **VAL))
     val = set(split_of(result.folder)["val"].tolist())
     assert read and not read & val and not set(result.pseudo_labels.index.tolist()) & val
+
+
+def test_it_is_the_same_where_images_stream(finished: tuple[Any, Any, str], tmp_path: Path) -> None:
+    _, result, _ = finished
+    streamed, _ = run(tiny_config(tmp_path / "run", train__rounds=3, data__loader="plain", **VAL))
+    clock = {"seconds": 0, "outside": 0}
+    assert [row | clock for row in streamed.rows] == [row | clock for row in result.rows]
+    want, got = (load_file(each.folder / "best.safetensors") for each in (result, streamed))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_an_unreadable_image_of_it_does_not_count(tmp_path: Path) -> None:
+    job = prepare(tiny_config(tmp_path / "run", **{**VAL, "train__rounds": 1}), tiny_set())
+    gone = job.state.val[:2].tolist()
+    job.images.unreadable.update({i: "gone" for i in gone})
+    (row,) = rounds.rounds(job, Console(file=io.StringIO()))
+    assert row["val_acc"] in [pytest.approx(n / 4) for n in range(5)]
 
 
 def test_a_share_that_takes_nothing_leaves_no_folder(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, check_mu, consistency, shares
-from ups_fast.methods.method import Batch, Group, Layout, Setting, epoch_steps
+from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, consistency, shares
+from ups_fast.methods.method import Batch, Group, Layout, Setting, check_mu, epoch_steps
 from ups_fast.schema import key
 
 ALIGNED = 32  # batches

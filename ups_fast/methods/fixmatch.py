@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ups_fast.methods.method import Batch, Group, Layout, Method, Options, Setting, epoch_steps
+from ups_fast.methods.method import Batch, Group, Layout, Method, Options, Setting, check_mu, epoch_steps
 from ups_fast.models import Network
 from ups_fast.ops import fixmatch_loss, ups_loss
 from ups_fast.schema import key
@@ -110,16 +110,6 @@ class Consistency(Method):
         logits = passes_over(self.judge[0], images, keys.long(), self.options.passes, 0)
         p = logits.float().softmax(-1)[:, torch.arange(len(label), device=label.device), label]
         return p.std(0) < self.kappa
-
-
-def check_mu(mu: int, unlabeled: int, batch_size: int) -> int:
-    """Unlabeled rows of a batch; ValueError where there are not so many images."""
-    if mu * batch_size > unlabeled:
-        raise ValueError(
-            f"method.mu={mu} asks for {mu * batch_size:,} unlabeled images in a batch, but there are {unlabeled:,}: "
-            "lower method.mu or train.batch_size"
-        )
-    return mu * batch_size
 
 
 def tied(network: Network) -> Network:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ups_fast.methods.fixmatch import check_mu, consistency
+from ups_fast.methods.fixmatch import consistency
 from ups_fast.methods.method import (
     Batch,
     Group,
@@ -25,6 +25,7 @@ from ups_fast.methods.method import (
     Options,
     Setting,
     Targets,
+    check_mu,
     epoch_steps,
 )
 from ups_fast.ops import ups_loss
@@ -41,7 +42,7 @@ class MetaPseudoLabelsOptions(Options):
     label_smoothing: float = key(
         0.15, "Of the teacher's labels and of what the student learns from.", within="[0, 1)"
     )
-    finetune: float = key(0.1, "Factor of the learning rate in the last round.", within="(0, 1]")
+    finetune: float = key(0.1, "Factor of the gradients in the last round.", within="(0, 1]")
 
 
 class MetaPseudoLabels(Method):

@@ -234,6 +234,16 @@ def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
         old.copy_(new)
 
 
+def check_mu(mu: int, unlabeled: int, batch_size: int) -> int:
+    """Unlabeled rows of a batch; ValueError where there are not so many images."""
+    if mu * batch_size > unlabeled:
+        raise ValueError(
+            f"method.mu={mu} asks for {mu * batch_size:,} unlabeled images in a batch, but there are {unlabeled:,}: "
+            "lower method.mu or train.batch_size"
+        )
+    return mu * batch_size
+
+
 def epoch_steps(lists: Sequence[int], rows: int) -> int:
     """Steps of an epoch: as many as complete batches of `rows` distinct images fill, at least one."""
     return max(1, sum(lists) // rows)

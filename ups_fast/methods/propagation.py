@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ups_fast.methods.fixmatch import check_mu, shares
+from ups_fast.methods.fixmatch import shares
 from ups_fast.methods.method import (
     Batch,
     Group,
@@ -28,6 +28,7 @@ from ups_fast.methods.method import (
     Options,
     Setting,
     Targets,
+    check_mu,
     epoch_steps,
 )
 from ups_fast.ops import ups_loss
@@ -70,7 +71,7 @@ class _Spread(Method):
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         if not sizes["unlabeled"]:
-            return Layout((Group("labeled", batch_size),), epoch_steps([sizes["labeled"]], batch_size))
+            return Layout((Group("labeled", batch_size),), epoch_steps([self.n_images], batch_size))
         unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
         groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)
         return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, check_mu, consistency
-from ups_fast.methods.method import Batch, Group, Known, Layout, Setting, Targets, epoch_steps
+from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, consistency
+from ups_fast.methods.method import Batch, Group, Known, Layout, Setting, Targets, check_mu, epoch_steps
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
 

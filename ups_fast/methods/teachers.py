@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ups_fast.methods.fixmatch import check_mu
 from ups_fast.methods.method import (
     Batch,
     Group,
@@ -22,6 +21,7 @@ from ups_fast.methods.method import (
     Options,
     Setting,
     average,
+    check_mu,
     epoch_steps,
     frozen_copy,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,8 +69,8 @@ class Tiny(Network):
 
 def make(name: str, n_classes: int, *, network: Any = Glass, ema: float = 0.0, **options: Any) -> Method:
     """A method on images [n_classes, 1, 1], at the beginning of a round."""
-    kind, torch_seed = METHODS[name], torch.manual_seed(5)
-    del torch_seed
+    kind = METHODS[name]
+    torch.manual_seed(5)
     if "mu" in kind.Options.__dataclass_fields__:
         options = {"mu": MU, **options}
     kappa = options.pop("kappa_p", 0.05)
@@ -92,24 +93,22 @@ def make(name: str, n_classes: int, *, network: Any = Glass, ema: float = 0.0, *
     return method
 
 
-def hostile(method: Method, n_classes: int, steps: int = 20, *, seed: int = 0, tame: bool = False) -> list[Batch]:
+def hostile(
+    method: Method, n_classes: int, steps: int = 20, *, seed: int = 0, tame: bool = False
+) -> list[Batch]:
     """Batches with ties, huge logits, rows on both sides of thresholds, samples that come twice, and lost files.
 
     tame  no logits of 1000, for networks that learn from the images
     """
     g = torch.Generator().manual_seed(seed)
 
-    def draw(n: int) -> Tensor:
-        return torch.randint(n, (1,), generator=g)
-
-    def row(kind: int) -> Tensor:
-        noise, one = torch.randn(n_classes, generator=g), torch.zeros(n_classes)
-        one[draw(n_classes)] = 1.0
-        if kind == 5:  # two classes tie, to the last bit
-            noise[torch.randperm(n_classes, generator=g)[:2]] = noise.max() + 2
-            return noise
-        scale = (0.0, 0.3, 3.0, 1.0, 3.0 if tame else 1000.0)[kind]
-        return scale * noise + (8.0 * one if kind == 3 else 0.0)
+    def rows_of_kinds(kinds: Tensor) -> Tensor:
+        noise = torch.randn(len(kinds), n_classes, generator=g)
+        order = torch.rand(len(kinds), n_classes, generator=g).argsort(1)
+        tie = noise.scatter(1, order[:, :2], noise.amax(1, keepdim=True).expand(-1, 2) + 2)  # to the last bit
+        scale = torch.tensor([0.0, 0.3, 3.0, 1.0, 3.0 if tame else 1000.0, 0.0])[kinds]
+        sure = 8.0 * nn.functional.one_hot(order[:, 0], n_classes) * (kinds == 3)[:, None]
+        return torch.where((kinds == 5)[:, None], tie, scale[:, None] * noise + sure)
 
     labels = torch.randint(n_classes, (N,), generator=g)
     negative = torch.rand(N, n_classes, generator=g) < 0.3
@@ -126,10 +125,11 @@ def hostile(method: Method, n_classes: int, steps: int = 20, *, seed: int = 0, t
         gone = torch.rand(N, generator=g) < 0.15
         gone[L:] |= step == 8
         gone[:L] |= step == 9
-        kinds = torch.randint(6, (len(index),), generator=g).tolist()
-        kinds = {4: [1] * len(kinds), 6: [3] * len(kinds)}.get(step, kinds)  # none is sure, all are
+        kinds = torch.randint(6, (len(index),), generator=g)
+        if step in (4, 6):
+            kinds.fill_({4: 1, 6: 3}[step])  # none is sure, all are
         target = torch.where(torch.arange(N) < L, labels, -1).masked_fill(gone, -1)
-        if method.options.name in ("label_propagation", "em") or getattr(method.options, "variant", "") == "round":
+        if method.options.name in ("label_propagation", "em") or "round" in vars(method.options).values():
             target = torch.where(torch.arange(N) % 5 == 4, -1, labels).masked_fill(gone, -1)
         tables = {
             "target": target,
@@ -137,10 +137,10 @@ def hostile(method: Method, n_classes: int, steps: int = 20, *, seed: int = 0, t
             "weight": torch.rand(N, generator=g).masked_fill(gone, 0),
             "negative": pack_mask(negative & (target < 0)[:, None] & ~gone[:, None]),
         }
-        images = torch.stack([row(kind) for kind in kinds]).view(len(index), n_classes, 1, 1)
+        images = rows_of_kinds(kinds).view(len(index), n_classes, 1, 1)
         keys = dropout_keys(index, seed=1, draw=torch.arange(len(index)) + 1000 * step)
         rows = {name: table[index] for name, table in tables.items()}
-        batches.append(Batch(images, keys, index, rows, torch.tensor(step / steps)))
+        batches.append(Batch(images, keys, index, rows, torch.tensor((step + 0.3) / steps)))
     return batches
 
 
@@ -166,7 +166,9 @@ def rows_of(method: Method, batch: Batch, z: Tensor) -> Rows:
     def split(table: Tensor) -> list[Any]:
         return [each.tolist() for each in table.split(sizes)]
 
-    bits = [[bool(word >> c & 1) for c in range(z.shape[1])] for word in batch.rows["negative"][:, 0].tolist()]
+    bits = [
+        [bool(word >> c & 1) for c in range(z.shape[1])] for word in batch.rows["negative"][:, 0].tolist()
+    ]
     return Rows(
         list(z.split(sizes)),
         split(batch.rows["target"]),
@@ -201,6 +203,16 @@ def mean_ce(z: Tensor, target: list[int]) -> Tensor:
     """Over the rows that have a target."""
     losses = [ce(z[i], y) for i, y in enumerate(target) if y >= 0]
     return sum(losses, z.sum() * 0) / max(1, len(losses))
+
+
+def joined(groups: list[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(groups))
+
+
+def close(ours: Tensor, exact: Tensor, what: Any, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(
+        ours.double(), exact.double(), rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
+    )
 
 
 def mean(values: list[float]) -> float:
@@ -338,7 +350,7 @@ class DashTwin(Twin):
         if rows.t < o.warmup:
             return supervised
         rho_0 = sum(loss * share for loss, share in self.seen) / sum(share for _, share in self.seen)
-        k = math.floor((rows.t - o.warmup) / (1 - o.warmup) * o.decays + 1e-6)
+        k = math.floor((rows.t - o.warmup) / (1 - o.warmup) * o.decays)
         rho = max(o.factor * o.gamma**-k * rho_0, o.rho_min)
         label = [first_max(p) for p in q]
         if rho == o.rho_min:
@@ -386,7 +398,7 @@ class CPSTwin(Twin):
     def loss(self, rows: Rows) -> Tensor:
         one = torch.cat(rows.z)
         two = one.flip(1) * 0.5
-        target, kept = sum(rows.target, []), sum(rows.readable, [])
+        target, kept = joined(rows.target), joined(rows.readable)
         loss = mean_ce(one, target) + mean_ce(two, target)
         for a, b in ((one, two), (two, one)):
             label = [first_max(z) if keep else -1 for z, keep in zip(b.tolist(), kept, strict=True)]
@@ -413,11 +425,16 @@ class CoMatchTwin(Twin):
         aligned = [[value / sum(p) for value in p] for p in aligned]
         smooth = aligned
         if len(self.memory) == o.queue:
-            known = [(e, p) for es, ps, ok in self.memory for e, p, good in zip(es, ps, ok, strict=True) if good]
+            known = [
+                (e, p) for es, ps, ok in self.memory for e, p, good in zip(es, ps, ok, strict=True) if good
+            ]
             smooth = []
             for e, p in zip(z[1], aligned, strict=True):
                 near = softmax([float(e @ other) / o.temperature for other, _ in known])
-                memory = [sum(a * other[c] for a, (_, other) in zip(near, known, strict=True)) for c in range(self.c)]
+                memory = [
+                    sum(a * other[c] for a, (_, other) in zip(near, known, strict=True))
+                    for c in range(self.c)
+                ]
                 smooth.append([o.alpha * p[c] + (1 - o.alpha) * memory[c] for c in range(self.c)])
         one_hot = [[float(c == max(y, 0)) for c in range(self.c)] for y in rows.target[0]]
         entry = [e.detach() for e in z[1] + z[0]], aligned + one_hot, kept + [y >= 0 for y in rows.target[0]]
@@ -426,7 +443,10 @@ class CoMatchTwin(Twin):
         loss = mean_ce(rows.z[0], rows.target[0]) + o.weight * self.unlabeled(rows.z[2], smooth, weight)
         there = [j for j in range(n) if kept[j]]  # as if the others were not in the batch
         for i in there:
-            graph = [1.0 if i == j else sum(a * b for a, b in zip(smooth[i], smooth[j], strict=True)) for j in there]
+            graph = [
+                1.0 if i == j else sum(a * b for a, b in zip(smooth[i], smooth[j], strict=True))
+                for j in there
+            ]
             graph = [value if value >= o.graph_tau else 0.0 for value in graph]
             similar = torch.stack([z[2][i] @ z[3][j] / o.temperature for j in there])
             loss = loss + o.contrast / n * ce(similar, [value / sum(graph) for value in graph])
@@ -451,7 +471,7 @@ class CoMatchTwin(Twin):
 
 class SpreadTwin(Twin):
     def loss(self, rows: Rows) -> Tensor:
-        z, target = torch.cat(rows.z), sum(rows.target, [])
+        z, target = torch.cat(rows.z), joined(rows.target)
         weight = [w * (y >= 0) for w, y in zip(rows.weight, target, strict=True)]
         return self.unlabeled(z, target, weight)
 
@@ -463,7 +483,7 @@ class SupervisedTwin(Twin):
 
 class UPSTwin(Twin):
     def loss(self, rows: Rows) -> Tensor:
-        z, target = torch.cat(rows.z), sum(rows.target, [])
+        z, target = torch.cat(rows.z), joined(rows.target)
         losses = []
         for i, y in enumerate(target):
             classes = [c for c in range(self.c) if rows.negative[i][c]]
@@ -507,12 +527,14 @@ def with_partner(method: Method) -> Method:
 
 
 @pytest.mark.parametrize("n_classes", [2, 10])
-@pytest.mark.parametrize(("name", "kind", "options"), TWINS, ids=lambda each: each if isinstance(each, str) else "")
+@pytest.mark.parametrize(
+    ("name", "kind", "options"), TWINS, ids=lambda each: each if isinstance(each, str) else ""
+)
 def test_loss_gradient_and_state_against_the_twin(name, kind, options, n_classes):
     method = with_partner(make(name, n_classes, **options))
     twin, selected = kind(method), set()
     optimizer = torch.optim.SGD(method.trained().values(), lr=0.0)
-    steps = 36 if name == "comatch" else 20
+    steps = 36 if name == "comatch" and n_classes == 2 else 20  # more than the means that it keeps
     for step, batch in enumerate(hostile(method, n_classes, steps)):
         batch.images.requires_grad_()
         loss = method.step(method.loss, optimizer, batch)
@@ -522,12 +544,11 @@ def test_loss_gradient_and_state_against_the_twin(name, kind, options, n_classes
         (d_exact,) = torch.autograd.grad(want, exact)
         assert batch.images.grad is not None
         grad = batch.images.grad.flatten(1)
-        torch.testing.assert_close(grad.double(), d_exact, rtol=1e-4, atol=1e-6, msg=lambda text: f"{step}: {text}")
+        close(grad, d_exact, step, 1e-4, 1e-6)
         state = method.state_dict()
         for key, value in twin.state().items():
             value = torch.as_tensor(value, dtype=torch.float64)
-            ours = state[key].double()[: len(value)] if value.ndim else state[key].double()
-            torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-6, msg=lambda t: f"{key} {step}: {t}")
+            close(state[key][: len(value)] if value.ndim else state[key], value, (key, step), 1e-5, 1e-6)
         parts = grad.split([group.rows for group in method.layout.groups])
         if name in [*FIXMATCH, "comatch"]:
             assert not parts[1].any(), "the weak view has a gradient"
@@ -585,7 +606,7 @@ def sgd(loss: Tensor, network: nn.Module, lr: float) -> None:
 
 def same_weights(ours: nn.Module, twin: nn.Module) -> None:
     for (name, weight), want in zip(ours.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(weight.double(), want, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+        close(weight, want, name, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("n_classes", [2, 10])
@@ -732,7 +753,9 @@ def test_meta_pseudo_labels_finetune_the_student_alone():
 def grads_of(method: Method, batch: Batch) -> dict[str, Tensor]:
     trained = method.trained()
     found = torch.autograd.grad(method.loss(batch), list(trained.values()), allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(trained.items(), found, strict=True)}
+    return {
+        n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(trained.items(), found, strict=True)
+    }
 
 
 def sure_batch(method: Method, n_classes: int, *, labeled: bool) -> Batch:
@@ -772,7 +795,7 @@ def test_both_terms_move_all_that_is_trained(name):
             for p in method.ema.parameters():
                 p.mul_(1.5)
         grads = grads_of(method, sure_batch(method, n_classes, labeled=labeled))
-        assert all(grad.any() == ("project" not in key) for key, grad in grads.items()), (labeled, grads.keys())
+        assert all(grad.any() == ("project" not in key) for key, grad in grads.items()), labeled
         assert not any(key.startswith("ema") for key in grads)
 
 
@@ -798,7 +821,7 @@ def test_each_cps_network_learns_from_the_other_alone():
         for got, grad in zip(loss, grads, strict=True):
             torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-7)
             assert got.any()
-    first, second = (list(net.parameters())[0] for net in (method.network, method.partner))
+    first, second = (next(iter(net.parameters())) for net in (method.network, method.partner))
     assert not torch.equal(first, second)
 
 
@@ -865,7 +888,7 @@ def test_compiled_as_one_graph(name, options):
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     for key, tensor in state.items():
         if tensor.is_floating_point() and key != "counts":
-            torch.testing.assert_close(state_2[key], tensor, rtol=1e-3, atol=1e-4, msg=lambda t, k=key: f"{k}: {t}")
+            close(state_2[key], tensor, key, 1e-3, 1e-4)
         else:
             assert torch.equal(state_2[key], tensor), key
 
@@ -911,21 +934,20 @@ def test_certain_and_confident(name, options, ema):
         for uncertainty, each in kinds.items():
             images = batch.images.clone().requires_grad_()
             each.loss(batch._replace(images=images)).backward()
-            moved[uncertainty] = [bool(row.any()) for row in each.split(images.grad)[-1 if name != "comatch" else 2]]
+            learned = each.split(images.grad)[2 if name == "comatch" else -1]
+            moved[uncertainty] = [bool(row.any()) for row in learned]
         weak = method.split(batch.images)[1]
         keys, index = method.split(batch.keys)[1], method.split(batch.rows["target"])[1]
         with torch.no_grad():
             label = method.split(method.network(batch.images, batch.keys))[1].argmax(-1).tolist()
         if options.get("variant") == "round":
             label = index.tolist()
-        judge = copy.deepcopy(method.answers).eval()
-        want = []
-        for i, row in enumerate(weak):
-            p = []
-            for draw in range(passes):
-                key = dropout_keys(keys[i : i + 1].long(), seed=0, draw=draw)
-                with torch.no_grad():
-                    p.append(softmax(judge(row[None], key)[0].tolist())[label[i]])
+        judge, want = copy.deepcopy(method.answers).eval(), []
+        with torch.no_grad():
+            drawn = [dropout_keys(keys.long(), seed=0, draw=draw) for draw in range(passes)]
+            answers = [judge(weak, each).tolist() for each in drawn]
+        for i in range(len(weak)):
+            p = [softmax(answer[i])[label[i]] for answer in answers]
             std = math.sqrt(sum((value - mean(p)) ** 2 for value in p) / (passes - 1))
             assert abs(std - kappa) > 1e-6
             want.append(moved["off"][i] and std < kappa)
@@ -979,7 +1001,8 @@ def test_ramp_of_mean_teacher():
     ))  # fmt: skip
     full = at[1.0] - supervised
     assert full > 0.1
-    for t, share in {0.0: math.exp(-5), 0.1: math.exp(-5 * 0.75**2), 0.2: math.exp(-1.25), 0.4: 1, 0.7: 1}.items():
+    for t in at:
+        share = math.exp(-5 * (1 - min(1, t / 0.4)) ** 2)
         assert (at[t] - supervised) / full == pytest.approx(share, abs=1e-4)
 
 
@@ -999,17 +1022,16 @@ def test_thresholds_of_dash():
             low, high = (middle, high) if loss_of(middle, soft) > loss else (low, middle)
         return low
 
-    ks = set()
+    batch, ks = hostile(method, 2, 1)[0], set()
+    batch.rows["readable"].fill_(True)
     for i in range(40):
         t = 0.2 + 0.8 * (i + 0.5) / 40
         k = math.floor((t - 0.2) / 0.8 * decays)
         rho = max(1.0001 * rho_0 * 1.27**-k, rho_min)
         ks.add(k)
-        batch = hostile(method, 2)[0]
         images = torch.zeros_like(batch.images)
         soft = rho > rho_min
         images[B, 0], images[B + 1, 0] = (logit_of(rho * factor, soft) for factor in (0.99, 1.01))
-        batch.rows["readable"].fill_(True)
         images.requires_grad_()
         method.loss(batch._replace(images=images, t=torch.tensor(t))).backward()
         strong = images.grad[B + B * MU :].flatten(1)
@@ -1122,7 +1144,8 @@ def test_conjugate_gradients_as_scipy_does_them():
 
 
 def test_an_image_without_neighbors_counts_for_nothing():
-    x = nn.functional.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0.1, 0], [0.1, 1, 0], [0, 0, 1]]), dim=-1)
+    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0.1, 0], [0.1, 1, 0], [0, 0, 1]])
+    x = nn.functional.normalize(x, dim=-1)
     method = make("label_propagation", 2, k=2)
     label, weight = method.spread(x, torch.tensor([0, 1]))
     assert label[:2].tolist() == [0, 1] and weight[2] == 0 and weight.isfinite().all()
@@ -1166,7 +1189,8 @@ def m_step(x: np.ndarray, p: np.ndarray, covariance: str, least: float) -> Any:
     count = p.sum(0)
     gm.weights_, gm.means_ = count / count.sum(), (p.T @ x) / count[:, None]
     if covariance == "diagonal":
-        cov = np.stack([(p[:, j, None] * (x - gm.means_[j]) ** 2).sum(0) / count[j] for j in range(c)]) + least
+        cov = [(p[:, j, None] * (x - gm.means_[j]) ** 2).sum(0) / count[j] + least for j in range(c)]
+        cov = np.stack(cov)
     else:
         cov = least * np.eye(d)
         for j in range(c):
@@ -1177,8 +1201,14 @@ def m_step(x: np.ndarray, p: np.ndarray, covariance: str, least: float) -> Any:
     return gm
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "tied"])
-@pytest.mark.parametrize(("n", "d", "c", "iterations"), [(120, 4, 3, (1, 2, 5, 12)), (17_000, 100, 10, (2,))])
+@pytest.mark.parametrize(
+    ("covariance", "n", "d", "c", "iterations"),
+    [
+        ("diagonal", 120, 4, 3, (1, 2, 5, 12)),
+        ("tied", 120, 4, 3, (1, 2, 5, 12)),
+        ("tied", 16_400, 64, 16, (2,)),  # so many that the scatter is not taken of all differences
+    ],
+)
 def test_em_against_a_loop_around_scikit_learn(covariance, n, d, c, iterations):
     x, label = clouds(n, d, c, apart=0.8 if n < 1000 else 0.3)
     known = nn.functional.one_hot(label[: 5 * c], c).double()
@@ -1193,7 +1223,7 @@ def test_em_against_a_loop_around_scikit_learn(covariance, n, d, c, iterations):
             ours = mixture(data, known, covariance, i + 1, floor)
             np.testing.assert_allclose(ours.numpy(), p, atol=1e-6)
             at += 1
-    assert at == len(iterations) and 0.05 < (p.max(1) < 0.99).mean()  # there is something to differ in
+    assert at == len(iterations) and (p.max(1) < 0.99).mean() > 0.05  # there is something to differ in
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "tied"])
@@ -1207,11 +1237,9 @@ def test_em_likelihood_never_falls_and_has_settled_where_it_stops(covariance):
         return float(joint.sum() + gm.score_samples(data.numpy()[9:]).sum())
 
     values = [likelihood(mixture(data, known, covariance, i, 1e-12)) for i in range(1, 40)]
-    assert all(b >= a - 1e-8 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-8 for a, b in pairwise(values))
     assert values[-1] > values[0] + 1
-    done, long = (mixture(data, known, covariance, i, 1e-12) for i in (2000, 40))
+    done = mixture(data, known, covariance, 3000, 1e-12)
     assert likelihood(done) - values[-1] > -1e-8
-    # To stop is to change nothing that matters: another step from there moves no posterior by a percent.
     gm = m_step(data.numpy(), done.numpy(), covariance, 1e-12)
-    np.testing.assert_allclose(gm.predict_proba(data.numpy()[9:]), done[9:].numpy(), atol=1e-2)
-    assert long.shape == done.shape
+    np.testing.assert_allclose(gm.predict_proba(data.numpy()[9:]), done[9:].numpy(), atol=1e-5)

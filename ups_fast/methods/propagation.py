@@ -195,7 +195,6 @@ def mixture(
     """EM for a Gaussian to each class. E: posteriors by log-sum-exp. M: weighted means, variances and shares."""
     least = floor * x.var(0).mean()
     p = torch.cat([known, known.new_zeros(len(x) - len(known), known.shape[1])])
-    before = torch.tensor(math.inf)
     for _ in range(iterations):
         count = p.sum(0).clamp(min=1e-12)
         mean = p.T @ x / count[:, None]
@@ -217,10 +216,8 @@ def mixture(
                 x.square() @ (1 / var).T - 2 * x @ (mean / var).T + (mean.square() / var + var.log()).sum(1)
             )
         log = log + (count / count.sum()).log()
-        p = (log - log.logsumexp(1, keepdim=True)).exp()
+        before, p = p, log.softmax(1)
         p[: len(known)] = known
-        likelihood = log[len(known) :].logsumexp(1).mean() if len(x) > len(known) else before
-        if bool((likelihood - before).abs() < 1e-6):
+        if bool((p - before).abs().max() < 1e-5):
             break
-        before = likelihood
     return p

@@ -592,3 +592,13 @@ def test_aliases_of_single_values_stand_for_them(write):
     assert "an alias must stand for a single value, got *t" in refusal(
         write("train: &t {lr: 1}\nselect: *t\n")
     )
+
+
+def test_the_limits_of_self_training_are_in_its_config(tmp_path):
+    """So that the run, predict and the report label by one rule."""
+    (tmp_path / "c.yaml").write_text("data: {n_labels: 40}\nmethod: {name: self_training}\n")
+    select = load(tmp_path / "c.yaml").select
+    assert (select.tau_p, select.tau_n, select.kappa_p, select.kappa_n) == (0.7, 0.0, math.inf, math.inf)
+    select = load(tmp_path / "c.yaml", ["method.schedule=curriculum", "select.tau_p=0.9"]).select
+    assert select.tau_p == 0.0
+    assert load(tmp_path / "c.yaml", ["method.name=fixmatch"]).select.kappa_p == 0.05

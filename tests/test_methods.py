@@ -325,13 +325,20 @@ def test_the_curriculum_keeps_a_fifth_more_each_round(round: int, kept: int) -> 
     got = method.keep(found(confidence, [1] * 10 + [0]), round)
     best = sorted(range(10), key=lambda i: -confidence[i])[:kept]
     assert got.positive.nonzero()[:, 0].tolist() == sorted(best)
-    assert method.limits.tau_p == 0.0 and method.limits.tau_n == 0.0 and method.limits.kappa_p == float("inf")
+    assert (
+        method.limits(method.options, Thresholds()).tau_p == 0.0
+        and method.limits(method.options, Thresholds()).tau_n == 0.0
+        and method.limits(method.options, Thresholds()).kappa_p == float("inf")
+    )
 
 
 def test_a_threshold_keeps_all_that_is_confident() -> None:
     method = METHODS["self_training"](setting(name="self_training"))
     given = found([0.9, 0.2, 0.8], [1, 0, 1])
-    assert method.keep(given, 0) is given and method.limits.tau_p == Thresholds().tau_p
+    assert (
+        method.keep(given, 0) is given
+        and method.limits(method.options, Thresholds()).tau_p == Thresholds().tau_p
+    )
     assert type(setting().options) is Options
 
 

@@ -1069,10 +1069,18 @@ def test_curriculum_keeps_a_fifth_more_after_each_round():
         assert kept == sorted(order[: 22 * share // 100]), round
         percentile = np.percentile([float(confidence[i]) for i in order], 100 - share)
         assert all(float(confidence[i]) >= percentile - 1e-6 for i in kept)
-    assert method.limits.tau_p == 0 and method.limits.tau_n == 0
-    assert math.isinf(method.limits.kappa_p) and math.isinf(method.limits.kappa_n)
+    assert (
+        method.limits(method.options, Thresholds()).tau_p == 0
+        and method.limits(method.options, Thresholds()).tau_n == 0
+    )
+    assert math.isinf(method.limits(method.options, Thresholds()).kappa_p) and math.isinf(
+        method.limits(method.options, Thresholds()).kappa_n
+    )
     by_threshold = make_self_training("threshold")
-    assert by_threshold.keep(found, 0) is found and by_threshold.limits.tau_p == 0.7
+    assert (
+        by_threshold.keep(found, 0) is found
+        and by_threshold.limits(by_threshold.options, Thresholds()).tau_p == 0.7
+    )
 
 
 def make_self_training(schedule: str) -> Method:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ups_fast.checkpoint import READABLE
-from ups_fast.config import Config
+from ups_fast.config import Config, limits_of
 from ups_fast.data import (
     Damaged,
     Folder,
@@ -44,7 +44,7 @@ from ups_fast.methods import METHODS, Method, Setting
 from ups_fast.models.saved import rebuild
 from ups_fast.policy import POLICIES, Policy, parse_ops
 from ups_fast.seeds import derive
-from ups_fast.selection import Thresholds, labeling_rows, passes_over, skipped
+from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
 
@@ -390,7 +390,7 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     setting = Setting(
         network=lambda: rebuild(about),
         options=cfg.method,
-        select=Thresholds(*(getattr(select, name) for name in Thresholds._fields)),
+        select=limits_of(cfg),
         n_images=len(data.train_labels),
         n_unlabeled=len(unlabeled),
         n_classes=len(data.classes),

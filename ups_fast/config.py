@@ -22,6 +22,7 @@ from ups_fast.machine import device_parts
 from ups_fast.methods import METHODS, Options
 from ups_fast.models.options import ModelConfig
 from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, typed
+from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -287,11 +288,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _merge(cfg, words)
+    for each, limit in limits_of(cfg)._asdict().items():  # so that all that reads the config later has them
+        setattr(cfg.select, each, limit)
     cfg.run_dir = _at_home("run_dir", cfg.run_dir) or str(Path("runs") / path.stem)
     cfg.data.root = _at_home("data.root", cfg.data.root)
     cfg.model.weights = _at_home("model.weights", cfg.model.weights)
     validate(cfg)
     return cfg
+
+
+def limits_of(cfg: Config) -> Thresholds:
+    """The thresholds by which the run labels: those of `select`, as its method changes them."""
+    given = Thresholds(*(getattr(cfg.select, name) for name in Thresholds._fields))
+    return METHODS[cfg.method.name].limits(cfg.method, given)
 
 
 def _at_home(key: str, path: str) -> str:

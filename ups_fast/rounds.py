@@ -36,7 +36,7 @@ from ups_fast.checkpoint import (
     write_selection,
     write_split,
 )
-from ups_fast.config import Config
+from ups_fast.config import Config, limits_of
 from ups_fast.data import Images, ImageSet
 from ups_fast.data.classes import class_counts, classes_line, uneven
 from ups_fast.data.fingerprint import differences
@@ -343,7 +343,7 @@ class _Round:
             run.method.answers,
             images,
             index.to(run.device),
-            **run.method.limits._asdict(),
+            **limits_of(run.cfg)._asdict(),
             passes=select.passes,
             batch_size=run.labeling_rows(),
             mc_layers=select.mc_layers,

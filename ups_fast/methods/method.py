@@ -112,9 +112,14 @@ class Method(nn.Module):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.options, self.n_classes, self.n_images = setting.options, setting.n_classes, setting.n_images
-        self.decay, self.limits = setting.ema, setting.select
+        self.decay = setting.ema
         self.network = setting.network()
         self.ema = frozen_copy(self.network) if self.decay else None
+
+    @staticmethod
+    def limits(options: Any, limits: Thresholds) -> Thresholds:
+        """The thresholds of the labeling: those of `select`, unless the method has its own rule."""
+        return limits
 
     @property
     def answers(self) -> Network:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ups_fast.methods.method import Batch, Group, Known, Layout, Method, Options, Setting, Targets
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
-from ups_fast.selection import PseudoLabels
+from ups_fast.selection import PseudoLabels, Thresholds
 
 
 class UPS(Method):
@@ -122,10 +122,10 @@ class SelfTraining(UPS):
 
     Options = SelfTrainingOptions
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        tau_p = 0.0 if self.options.schedule == "curriculum" else setting.select.tau_p
-        self.limits = setting.select._replace(tau_p=tau_p, tau_n=0.0, kappa_p=math.inf, kappa_n=math.inf)
+    @staticmethod
+    def limits(options: SelfTrainingOptions, limits: Thresholds) -> Thresholds:
+        tau_p = 0.0 if options.schedule == "curriculum" else limits.tau_p
+        return limits._replace(tau_p=tau_p, tau_n=0.0, kappa_p=math.inf, kappa_n=math.inf)
 
     def keep(self, found: PseudoLabels, round: int) -> PseudoLabels:
         if self.options.schedule != "curriculum":

@@ -828,9 +828,10 @@ def test_each_cps_network_learns_from_the_other_alone():
 # State -------------------------------------------------------------------------------------------------------
 
 ALL = [
-    *((name, {}) for name in METHODS if name != "self_training"),
+    *((name, {"ema": 0.9}) for name in METHODS if name != "self_training"),
     ("pseudo_label", {"variant": "alternate"}),
     ("fixmatch", {"uncertainty": "passes", "kappa_p": 0.2}),
+    ("mean_teacher", {}),
 ]
 
 
@@ -838,9 +839,8 @@ def tiny_with_dropout(n_classes: int) -> Tiny:
     return Tiny(n_classes, dropout=0.3)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize(("name", "options"), ALL, ids=lambda each: str(each) if each else "")
-def test_state_stays_in_its_place_and_is_all_there_is(name, options, ema):
+def test_state_stays_in_its_place_and_is_all_there_is(name, options):
     """Tensors keep their memory; a new instance with the state of step 10 has that of step 20, bit for bit."""
 
     def run(method: Method, batches: list[Batch]) -> None:
@@ -850,7 +850,7 @@ def test_state_stays_in_its_place_and_is_all_there_is(name, options, ema):
             method.step(loss_of, optimizer, batch)
 
     def new() -> Method:
-        method = make(name, 4, network=tiny_with_dropout, ema=ema, **options)
+        method = make(name, 4, network=tiny_with_dropout, **options)
         return with_partner(method) if name != "cps" else method
 
     one = new()
@@ -877,7 +877,7 @@ def test_compiled_as_one_graph(name, options):
     """Steps with the compiled loss against eager ones: labels, counts and masks equal, floats up to rounding."""
     pair = []
     for how in (lambda function: function, fullgraph):
-        method = make(name, 4, network=tiny_with_dropout, ema=0.9, **options)
+        method = make(name, 4, network=tiny_with_dropout, **options)
         method = with_partner(method) if name != "cps" else method
         optimizer, losses = torch.optim.SGD(method.trained().values(), lr=0.05), []
         loss_of = method.prepare(how)
@@ -896,11 +896,11 @@ def test_compiled_as_one_graph(name, options):
 # method.uncertainty=passes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("fixmatch", {"tau": 0.4}),
+        ("fixmatch", {"tau": 0.4, "ema": 0.9}),
         ("flexmatch", {}),
         ("freematch", {}),
         ("softmatch", {}),
@@ -911,15 +911,13 @@ def test_compiled_as_one_graph(name, options):
         ("pseudo_label", {"variant": "round"}),
     ],
 )
-def test_certain_and_confident(name, options, ema):
+def test_certain_and_confident(name, options):
     """A row is learned from where it is by uncertainty=off, and its label's std over passes is below kappa_p."""
     n_classes, kappa, passes = 4, 0.1, 5
     kinds = {}
     for uncertainty in ("off", "passes"):
-        method = make(
-            name, n_classes, network=tiny_with_dropout, ema=ema, uncertainty=uncertainty, passes=passes,
-            kappa_p=kappa, **options,
-        )  # fmt: skip
+        asked = {**options, "uncertainty": uncertainty, "passes": passes, "kappa_p": kappa}
+        method = make(name, n_classes, network=tiny_with_dropout, **asked)
         if name == "dash":
             method.rho.copy_(torch.tensor([1.0, 1.0]))
         kinds[uncertainty] = method

@@ -343,7 +343,7 @@ class DashTwin(Twin):
         if o.warmup / 2 <= rows.t < o.warmup:
             if o.rho_0 == "labeled":
                 share = mean([float(y >= 0) for y in rows.target[0]])
-                self.seen.append((float(supervised), share))
+                self.seen.append((float(supervised.detach()), share))
             else:
                 known = [loss for loss, kept in zip(cross, rows.readable[1], strict=True) if kept]
                 self.seen.append((mean(known or [0.0]), len(known) / len(cross)))

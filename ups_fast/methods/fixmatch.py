@@ -312,7 +312,7 @@ class Dash(Consistency):
     """The threshold is one of the loss, and falls: rho_t = max(C gamma^-k rho_0, rho_min), k = 0, 1, ..."""
 
     Options = DashOptions
-    rho: Tensor  # float32 [2], sum of batches' losses and their number, each times its share of rows with one
+    rho: Tensor  # float32 [2], sums over batches: of their loss times their share of rows that have one, of the share
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -53,9 +53,7 @@ def published_call(device):
 
 def our_call(device, mode, precision):
     cls = METHODS["fixmatch"]
-    setting = Setting(
-        network, cls.Options("fixmatch"), Thresholds(), N, N - LABELED, CLASSES, SIZE, features=128
-    )
+    setting = Setting(network, cls.Options("fixmatch"), Thresholds(), N, CLASSES, N - LABELED, SIZE)
     method = cls(setting).to(device, memory_format=torch.channels_last)
     strong = Policy(ops=parse_ops("ups"), n_ops=2, flip=True, crop=4, cutout=16)
     policies = {"weak": Policy(flip=True, crop=4), "strong": strong}

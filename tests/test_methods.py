@@ -41,8 +41,20 @@ CASES: list[Case] = [(name, {}) for name in METHOD_NAMES] + [
     for choice in key.choices
     if choice != key.default
 ]
+# One of each kind: rounds anew, state by sample, a memory, labels between rounds. The others are slow together.
+QUICK = ("ups", "flexmatch", "comatch", "label_propagation")
+
+
+def named(case: Case) -> str:
+    return "-".join([case[0], *map(str, case[1].values())])
+
+
 each_case = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())])
+    "case",
+    [
+        pytest.param(case, marks=() if case[0] in QUICK and not case[1] else pytest.mark.slow, id=named(case))
+        for case in CASES
+    ],
 )
 
 
@@ -64,6 +76,8 @@ def config_of(folder: Path, case: Case, **changes: Any) -> Config:
     """Two short rounds, in which all methods have something to learn from both kinds of images."""
     name, own = case
     views: dict[str, Any] = {"data__ops": "ups", "data__n_ops": 1} if METHODS[name].two_views else {}
+    if "method.mu" in METHOD_KEYS[name]:
+        views["method__mu"] = 1
     values = {
         "data__n_labels": 40,
         "method__name": name,
@@ -187,18 +201,25 @@ def test_every_step_moves_the_weights(
             self.loss.clone(),
         )
         real(self, *args)
-        moved = [not torch.equal(before[name], p) for name, p in self.method.trained().items()]
+        moved: Any = {name: not torch.equal(before[name], p) for name, p in self.method.trained().items()}
         grads = [p.grad.abs().max() for p in self.method.trained().values() if p.grad is not None]
-        assert all(moved) and float(torch.stack(grads).max()) > 0
-        assert (self.loss - sum_).isfinite() and self.loss > sum_
+        assert (self.loss - sum_).isfinite()
         seen.append((job.state.round, float(self.t)))
+        if case[1].get("variant") == "alternate":
+            return  # while the weight of unlabeled images is 0, their steps teach nothing
+        if case[0] == "meta_pseudo_labels" and job.state.round == 1:
+            moved = [each for name, each in moved.items() if name.startswith("network.")]
+        else:
+            moved = list(moved.values())
+        assert all(moved) and float(torch.stack(grads).max()) > 0 and self.loss > sum_
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     list(rounds.rounds(job, quiet()))
-    progress = [t for _, t in seen]
-    parts = [progress] if job.method.continues else [[t for r, t in seen if r == n] for n in (0, 1)]
-    for part in parts:
-        assert part == pytest.approx([at / len(part) for at in range(len(part))], abs=1e-6) and len(part) > 3
+    for n in (0, 1):  # of one training a round is half, however many steps it has
+        part = [t for r, t in seen if r == n]
+        first, whole = (n, 2) if job.method.continues else (0, 1)
+        want = [(first + at / len(part)) / whole for at in range(len(part))]
+        assert part == pytest.approx(want, abs=1e-6) and len(part) > 3
 
 
 @each_case
@@ -220,11 +241,13 @@ def test_an_unreadable_image_contributes_nothing(
             norm.eval()
         before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
         images = batch.images.clone().requires_grad_()
-        loss = method.loss(batch._replace(images=images))
-        (grad,) = torch.autograd.grad(loss, images, allow_unused=True)
+        with torch.enable_grad():
+            loss = method.loss(batch._replace(images=images))
+        (grad,) = torch.autograd.grad(loss, images)
         with torch.no_grad():
             for name, tensor in method.state_dict().items():
-                tensor.copy_(before[name])
+                if not torch.equal(tensor, before[name]):  # else a step that is under way would notice
+                    tensor.copy_(before[name])
         for norm, training in zip(norms, was, strict=True):
             norm.train(training)
         reach = grad.flatten(1).abs().amax(dim=1)
@@ -269,7 +292,7 @@ def test_more_rounds_go_on_where_each_is_a_training_of_its_own(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+@pytest.mark.parametrize("case", [("ups", {}), ("fixmatch", {})], ids=named)  # test_twins compiles each loss
 def test_a_method_compiles_as_one_graph(case: Case, digits: ImageSet, tmp_path: Path) -> None:
     """And learns the same: the losses of a few steps are those of eager ones, up to rounding that grows."""
     short = {"train__round0_epochs": 1, "train__epochs": 1, "train__round0_batch_size": 20, "train__lr": 0.01}

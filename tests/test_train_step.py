@@ -14,12 +14,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ups_fast import reference, step
 from ups_fast.batches import views_of
 from ups_fast.data import ResidentImages
+from ups_fast.fullgraph import fullgraph
 from ups_fast.methods import UPS, Batch, Group, Layout, Method, Options, Setting
 from ups_fast.models import build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import Thresholds
-from ups_fast.step import StepPlan, TrainStep, loss_function, plan_step
+from ups_fast.step import StepPlan, TrainStep, as_it_is, plan_step
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,6 +40,10 @@ def ups(
 def batch_of(images: Tensor, keys: Tensor | None, target: Tensor, negative: Tensor) -> Batch:
     rows = {"target": target, "negative": negative, "readable": torch.ones(len(images), dtype=torch.bool)}
     return Batch(images, keys, torch.arange(len(images)), rows, torch.zeros(()))
+
+
+def loss_function(method: Method, *, compiled: bool = False) -> Callable[[Batch], Tensor]:
+    return method.prepare(fullgraph if compiled else as_it_is)
 
 
 # One step.

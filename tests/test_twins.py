@@ -1085,7 +1085,7 @@ def test_curriculum_keeps_a_fifth_more_after_each_round():
 def make_self_training(schedule: str) -> Method:
     kind = METHODS["self_training"]
     options = kind.Options(name="self_training", schedule=schedule)
-    return kind(Setting(lambda: Glass(3), options, Thresholds(), N, U, 3, B, 3))
+    return kind(Setting(lambda: Glass(3), options, Thresholds(), N, 3, U, B, 3))
 
 
 # Known answers: labels that spread ----------------------------------------------------------------------------

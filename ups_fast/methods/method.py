@@ -79,10 +79,10 @@ class Setting:
     options: Any  # the method's own `Options`
     select: Thresholds
     n_images: int  # of the training set, N
-    n_unlabeled: int
     n_classes: int
-    batch_size: int
-    features: int  # width of what the classifier gets
+    n_unlabeled: int = 0
+    batch_size: int = 1  # as `lay_out` gets it
+    features: int = 0  # width of what the classifier gets
     labeled_repeats: int = 1
     ema: float = 0.0  # decay of an average of the weights, which then labels and is tested; 0: none
 

@@ -26,9 +26,10 @@ from rich.console import Console
 
 from benchmarks import data, record
 from ups_fast import config, rounds
-from ups_fast.build import Run, prepare, split_of
+from ups_fast.build import Run, prepare
 from ups_fast.calibration import ece, or_none, reliability
 from ups_fast.data import load_set
+from ups_fast.inputs import split_of
 from ups_fast.methods import METHODS
 from ups_fast.step import TrainStep
 

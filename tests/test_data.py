@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_fast.build import split_of
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages, load_set, stratified_split
+from ups_fast.inputs import split_of
 from ups_fast.policy import Policy
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")

@@ -20,12 +20,12 @@ from PIL import Image
 from rich.console import Console
 from test_rounds import tiny_set
 
-from ups_fast.build import load_data, write_files
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.data.equal import notes_on_equal_arrays
 from ups_fast.data.fingerprint import array_record, differences, fingerprint
 from ups_fast.data.manifest import Manifest
+from ups_fast.inputs import load_data, write_files
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from test_rounds import one_thread, run, tiny_config, tiny_set
 
 import ups_fast
-from ups_fast import build, rounds
-from ups_fast.build import hold_out, prepare
+from ups_fast import build, inputs, rounds
+from ups_fast.build import prepare
 from ups_fast.data import ResidentImages
+from ups_fast.inputs import hold_out
 from ups_fast.seeds import derive
 
 __all__ = ["one_thread"]  # the fixture
@@ -142,14 +143,14 @@ def test_nothing_is_learned_from_it(finished: tuple[Any, Any, str], tmp_path: Pa
     images[val] = 255 - images[val]
     given = prepare(tiny_config(tmp_path / "x", **VAL), data).state
     seen: list[torch.Tensor] = []
-    real = build.hold_out
+    real = inputs.hold_out
 
     def same_parts(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(real(*args)[0])
         return given.labeled, given.val
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "hold_out", same_parts)  # which the labels would change
+        patched.setattr(inputs, "hold_out", same_parts)  # which the labels would change
         patched.setattr(build, "split_of", lambda *_: (torch.cat([given.labeled, val]), given.unlabeled))
         other, _ = run(
             tiny_config(tmp_path / "run", train__rounds=3, **VAL),

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ups_fast.batches import epoch_order, lr_at, views_of
-from ups_fast.build import IMAGES, Run, prepare, write_files
+from ups_fast.build import Run, prepare
 from ups_fast.calibration import (
     ece,
     or_none,
@@ -42,6 +42,7 @@ from ups_fast.data.classes import class_counts, classes_line, uneven
 from ups_fast.data.fingerprint import differences
 from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, say, stop_signal, table_line
 from ups_fast.files import RunFolderError
+from ups_fast.inputs import IMAGES, write_files
 from ups_fast.methods import Known, Layout, Look, Targets
 from ups_fast.models.saved import MODEL, save_model
 from ups_fast.selection import Evaluation, PseudoLabels, evaluate, features_of, pseudo_label

@@ -95,8 +95,8 @@ def _train(cfg: config.Config) -> None:
 
     # Imported only now, because it takes seconds and most errors have been found before.
     from ups_fast import report, rounds
-    from ups_fast.build import load_data
     from ups_fast.data.classes import class_counts
+    from ups_fast.inputs import load_data
 
     data = load_data(cfg, device, console)
     for note in data.notes:

@@ -41,8 +41,8 @@ CASES: list[Case] = [(name, {}) for name in METHOD_NAMES] + [
     for choice in key.choices
     if choice != key.default
 ]
-# One of each kind: rounds anew, state by sample, a memory, labels between rounds. The others are slow together.
-QUICK = ("ups", "flexmatch", "comatch", "label_propagation")
+# Rounds that begin anew, and one training with a state of every sample. The others are slow together.
+QUICK = ("ups", "flexmatch")
 
 
 def named(case: Case) -> str:

@@ -79,6 +79,7 @@ def command_of_page() -> list[str]:
     return [word for word in words if not word.startswith("run_dir=")]
 
 
+@pytest.mark.slow
 def test_the_method_of_the_page_trains_and_goes_on_after_it_was_killed(copy: Path) -> None:
     """By the command's main; its keys have ranges and stand in the help."""
     code = f"WORDS = {[*command_of_page(), *TINY]}\n{DRIVER}"

@@ -209,6 +209,7 @@ def test_strides_and_threads(isa):
     assert torch.equal(alone[0], want[0]) and torch.equal(alone[1], want[1])
 
 
+@pytest.mark.slow
 def test_gradcheck(isa):
     for c in (1, 3, 16, 17, 40):
         strong, weak = views(9, c, dtype=torch.float64)

@@ -20,9 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_fast.config import Config
 from ups_fast.data import ImageSet, ResidentImages, load_set, stratified_split
-from ups_fast.inputs import split_of
 from ups_fast.policy import Policy
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -649,6 +647,10 @@ def test_validation_images_are_neither_labeled_nor_unlabeled(own):
     images = torch.zeros(60, 2, 2, 1, dtype=torch.uint8)
     labeled = torch.tensor([0, 2, 4]) if own else None
     data = ImageSet("made", list("abc"), images, labels, images, labels, (0.0,), (1.0,), labeled, val)
+    pytest.importorskip("yaml", reason="the trainer's packages are not installed")
+    from ups_fast.config import Config
+    from ups_fast.inputs import split_of
+
     cfg = Config(seed=3)
     cfg.data.n_labels = 6
     found, rest = split_of(cfg, data)

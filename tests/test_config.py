@@ -602,3 +602,25 @@ def test_the_limits_of_self_training_are_in_its_config(tmp_path):
     select = load(tmp_path / "c.yaml", ["method.schedule=curriculum", "select.tau_p=0.9"]).select
     assert select.tau_p == 0.0
     assert load(tmp_path / "c.yaml", ["method.name=fixmatch"]).select.kappa_p == 0.05
+
+
+def test_the_method_of_a_word_takes_the_place_of_the_file_s(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {n_labels: 40}\nmethod: {name: fixmatch}\n")
+    for words in itertools.permutations(["method.temperature=0.5", "method.name=uda"]):
+        assert load(file, words).method.temperature == 0.5
+    file.write_text("data: {n_labels: 40}\nmethod: {name: nonsense}\n")
+    assert load(file, ["method.name=uda"]).method.name == "uda"
+    for text in ("{name: fixmatch, tau: 0.9}", "{tau: 0.9, name: fixmatch}"):
+        file.write_text(f"data: {{n_labels: 40}}\nmethod: {text}\n")
+        with pytest.raises(
+            ValueError, match=r"unknown key 'method.tau' for this method: it belongs to .*fixmatch"
+        ):
+            load(file, ["method.name=supervised"])
+
+
+def test_keys_of_round_0_hold_where_rounds_are_trainings_of_their_own():
+    words = ["train.warmup_epochs=20", "train.round0_epochs=10"]
+    assert load(CONFIGS / "digits.yaml", [*words, "method.name=supervised"]).method.name == "supervised"
+    with pytest.raises(ValueError, match="warmup_epochs must not exceed a round's 10 epochs"):
+        load(CONFIGS / "digits.yaml", words)

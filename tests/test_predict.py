@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from ups_fast import predict, train
+from ups_fast.checkpoint import read_config
 from ups_fast.data import read_image
+from ups_fast.files import load_arrays
 from ups_fast.predict import HEAD, Predictor, find
 
 FAST = [
@@ -137,6 +140,17 @@ def test_standard_output_and_no_reader(folder: Path, images: Path) -> None:
     piped = f"set -o pipefail; {' '.join(map(repr, command))} | head -1"
     done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == ",".join(HEAD), done.stderr
+
+
+def test_a_curriculum_labels_others_by_the_least_confidence_it_kept(folder: Path, tmp_path: Path) -> None:
+    """Its run keeps by rank, so its config has no threshold that says which."""
+    copy = shutil.copytree(folder, tmp_path / "run")
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("name: ups\n", "name: self_training\n  schedule: curriculum\n"))
+    found = load_arrays(copy / "selection.npz")
+    kept = found["confidence"][found["positive"]]
+    assert len(kept) and Predictor(copy).thresholds["tau_p"] == float(kept.min())
+    assert Predictor(folder).thresholds["tau_p"] == read_config(folder / "config.yaml")["select"]["tau_p"]
 
 
 def test_find(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

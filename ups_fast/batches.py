@@ -66,7 +66,8 @@ def epoch_order(
 def occurrences(plan: Tensor) -> Tensor:
     """How often each sample of an epoch's plan has come before: of the same shape, 0 for the first time.
 
-    An expanded list brings a sample several times an epoch: counted apart, each is augmented in another way.
+    An expanded list brings a sample several times an epoch: counted apart, each is augmented in another way, up to the
+    4,096th, from which on the ways repeat.
     """
     flat = plan.flatten()
     order = flat.argsort(stable=True)

@@ -158,7 +158,8 @@ def _check_method(
 ) -> None:
     """ValueError where data, batch and method do not go together."""
     name, train = f"method.name={cfg.method.name}", cfg.train
-    if method.two_views and policies["strong"].ops == ():
+    strong = policies["strong"]
+    if method.two_views and not ((strong.ops and strong.n_ops) or any(strong.jitter) or strong.cutout):
         raise ValueError(
             f"{name} compares a weak view of each image with a strong one, but data.ops is empty: set data.ops=ups, "
             "and data.cutout to half of the images' side"
@@ -167,7 +168,8 @@ def _check_method(
         raise ValueError(
             "method.uncertainty=passes needs model.dropout above 0, got 0: without it all passes are equal"
         )
-    for key in ("batch_size", *(["round0_batch_size"] if train.round0_batch_size else [])):
+    own = train.round0_batch_size and not method.continues
+    for key in ("batch_size", *(["round0_batch_size"] if own else [])):
         with naming_key(f"{name} with train.{key}={getattr(train, key)}"):
             method.check({"labeled": labeled, "unlabeled": unlabeled}, getattr(train, key))
 
@@ -176,7 +178,7 @@ def _check_small_batches(cfg: Config, model: nn.Module, shape: tuple[int, ...]) 
     """ValueError where batch-norm would meet a single value per channel: a batch of one, images down to 1x1."""
     train = cfg.train
     for key, size in (("round0_batch_size", train.round0_batch_size), ("batch_size", train.batch_size)):
-        if size != 1:
+        if size != 1 or (key == "round0_batch_size" and METHODS[cfg.method.name].continues):
             continue
         trial = copy.deepcopy(model).train()
         try:

@@ -281,6 +281,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given = _read(path)
         name = words.get("method.name") or _check_method(given.get("method.name", "ups"))
         cfg.method = METHODS[name].Options(name)
+        given.pop("method.name", None)
+        words.pop("method.name", None)
         recipe = words.get("recipe", given.get("recipe"))
         if recipe in KEYS["recipe"].choices[1:]:
             _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
@@ -336,7 +338,8 @@ def validate(cfg: Config) -> None:
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
             "equal (to do without uncertainty set select.passes=1)"
         )
-    shortest = min(train.epochs, train.round0_epochs or train.epochs)
+    own = train.round0_epochs and not METHODS[cfg.method.name].continues
+    shortest = min(train.epochs, train.round0_epochs if own else train.epochs)
     if train.warmup_epochs > shortest:
         raise ValueError(
             f"train.warmup_epochs must not exceed a round's {shortest} epochs, got {train.warmup_epochs}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import math
 import os
 import sys
 from argparse import Namespace
@@ -32,7 +33,7 @@ try:
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
     from ups_fast.data.reading import in_order
     from ups_fast.display import open_console, progress_bar
-    from ups_fast.files import RunFolderError, home, read_bytes
+    from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
     from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
@@ -78,6 +79,12 @@ class Predictor:
             select = config["select"]
             names = ("tau_p", "tau_n", "kappa_p", "kappa_n", "temp_nl")
             self.thresholds = {name: float(select[name]) for name in names}
+            if (
+                config.get("method", {}).get("schedule") == "curriculum"
+            ):  # it keeps by rank: the last one kept
+                found = load_arrays(home(run_dir) / "selection.npz")
+                kept = found["confidence"][found["positive"]]
+                self.thresholds["tau_p"] = float(kept.min()) if len(kept) else math.inf
             rounds = int(config["train"]["rounds"])
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError

@@ -289,7 +289,8 @@ class _Round:
             )
         best = val_acc is not None and val_acc >= max((row["val_acc"] or 0 for row in state.rows), default=0)
         with watch.overhead():
-            method.end_round(Look(found, data.train_labels, state.labeled, self._features))
+            there = state.labeled[~torch.isin(state.labeled, gone)]
+            method.end_round(Look(found, data.train_labels, there, self._features))
             save_model(run.folder, network, run.about, best=best)
             write_selection(run.folder, found, run.truth)
         truth = data.test_labels[test.index]
@@ -446,7 +447,8 @@ def worries(row: Row, run: Run) -> Iterator[str]:
     epochs = "train.epochs" if run.method.continues else "train.round0_epochs"
     none = [repr(name) for name, n in zip(classes, each, strict=True) if not n]
     if not row["positives"] and not row["negatives"]:
-        yield "nothing was selected. More epochs or a lower select.tau_p may help"
+        lower = "" if run.method.continues else " or a lower select.tau_p"
+        yield f"nothing was selected. More epochs{lower} may help"
     elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
         yield (
             f"nearly all positives are of class {classes[each.index(max(each))]!r}. If the images are "

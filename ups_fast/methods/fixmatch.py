@@ -331,7 +331,8 @@ class Dash(Consistency):
             seen, rows = mean_of(cross, readable), readable
             if options.rho_0 == "labeled":
                 seen, rows = supervised.float(), self.split(batch.rows["target"])[0] >= 0
-            counts = rows.float().mean() * (warm & (batch.t >= options.warmup / 2))
+            late = (self.rho[1] == 0) & ~warm  # a training of few steps may have none in that half
+            counts = rows.float().mean() * (warm & (batch.t >= options.warmup / 2) | late)
             self.rho += torch.stack([seen, torch.ones_like(seen)]) * counts
         rho_0 = self.rho[0] / self.rho[1].clamp(min=1e-12)
         k = ((batch.t - options.warmup) / (1 - options.warmup) * options.decays).floor().clamp(min=0)

@@ -1,9 +1,11 @@
 """Meta Pseudo Labels: a teacher learns to give labels from which a student learns     Pham et al., CVPR 2021
 
-    student  H(softmax T(A(u)), S(A(u))) on unlabeled images; its soft targets carry no gradient
+    student  H(y, S(A(u))) on unlabeled images, y = argmax T(A(u))
     h        CE_l(S new) - CE_l(S old) on the labeled batch, both in train mode, less its running mean
-    teacher  CE_l + w(t) UDA + h H(softmax T(A(u)), T(A(u))), the target without gradient
+    teacher  CE_l + w(t) UDA + h H(y, T(A(u)))
 
+The official code has y = softmax T(A(u)) without gradient, for both (method.target=soft). The derivative of
+H(softmax z, z) by z is softmax z - softmax z = 0: then h teaches nothing, and the teacher is that of UDA alone.
 The student labels and is tested. Over the last round it learns from the labels alone.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ups_fast.methods.fixmatch import consistency
+from ups_fast.methods.fixmatch import consistency, shares
 from ups_fast.methods.method import (
     Batch,
     Group,
@@ -39,6 +41,12 @@ class MetaPseudoLabelsOptions(Options):
     ramp: float = key(0.05, "Share of the training over which that weight grows.", within="(0, 1]")
     tau: float = key(0.6, "Confidence from which on the consistency counts.", within="[0, 1]")
     temperature: float = key(0.7, "Of the consistency's soft target.", within="(0, 100]")
+    target: str = key(
+        "hard",
+        "What the student learns from the teacher. hard: its label, as in the paper. soft: its probabilities, as in "
+        "the official code. Then how well the student does teaches the teacher nothing.",
+        choices=("hard", "soft"),
+    )
     label_smoothing: float = key(
         0.15, "Of the teacher's labels and of what the student learns from.", within="[0, 1)"
     )
@@ -99,7 +107,7 @@ class MetaPseudoLabels(Method):
         return strong, supervised + ramp * consistency(strong, soft, weight)
 
     def learn(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's loss on the teacher's soft labels, and its loss on the labels, without gradient."""
+        """The student's loss on what the teacher gives, and its loss on the labels, without gradient."""
         n = self.layout.groups[0].rows
         u = n + self.layout.groups[1].rows
         assert batch.keys is not None
@@ -122,8 +130,10 @@ class MetaPseudoLabels(Method):
             return loss.detach()
         teach, learn = self.parts
         strong, supervised = teach(batch)
-        soft = strong.detach().float().softmax(-1)
-        loss, before = learn(batch, soft)
+        given = strong.detach().float().softmax(-1)
+        if self.options.target == "hard":
+            given = shares(given.argmax(-1), self.n_classes)
+        loss, before = learn(batch, given)
         loss.backward()
         optimizer.step()  # of the student: the teacher has no gradient yet
         optimizer.zero_grad(set_to_none=True)
@@ -132,7 +142,7 @@ class MetaPseudoLabels(Method):
             self.mean_h += 0.01 * (h - self.mean_h)
             h = h - self.mean_h
         readable = self.split(batch.rows["readable"])[1].float()
-        (supervised + h * consistency(strong, soft, readable)).backward()
+        (supervised + h * consistency(strong, given, readable)).backward()
         optimizer.step()
         self.after_step(batch)
         return loss.detach()

@@ -214,7 +214,7 @@ class Look(NamedTuple):
 
     found: PseudoLabels  # of the unlabeled samples, on the host
     labels: Tensor  # int64 [N], to be read at `labeled` only
-    labeled: Tensor  # int64 [L], sample ids
+    labeled: Tensor  # int64 [L], sample ids of those that can be read
     features: Callable[
         [Tensor], Tensor
     ]  # int64 [n] sample ids -> float32 [n, D], of clean images, on the device

@@ -69,10 +69,13 @@ class _Spread(Method):
             {"labeled": known.labeled, "unlabeled": unlabeled}, {"target": target, "weight": weight}
         )
 
+    def check(self, sizes: dict[str, int], batch_size: int) -> None:
+        check_mu(self.options.mu, sizes["unlabeled"], batch_size)  # later rounds have those with an answer
+
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         if not sizes["unlabeled"]:
             return Layout((Group("labeled", batch_size),), epoch_steps([self.n_images], batch_size))
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
+        unlabeled = self.options.mu * batch_size
         groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)
         return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
 
@@ -85,12 +88,12 @@ class _Spread(Method):
     def end_round(self, look: Look) -> None:
         found = look.found
         ids = torch.cat([look.labeled, found.index[found.label >= 0]])  # those that have an answer
-        x = look.features(ids)
+        x = look.features(ids).cpu()  # sums of sparse rows on a GPU have no fixed order
         x = nn.functional.normalize(x - x.mean(0), dim=-1)
-        label, weight = self.spread(x, look.labels[look.labeled].to(x.device))
-        unlabeled = ids[len(look.labeled) :].to(x.device)
+        label, weight = self.spread(x, look.labels[look.labeled])
+        unlabeled, device = ids[len(look.labeled) :].to(self.label.device), self.label.device
         self.label.fill_(-1)
-        self.label[unlabeled], self.weight[unlabeled] = label, weight
+        self.label[unlabeled], self.weight[unlabeled] = label.to(device), weight.to(device)
 
     def spread(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, D], the first L of them labeled [L] -> label int64 and weight float32 of the other n - L."""
@@ -193,7 +196,7 @@ def mixture(
     floor: float,
 ) -> Tensor:  # float64 [n, C], posteriors; those of the first L are `known`
     """EM for a Gaussian to each class. E: posteriors by log-sum-exp. M: weighted means, variances and shares."""
-    least = floor * x.var(0).mean()
+    least = (floor * x.var(0).mean()).clamp(min=1e-12)
     p = torch.cat([known, known.new_zeros(len(x) - len(known), known.shape[1])])
     for _ in range(iterations):
         count = p.sum(0).clamp(min=1e-12)

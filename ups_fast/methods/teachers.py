@@ -101,6 +101,15 @@ class CPS(Method):
         super().__init__(setting)
         self.partner = setting.network()
 
+    def check(self, sizes: dict[str, int], batch_size: int) -> None:
+        super().check(sizes, batch_size)
+        pairs = zip(self.network.parameters(), self.partner.parameters(), strict=True)
+        if all(torch.equal(*pair) for pair in pairs):
+            raise ValueError(
+                "two networks that begin with the same weights stay the same: model.weights must not hold a classifier "
+                "of as many classes as the data have"
+            )
+
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
         groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)

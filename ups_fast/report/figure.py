@@ -55,7 +55,13 @@ def draw(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, la
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
         figure.text(0.06, 0.918, _subline(pseudo_labels, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
-        _draw_counts(counts, rows, len(pseudo_labels.index), all_known=bool((truth >= 0).all()))
+        _draw_counts(
+            counts,
+            rows,
+            len(pseudo_labels.index),
+            all_known=bool((truth >= 0).all()),
+            parts=one_training(cfg),
+        )
         _draw_calibration(calibration, _bins(rows[-1], pseudo_labels, truth))
         _draw_plane(plane, pseudo_labels, truth, cfg)
     return figure
@@ -131,7 +137,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     _by_round(axes, rows)
 
 
-def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool) -> None:
+def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, parts: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rounds = [row["round"] for row in rows]
@@ -145,7 +151,8 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool) -> 
         axes.bar(rounds, positives, 0.7, color=BLUE, label="positive")
     axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label="negative classes only")
     axes.axhline(unlabeled, color=INK, lw=1, ls=DASHES)
-    _title(axes, "What was selected", "Unlabeled images that a next round would train on")
+    what = "whose labels pass the limits" if parts else "that a next round would train on"
+    _title(axes, "What was selected", f"Unlabeled images {what}")
     _legend(axes)
     _by_round(axes, rows)
     _note(axes, f"all {unlabeled:,}", (axes.get_xlim()[1], unlabeled), (0, 3), ha="right")

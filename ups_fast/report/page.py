@@ -57,9 +57,16 @@ _READING = """
  labels.</li>
 <li><b>Is the confidence right?</b> On the diagonal, confidence equals accuracy. Below it the network is
  overconfident. The expected calibration error (ECE) is the mean distance.</li>
+"""
+_CORNER = {
+    False: """
 <li><b>Confidence and uncertainty:</b> labels in the tinted corner pass both limits and are trained on, except for
  those that the class balance leaves out. Few of them should be wrong.</li>
-"""
+""",
+    True: """
+<li><b>Confidence and uncertainty:</b> labels in the tinted corner pass both limits. Few of them should be wrong.</li>
+""",
+}
 
 
 def write_report(
@@ -127,7 +134,7 @@ def _page(
 <img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
-<ul>{_FIRST_POINT[one_training(cfg)]}{_READING}</ul>
+<ul>{_FIRST_POINT[one_training(cfg)]}{_READING}{_CORNER[one_training(cfg)]}</ul>
 <h2>Rounds</h2>
 {_table(*_round_table(rows))}
 <h2>Classes, last round</h2>

@@ -85,7 +85,7 @@ def advice(rows: Rows, cfg: Config) -> str:
     train, select = cfg.train, cfg.select
     settings = {
         "more train.epochs": True,
-        "a higher select.tau_p": True,
+        "a higher select.tau_p": getattr(cfg.method, "schedule", "") != "curriculum",
         "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
         "a higher train.labeled_repeats": train.labeled_repeats == 1,
         f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,

@@ -245,7 +245,9 @@ def rows(content: Content) -> Iterator[tuple[str, Content]]:
         yield f"row with {more}", {**content, "rows": [{**row, **more}]}
 
 
-@pytest.mark.parametrize("mutations", [parts, pytest.param(tensors, marks=pytest.mark.slow), numbers, rows])
+@pytest.mark.parametrize(
+    "mutations", [parts, *(pytest.param(each, marks=pytest.mark.slow) for each in (tensors, numbers, rows))]
+)
 def test_no_mutation_is_believed(
     mutations: Callable[[Content], Iterator[tuple[str, Content]]],
     job: Run,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ups_fast
-from ups_fast import build, rounds, train
+from ups_fast import inputs, rounds, train
 from ups_fast.config import KEYS
 from ups_fast.files import RunFolderError
 from ups_fast.report import page
@@ -112,7 +112,7 @@ def test_a_missing_gpu_is_one_sentence(capsys, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(build, "load_set", lambda *_: {}["a bug"])
+    monkeypatch.setattr(inputs, "load_set", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         train.main([DIGITS])
 
@@ -142,7 +142,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "load_set", interrupt)
+    monkeypatch.setattr(inputs, "load_set", interrupt)
     assert train.main([DIGITS, "run_dir=a folder", "seed=3"]) == 130
     err = capsys.readouterr().err
     assert f" -m ups_fast.train {DIGITS} 'run_dir=a folder' seed=3" in err

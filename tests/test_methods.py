@@ -41,8 +41,8 @@ CASES: list[Case] = [(name, {}) for name in METHOD_NAMES] + [
     for choice in key.choices
     if choice != key.default
 ]
-# Rounds that begin anew, and one training with a state of every sample. The others are slow together.
-QUICK = ("ups", "flexmatch")
+# One training, with a state of every sample. The others are slow together; UPS has test_rounds and test_resume.
+QUICK = ("flexmatch",)
 
 
 def named(case: Case) -> str:

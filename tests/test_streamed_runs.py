@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from test_predict import CONFIG, FAST, images, table
 
-from ups_fast import build, rounds, train
+from ups_fast import inputs, rounds, train
 from ups_fast.methods import Method
 from ups_fast.selection import evaluate
 
@@ -223,7 +223,7 @@ def test_a_run_whose_test_images_are_gone_ends_all_the_same(
 def test_what_does_not_fit_into_memory_stays_in_its_files(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "memory", lambda device: 2000)
+    monkeypatch.setattr(inputs, "memory", lambda device: 2000)
     assert train.main(words(images, tmp_path / "run", "train.rounds=1", "data.loader=auto")) == 0
     said = capfd.readouterr().out
     assert "images stay in their files: they would take" in said

@@ -33,7 +33,9 @@ from ups_fast.schema import key
 class MeanTeacherOptions(Options):
     mu: int = key(1, "Unlabeled images in a batch for each labeled one.", within="[1, 1000]")
     decay: float = key(
-        0.999, "Decay of the teacher's weights, where train.ema is 0. It begins lower.", within="[0, 1)"
+        0.99,
+        "Decay of the teacher's weights, where train.ema is 0. It begins lower. Published: 0.999.",
+        within="[0, 1)",
     )
     weight: float = key(
         50.0, "Weight of the consistency, a mean over classes, in the end.", within="[0, 1000000]"

@@ -12,7 +12,7 @@ from ups_fast.batches import epoch_order, views_of
 from ups_fast.build import Run, prepare
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS, Batch
-from ups_fast.rounds import plan
+from ups_fast.rounds import targets_and_layout
 
 DIGITS = Path(__file__).parents[1] / "configs/digits.yaml"
 WORDS = ["model.name=wrn-10-1", "train.weight_decay=0", "train.batch_size=16", "train.round0_batch_size=0"]
@@ -27,7 +27,7 @@ class Steps:
         cfg = config.load(DIGITS, [f"method.name={name}", *WORDS])
         torch.manual_seed(0)
         self.run: Run = prepare(cfg, load_set("digits", ""))
-        targets, self.layout = plan(self.run)
+        targets, self.layout = targets_and_layout(self.run)
         self.tables = targets.tables
         self.ids, self.draws = epoch_order(targets.lists, self.layout, self.run.stream("epoch", 0), 0)
         views = views_of(self.layout.groups, self.run.policies)

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.config import Config, limits_of
-from ups_fast.data import (
-    Images,
-    ImageSet,
-)
+from ups_fast.data import Images, ImageSet
 from ups_fast.data.fingerprint import fingerprint
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import naming_key, open_images, policies_of, split_of, val_of

@@ -62,9 +62,7 @@ class Result:
     truth: Tensor  # int64 [U], in the order of `pseudo_labels`, -1 where unknown
     labeled: Tensor  # int64 [L], into the training set
     val: Tensor  # int64 [V], likewise
-    unreadable: list[
-        str
-    ]  # sentences on files that could not be read any more, from which nothing was learned
+    unreadable: list[str]  # sentences on files that could not be read any more: nothing was learned from them
 
 
 class Diverged(ValueError):
@@ -108,9 +106,10 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
             TensorBoard(run.folder / TENSORBOARD, run.epochs_done(), run.state.round) as board,
             watch.progress,
         ):
+            current = _Round(run, watch, board)
             while run.state.round < run.cfg.train.rounds:
-                _Round(run, watch, board).train()
-                yield _Round(run, watch, board).finish()
+                current.train()
+                yield current.finish()
 
 
 # Where a run stands ----------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def _check(run: Run, found: Checkpoint) -> None:
     if found.round < total:
         epochs = run.budget(found.round)[0]
         run.state = found  # its seeds are those of its round
-        steps = plan(run)[1].steps
+        steps = targets_and_layout(run)[1].steps
         run.state = fresh
     if found.epoch > epochs or found.step > (steps if found.epoch < epochs else 0):
         raise RunFolderError(
@@ -187,7 +186,7 @@ def _check(run: Run, found: Checkpoint) -> None:
         )
 
 
-def plan(run: Run) -> tuple[Targets, Layout]:
+def targets_and_layout(run: Run) -> tuple[Targets, Layout]:
     """What the round in progress learns from, and how its batches are made up."""
     state = run.state
     if state.method and run.keeps.weights:
@@ -221,7 +220,7 @@ class _Round:
         run, state, watch, step = self.run, self.state, self.watch, self.run.step
         check_unreadable(run, watch)
         epochs, _ = run.budget(state.round)
-        targets, layout = plan(run)
+        targets, layout = targets_and_layout(run)
         if layout.note:
             watch.say(f"round {state.round}: {layout.note}")
         per_round = epochs * layout.steps

@@ -41,9 +41,8 @@ class Images(Protocol):
 
     device: torch.device
     shape: tuple[int, int, int]  # [C, H, W] of an image in a batch
-    unreadable: dict[
-        int, str
-    ]  # ids of images that are not there, each with a sentence: black, not to be learned from
+    # Ids of images that are not there, each with a sentence: black, not to be learned from.
+    unreadable: dict[int, str]
 
     def __len__(self) -> int: ...
 

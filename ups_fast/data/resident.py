@@ -85,14 +85,14 @@ class ResidentImages:
         self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
     ) -> Iterator[None]:
         """Nothing."""
-        for view in views:
-            self._tables[view.policy] = tables(view.policy, *self._size, self.images.device)
         return repeat(None)
 
     def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
         """Augments each view into its rows of the batch, as `augmented` does."""
         for view in views:
             rows = slice(view.first, view.last)
+            if view.policy not in self._tables:
+                self._tables[view.policy] = tables(view.policy, *self._size, self.images.device)
             self._read(index[rows], view.policy, view.seed(seed), draw[rows], out[rows])
 
     def _read(

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, consistency, shares
-from ups_fast.methods.method import Batch, Group, Layout, Setting, check_mu, epoch_steps
+from ups_fast.methods.method import (
+    Batch,
+    Layout,
+    Setting,
+    labeled_and_unlabeled,
+)
 from ups_fast.schema import key
 
 ALIGNED = 32  # batches
@@ -53,10 +58,7 @@ class CoMatch(Consistency):
         self.register_buffer("queue_valid", torch.zeros(n))
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        strong = Group("unlabeled", unlabeled, "strong", view_of=1)
-        groups = Group("labeled", batch_size, "weak"), Group("unlabeled", unlabeled, "weak"), strong, strong
-        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+        return labeled_and_unlabeled(self.options.mu, sizes, batch_size, "weak", again=["strong", "strong"])
 
     def loss(self, batch: Batch) -> Tensor:
         options = self.options

@@ -24,7 +24,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ups_fast.methods.method import Batch, Group, Layout, Method, Options, Setting, check_mu, epoch_steps
+from ups_fast.methods.method import (
+    Batch,
+    Layout,
+    Method,
+    Options,
+    Setting,
+    labeled_and_unlabeled,
+)
 from ups_fast.models import Network
 from ups_fast.ops import fixmatch_loss, ups_loss
 from ups_fast.schema import key
@@ -63,13 +70,7 @@ class Consistency(Method):
         self.judge: list[Network] = []
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        groups = (
-            Group("labeled", batch_size, "weak"),
-            Group("unlabeled", unlabeled, "weak"),
-            Group("unlabeled", unlabeled, "strong", view_of=1),
-        )
-        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+        return labeled_and_unlabeled(self.options.mu, sizes, batch_size, "weak", again=["strong"])
 
     def begin(self, layout: Layout) -> None:
         super().begin(layout)

@@ -20,15 +20,13 @@ from torch import Tensor
 from ups_fast.methods.fixmatch import consistency, shares
 from ups_fast.methods.method import (
     Batch,
-    Group,
     Known,
     Layout,
     Method,
     Options,
     Setting,
     Targets,
-    check_mu,
-    epoch_steps,
+    labeled_and_unlabeled,
 )
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
@@ -70,11 +68,8 @@ class MetaPseudoLabels(Method):
         return super().targets(known)
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        steps = epoch_steps(list(sizes.values()), batch_size + unlabeled)
-        weak = Group("unlabeled", unlabeled, "weak")
-        groups = Group("labeled", batch_size, "weak"), weak, Group("unlabeled", unlabeled, view_of=1)
-        return Layout(groups[:1] if self.finetuning else groups, steps)
+        whole = labeled_and_unlabeled(self.options.mu, sizes, batch_size, "weak", again=["strong"])
+        return whole._replace(groups=whole.groups[:1]) if self.finetuning else whole
 
     def prepare(self, how: Callable[[Callable], Callable]) -> Callable[[Batch], Tensor]:
         def teach(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -65,9 +65,8 @@ class Batch(NamedTuple):
     images: Tensor  # float32 [B, C, H, W]
     keys: Tensor | None  # int32 [B], by which dropout drops; None: by torch's generator
     index: Tensor  # type: ignore[assignment]  # int64 [B], sample ids
-    rows: dict[
-        str, Tensor
-    ]  # [B, ...] of each of the tables, and "readable": bool [B], False where a file is gone
+    # [B, ...] of each of the tables, and "readable": bool [B], False where a file is gone.
+    rows: dict[str, Tensor]
     t: Tensor  # float32 [], progress of the schedule in [0, 1)
 
 
@@ -215,9 +214,8 @@ class Look(NamedTuple):
     found: PseudoLabels  # of the unlabeled samples, on the host
     labels: Tensor  # int64 [N], to be read at `labeled` only
     labeled: Tensor  # int64 [L], sample ids of those that can be read
-    features: Callable[
-        [Tensor], Tensor
-    ]  # int64 [n] sample ids -> float32 [n, D], of clean images, on the device
+    # int64 [n] sample ids -> float32 [n, D], of clean images, on the device.
+    features: Callable[[Tensor], Tensor]
 
 
 def frozen_copy(network: Network) -> Network:
@@ -247,6 +245,19 @@ def check_mu(mu: int, unlabeled: int, batch_size: int) -> int:
             "lower method.mu or train.batch_size"
         )
     return mu * batch_size
+
+
+def labeled_and_unlabeled(
+    mu: int, sizes: dict[str, int], batch_size: int, view: str = "strong", again: Sequence[str] = ()
+) -> Layout:
+    """`batch_size` labeled and mu times as many unlabeled rows in one view, and the latter again in other views.
+
+    An epoch passes once over as many images as there are. ValueError where a batch needs more than that.
+    """
+    unlabeled = check_mu(mu, sizes["unlabeled"], batch_size)
+    groups = [Group("labeled", batch_size, view), Group("unlabeled", unlabeled, view)]
+    groups += [Group("unlabeled", unlabeled, each, view_of=1) for each in again]
+    return Layout(tuple(groups), epoch_steps(list(sizes.values()), batch_size + unlabeled))
 
 
 def epoch_steps(lists: Sequence[int], rows: int) -> int:

@@ -202,12 +202,9 @@ def mixture(
         count = p.sum(0).clamp(min=1e-12)
         mean = p.T @ x / count[:, None]
         if covariance == "tied":
-            apart = x[:, None] - mean if len(x) * mean.numel() <= 2**24 else None
-            if apart is not None:
-                cov = torch.einsum("nc,ncd,nce->de", p, apart, apart) / count.sum()
-            else:
-                cov = (x.T * p.sum(1)) @ x / count.sum() - (mean.T * count) @ mean / count.sum()
-            cov = cov + least * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            cov = least * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            for c in range(len(mean)):
+                cov += ((x - mean[c]).T * p[:, c]) @ (x - mean[c]) / count.sum()
             root = torch.linalg.cholesky(cov)
             white, centers = (
                 torch.linalg.solve_triangular(root, each.T, upper=False).T for each in (x, mean)

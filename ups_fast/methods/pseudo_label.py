@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from ups_fast.methods.fixmatch import Consistency, ConsistencyOptions, consistency
-from ups_fast.methods.method import Batch, Group, Known, Layout, Setting, Targets, check_mu, epoch_steps
+from ups_fast.methods.method import (
+    Batch,
+    Known,
+    Layout,
+    Setting,
+    Targets,
+    labeled_and_unlabeled,
+)
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
 
@@ -48,9 +55,7 @@ class PseudoLabel(Consistency):
         return Targets(lists, tables)
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)
-        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+        return labeled_and_unlabeled(self.options.mu, sizes, batch_size)
 
     def loss(self, batch: Batch) -> Tensor:
         options, (labeled, own) = self.options, self.split(self.logits(batch.images, batch.keys))

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ups_fast.methods.method import (
     Batch,
-    Group,
     Layout,
     Method,
     Options,
     Setting,
     average,
-    check_mu,
-    epoch_steps,
     frozen_copy,
+    labeled_and_unlabeled,
 )
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
@@ -57,13 +55,7 @@ class MeanTeacher(Method):
         self.register_buffer("steps", torch.zeros(()))
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        groups = (
-            Group("labeled", batch_size),
-            Group("unlabeled", unlabeled),
-            Group("unlabeled", unlabeled, "weak", view_of=1),
-        )
-        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+        return labeled_and_unlabeled(self.options.mu, sizes, batch_size, again=["weak"])
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.keys is not None
@@ -113,9 +105,7 @@ class CPS(Method):
             )
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        unlabeled = check_mu(self.options.mu, sizes["unlabeled"], batch_size)
-        groups = Group("labeled", batch_size), Group("unlabeled", unlabeled)
-        return Layout(groups, epoch_steps(list(sizes.values()), batch_size + unlabeled))
+        return labeled_and_unlabeled(self.options.mu, sizes, batch_size)
 
     def loss(self, batch: Batch) -> Tensor:
         ours, theirs = (self.logits(batch.images, batch.keys, net) for net in (self.network, self.partner))

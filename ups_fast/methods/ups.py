@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ups_fast.methods.method import Batch, Group, Known, Layout, Method, Options, Setting, Targets
+from ups_fast.methods.method import (
+    Batch,
+    Group,
+    Known,
+    Layout,
+    Method,
+    Options,
+    Setting,
+    Targets,
+    epoch_steps,
+)
 from ups_fast.ops import ups_loss
 from ups_fast.schema import key
 from ups_fast.selection import PseudoLabels, Thresholds
@@ -95,8 +105,7 @@ class Supervised(Method):
     splits = False
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
-        steps = max(1, sum(sizes.values()) // batch_size)
-        return Layout((Group("labeled", batch_size),), steps)
+        return Layout((Group("labeled", batch_size),), epoch_steps(list(sizes.values()), batch_size))
 
     def loss(self, batch: Batch) -> Tensor:
         target = batch.rows["target"]

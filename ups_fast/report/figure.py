@@ -14,6 +14,7 @@ from ups_fast.calibration import Reliability, ece, reliability
 from ups_fast.config import Config
 from ups_fast.report.sentences import Rows, headline, one_training
 from ups_fast.selection import PseudoLabels
+from ups_fast.state import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,19 +117,21 @@ def _by_round(axes: Axes, rows: Rows) -> None:
 
 def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     curves = [
-        ("test set", "test_acc", BLUE, "-o"),
-        ("positive pseudo-labels", "positive_acc", GREEN, "--s"),
-        ("negative pseudo-labels", "negative_acc", MUTED, ":^"),
+        ("test set", [row["test_acc"] for row in rows], BLUE, "-o"),
+        ("positive pseudo-labels", [row["positive_acc"] for row in rows], GREEN, "--s"),
+        ("negative pseudo-labels", [row["negative_acc"] for row in rows], MUTED, ":^"),
     ]
-    for name, key, color, line in curves:
-        points = [(row["round"], 100 * row[key]) for row in rows if row[key] is not None]
-        if points:
+    for name, shares, color, line in curves:
+        pairs = zip(rows, shares, strict=True)
+        if points := [(row["round"], 100 * share) for row, share in pairs if share is not None]:
             axes.plot(*zip(*points, strict=True), line, color=color, ms=5, lw=2, label=name)
     low, high = axes.get_ylim()
     low = min(low, high - 4)  # no drama where there is one round
     # Room for the numbers below the first and last point, and for half a marker at 100.
     axes.set_ylim(low - 0.1 * (high - low), min(high, 100 + 0.03 * (high - low)))
-    for row in [row for row in (rows[0], rows[-1])[: len(rows)] if row["test_acc"] is not None]:
+    for row in (rows[0], rows[-1])[: len(rows)]:
+        if row["test_acc"] is None:
+            continue
         value = 100 * row["test_acc"]
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
     unknown = "" if any_known else ". The true classes of unlabeled images are not known"
@@ -161,7 +164,7 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, par
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _bins(row: Mapping[str, Any], pseudo_labels: PseudoLabels, truth: Tensor) -> dict[str, Reliability]:
+def _bins(row: Row, pseudo_labels: PseudoLabels, truth: Tensor) -> dict[str, Reliability]:
     """How far confidence is deserved, by groups of images: of unlabeled ones, or else of test images."""
     if not (truth >= 0).any():
         found = row.get("test_bins") or {}

@@ -8,7 +8,6 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ups_fast.files import write_atomic
 from ups_fast.report.figure import draw
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
 from ups_fast.selection import PseudoLabels
+from ups_fast.state import Row
 
 _STYLE = """
 :root {
@@ -186,7 +186,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _class_table(
-    row: Mapping[str, Any],  # of the last round
+    row: Row,  # of the last round
     pseudo_labels: PseudoLabels,
     truth: Tensor,
     classes: Sequence[str],

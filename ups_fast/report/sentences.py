@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,8 +13,9 @@ from ups_fast.config import Config
 from ups_fast.methods import METHODS
 from ups_fast.models.saved import BEST
 from ups_fast.selection import PseudoLabels
+from ups_fast.state import Row
 
-Rows = Sequence[Mapping[str, Any]]  # one mapping per round, as in metrics.jsonl
+Rows = Sequence[Row]  # one per round
 
 
 def headline(rows: Rows, cfg: Config) -> str:
@@ -97,21 +97,21 @@ def advice(rows: Rows, cfg: Config) -> str:
     return f"The last round is worse than round 0 on the test images. What may help: {', '.join(help_)}."
 
 
-def test_guess(row: Mapping[str, Any]) -> str:
+def test_guess(row: Row) -> str:
     """A sentence on what the selection does to test images; empty where it was not tried."""
     if (count := row.get("test_positives")) is None:
         return ""
     of_all = sum(each[0] for each in row["test_bins"]["all"])
     right = ""
-    if count:
-        low, high = interval(row["test_positive_acc"], count)
-        share = f"{percent(row['test_positive_acc'])} of them with the right label"
+    if (accuracy := row["test_positive_acc"]) is not None:
+        low, high = interval(accuracy, count)
+        share = f"{percent(accuracy)} of them with the right label"
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
     took = f"The same thresholds select {count:,} of {of_all:,} test images{right}"
     return f"{took}. This estimates how good the pseudo-labels are"
 
 
-def recall_line(row: Mapping[str, Any], classes: Sequence[str], most: int = 10) -> str:
+def recall_line(row: Row, classes: Sequence[str], most: int = 10) -> str:
     """The test recall of each class, the lowest first, for a console; empty where it is not known."""
     found = [
         (each, name)

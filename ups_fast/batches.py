@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ups_fast.data.images import VIEW_BITS, View
 from ups_fast.methods import Group, Layout
-from ups_fast.policy import Policy
 
 # Of the number by which things are drawn for an image, from below: the epoch, how often the sample came before in it,
 # and which view of it this is.
 EPOCH_BITS = 20
 
 
-def views_of(groups: Sequence[Group], policies: Mapping[str, Policy]) -> tuple[View, ...]:
+def views_of(groups: Sequence[Group], policies: Mapping[str, Any]) -> tuple[View, ...]:
     """Which rows of the batch are seen alike. Neighboring groups that are make one view, whatever their shares are."""
     views: list[View] = []
     sources: list[int] = []  # of each group

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.config import Config, limits_of
-from ups_fast.data import Images, ImageSet
+from ups_fast.data import Images, ImageSet, Noise
 from ups_fast.data.fingerprint import fingerprint
+from ups_fast.folder import Nowhere, RunFolder
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import naming_key, open_images, policies_of, split_of, val_of
 from ups_fast.machine import pick_device
@@ -34,13 +35,14 @@ class Run:
     data: ImageSet
     device: torch.device
     about: dict[str, Any]  # what a saved network says of itself
-    policies: dict[str, Policy]  # by the views of a method
+    policies: dict[str, Any]  # by the views of a method
     images: Images  # the training set
     test_images: Images
     new_method: Callable[[], Method]  # on the host, its weights drawn from torch's generator
     step: TrainStep
     forward: Callable[..., Tensor]  # `passes_over`, perhaps compiled
     state: Checkpoint  # at first that of a new run
+    folder: RunFolder
     resumed: int = 0  # rounds that the folder held when the run was resumed
 
     @property
@@ -48,8 +50,9 @@ class Run:
         return self.step.method
 
     @property
-    def folder(self) -> Path:
-        return Path(self.cfg.run_dir)
+    def saved_in(self) -> str:
+        """A sentence about what a stopped run leaves."""
+        return f"everything is saved in {self.folder}" if self.cfg.run_dir else "nothing is saved"
 
     @property
     def truth(self) -> Tensor:
@@ -81,8 +84,7 @@ class Run:
         return sum(self.budget(round)[0] for round in range(self.state.round)) + self.state.epoch
 
     def labeling_rows(self) -> int:
-        _, height, width, _ = self.data.train_images.shape
-        return self.cfg.select.batch_size or labeling_rows(self.device, height, width)
+        return self.cfg.select.batch_size or labeling_rows(self.device, self.data.shape)
 
     def seed(self, stream: str, *path: int) -> int:
         return derive(self.cfg.seed, stream, self.state.round, *path)
@@ -94,12 +96,14 @@ class Run:
 def prepare(cfg: Config, data: ImageSet) -> Run:
     """Raises ValueError, with the key and one sentence, where config and data cannot work. Writes nothing."""
     device = pick_device(cfg.device)
-    _, height, width, channels = data.train_images.shape
+    shape: dict[str, Any] = {"channels": data.shape[0], "size": list(data.shape[1:])}
+    if len(data.shape) == 1:
+        shape = {"columns": data.shape[0]}
     about = {
         "model": asdict(cfg.model),
+        "heads": cfg.select.heads,
         "classes": data.classes,
-        "channels": channels,
-        "size": [height, width],
+        **shape,
         "mean": data.mean,
         "std": data.std,
     }
@@ -108,9 +112,9 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     labeled, val = val_of(cfg, data, labeled)
     with naming_key("model.name"):
         trial = rebuild(about).eval()
-    _check_small_batches(cfg, trial, (1, channels, height, width))
+    _check_small_batches(cfg, trial, (1, *data.shape))
     with torch.no_grad():
-        features = trial.embed(trial.prefix(torch.zeros(1, channels, height, width)), None).shape[1]
+        features = trial.embed(trial.prefix(torch.zeros(1, *data.shape)), None).shape[1]
     setting = Setting(
         network=lambda: rebuild(about),
         options=cfg.method,
@@ -125,7 +129,7 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     )
     make = METHODS[cfg.method.name]
     method = make(setting)
-    policies = policies_of(cfg, (height, width))
+    policies = policies_of(cfg, data.shape)
     _check_method(cfg, method, policies, len(labeled), len(unlabeled))
     memory_format: Any = {"memory_format": torch.channels_last}
     method.to(device, **memory_format)
@@ -145,18 +149,42 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     )
     state = Checkpoint(fingerprint(data, cfg.model.weights), labeled, unlabeled, val)
     forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
+    folder = RunFolder(Path(cfg.run_dir)) if cfg.run_dir else Nowhere()
     return Run(
-        cfg, data, device, about, policies, images, test_images, lambda: make(setting), step, forward, state
+        cfg,
+        data,
+        device,
+        about,
+        policies,
+        images,
+        test_images,
+        lambda: make(setting),
+        step,
+        forward,
+        state,
+        folder,
     )
 
 
 def _check_method(
-    cfg: Config, method: Method, policies: Mapping[str, Policy], labeled: int, unlabeled: int
+    cfg: Config, method: Method, policies: Mapping[str, Any], labeled: int, unlabeled: int
 ) -> None:
     """ValueError where data, batch and method do not go together."""
     name, train = f"method.name={cfg.method.name}", cfg.train
     strong = policies["strong"]
-    if method.two_views and not ((strong.ops and strong.n_ops) or any(strong.jitter) or strong.cutout):
+    if method.two_views and isinstance(strong, Noise) and strong == policies["weak"]:
+        raise ValueError(
+            f"{name} compares a weak view of each row with a strong one, but data.noise and data.drop_columns are 0: "
+            "raise one of them"
+        )
+    if cfg.select.heads > 1 and not method.many_heads:
+        able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))
+        raise ValueError(f"select.heads={cfg.select.heads} is for method.name={able}, got {name}")
+    if (
+        method.two_views
+        and isinstance(strong, Policy)
+        and not ((strong.ops and strong.n_ops) or any(strong.jitter) or strong.cutout)
+    ):
         raise ValueError(
             f"{name} compares a weak view of each image with a strong one, but data.ops is empty: set data.ops=ups, "
             "and data.cutout to half of the images' side"

@@ -26,21 +26,26 @@ from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "folder")
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
 
 
 @dataclass
 class DataConfig:
     name: str = key(
-        "digits", "Which data set; folder means your own image files, npz your own arrays.", choices=DATA_SETS
+        "digits",
+        "Which data set; folder means your own image files, npz your own arrays of images, features your own rows of "
+        "numbers.",
+        choices=DATA_SETS,
     )
     root: str = key(
         "data",
-        "Where the data set is, or where to download it. For npz the .npz file, for folder a folder or a CSV file.",
+        "Where the data set is, or where to download it. For npz and features the .npz file, for folder a folder or "
+        "a CSV file.",
     )
     n_labels: int = key(
         0,
-        "Number of labeled images to draw, equally many of each class. 0 for folder and npz, whose files decide.",
+        "Number of labeled images to draw, equally many of each class. 0 for folder, npz and features, whose files "
+        "decide.",
         within="[0, inf]",
     )
     size: int = key(
@@ -90,6 +95,14 @@ class DataConfig:
     cutout: int = key(
         0, "Blanks out a square of at most this side in each training image. 0 is off.", within="[0, 2048]"
     )
+    noise: float = key(
+        0.0,
+        "For features: standard deviation of the Gaussian noise on standardized training rows. 0 is off.",
+        within="[0, 100]",
+    )
+    drop_columns: float = key(
+        0.0, "For features: the share of the columns that each training row lacks. 0 is off.", within="[0, 1)"
+    )
 
 
 @dataclass
@@ -100,6 +113,11 @@ class TrainConfig:
     round0_epochs: int = key(0, "Epochs in round 0. 0: train.epochs.", within="[0, 1000000]")
     round0_batch_size: int = key(
         0, "Images in a batch of round 0. 0: train.batch_size.", within="[0, 1000000]"
+    )
+    min_steps: int = key(
+        0,
+        "Steps of a round at least. Where its lists are short, an epoch passes over them several times.",
+        within="[0, 1000000000]",
     )
     lr: float = key(0.03, "Highest learning rate of the cosine schedule.", within="(0, 1000]")
     later_rounds_lr: float = key(
@@ -181,6 +199,12 @@ class SelectConfig:
         "Number of dropout layers that act in labeling, counted from the last. Few are cheaper, but not the published "
         "method. 0: all.",
         within="[0, 1000]",
+    )
+    heads: int = key(
+        1,
+        "For networks on features: that many with other initial weights are trained side by side, and the passes are "
+        "spread over them.",
+        within="[1, 1000]",
     )
     balance_rounds: int = key(
         0, "Number of first rounds that keep equal numbers of positives per class.", within="[0, inf]"
@@ -333,24 +357,37 @@ def validate(cfg: Config) -> None:
             f"select.tau_n must not exceed select.tau_p, got tau_n={select.tau_n} and tau_p={select.tau_p}: "
             "else one class could be label and negative class at once"
         )
-    if select.passes > 1 and cfg.model.dropout == 0:
+    if select.passes > 1 and select.passes % select.heads:
+        raise ValueError(
+            f"select.passes must be a multiple of select.heads={select.heads}, got {select.passes}"
+        )
+    if select.passes > 1 and select.heads == 1 and cfg.model.dropout == 0:
         raise ValueError(
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
             "equal (to do without uncertainty set select.passes=1)"
         )
-    own = train.round0_epochs and not METHODS[cfg.method.name].continues
-    shortest = min(train.epochs, train.round0_epochs if own else train.epochs)
+    apart = train.round0_epochs and not METHODS[cfg.method.name].continues
+    shortest = min(train.epochs, train.round0_epochs if apart else train.epochs)
     if train.warmup_epochs > shortest:
         raise ValueError(
             f"train.warmup_epochs must not exceed a round's {shortest} epochs, got {train.warmup_epochs}"
         )
     data = cfg.data
-    if data.name in ("npz", "folder") and data.n_labels:
+    own = ("npz", "features", "folder")
+    if data.name in own and data.n_labels:
         raise ValueError(
             f"data.n_labels must be 0 for {data.name}, where the files say what is labeled, got {data.n_labels}"
         )
-    if data.name not in ("npz", "folder") and not data.n_labels:
+    if data.name not in own and not data.n_labels:
         raise ValueError(f"data.n_labels must say how many images of {data.name} are labeled, got 0")
+    if (data.noise or data.drop_columns) and data.name != "features":
+        raise ValueError(
+            f"data.noise and data.drop_columns are for data.name=features, got {data.noise} and {data.drop_columns}"
+        )
+    if data.name == "features":
+        done = ("flip", "crop", "ops", "jitter", "cutout", "resized_crop")
+        if image := [f"data.{each}={getattr(data, each)}" for each in done if getattr(data, each)]:
+            raise ValueError(f"{image[0]} is for images, got data.name=features: data.noise is for features")
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
     if data.resized_crop and (data.name != "folder" or data.loader == "resident"):

@@ -75,10 +75,9 @@ class Watch:
         if self.progress.disable:
             self.say(f"round {state.round}: epoch {state.epoch + 1} of {epochs}, {seen}")
 
-    def end_if_asked(self, folder: Path) -> None:
+    def end_if_asked(self, saved: str) -> None:
         if self.stop.is_set():
-            at = f"round {self.state.round}, epoch {self.state.epoch}"
-            raise Interrupted(f"stopped in {at}; everything is saved in {folder}")
+            raise Interrupted(f"stopped in round {self.state.round}, epoch {self.state.epoch}; {saved}")
 
 
 @contextmanager

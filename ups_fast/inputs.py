@@ -22,6 +22,8 @@ from ups_fast.data import (
     Images,
     ImageSet,
     Listing,
+    Noise,
+    ResidentFeatures,
     ResidentImages,
     as_file_set,
     as_image_set,
@@ -196,6 +198,9 @@ def open_images(
     cfg: Config, data: ImageSet, device: torch.device, policy: Policy, *, test: bool = False
 ) -> Images:
     """The training or the test part of the data, on the device or in its files."""
+    if len(data.shape) == 1:
+        rows = data.test_images if test else data.train_images
+        return ResidentFeatures(rows, mean=data.mean, std=data.std, device=device)
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
     images, names, unreadable = data.train_images, data.names, data.unreadable
     if test:
@@ -226,12 +231,15 @@ def open_images(
         raise ValueError(f"data.loader={cfg.data.loader}: {error}") from error
 
 
-def policies_of(cfg: Config, size: tuple[int, int]) -> dict[str, Policy]:
+def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     """What is done to training images: all that the config says, or in the weak view mirroring and shifts alone.
 
-    Where the config has no shifts, the weak view has those of FixMatch: by up to an eighth of the side.
+    Where the config has no shifts, the weak view has those of FixMatch: by up to an eighth of the side. Features have
+    noise in the strong view, and none in the weak one.
     """
     data = cfg.data
+    if len(shape) == 1:
+        return {"strong": Noise(data.noise, data.drop_columns), "weak": Noise()}
     with naming_key("data.ops"):
         ops = parse_ops(data.ops)
     strong = Policy(
@@ -242,7 +250,7 @@ def policies_of(cfg: Config, size: tuple[int, int]) -> dict[str, Policy]:
         jitter=(data.jitter,) * 3,
         cutout=data.cutout,
     )
-    return {"strong": strong, "weak": Policy(flip=data.flip, crop=data.crop or min(size) // 8)}
+    return {"strong": strong, "weak": Policy(flip=data.flip, crop=data.crop or min(shape[1:]) // 8)}
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,11 @@ class Predictor:
 
     def __init__(self, run_dir: str | Path, device: str = "auto", *, best: bool = False) -> None:
         model = load_model(run_dir, device, best=best)
-        self.model, self.classes, self.channels = model, model.classes, model.channels
-        self.height, self.width = model.size
+        self.model, self.classes = model, model.classes
+        self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images
+        if not self.columns:
+            self.channels, (self.height, self.width) = model.channels, model.size
+        shape = [self.columns] if self.columns else [self.channels, self.height, self.width]
         self.device = next(model.parameters()).device
         path = home(run_dir) / CONFIG
         try:
@@ -99,7 +102,7 @@ class Predictor:
             ) from error
         self.skip = skipped(model, mc_layers)
         self.unfinished = f"{done} of {rounds} rounds" if done < rounds else ""
-        self.rows = max(1, labeling_rows(self.device, self.height, self.width) // self.passes)
+        self.rows = max(1, labeling_rows(self.device, shape) // self.passes)
 
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
@@ -113,14 +116,17 @@ class Predictor:
         return image
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Selection:  # uint8 [n, H, W, C], n at most self.rows
+    def __call__(self, images: np.ndarray) -> Selection:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
         """`mc_select` of the run's passes over the images, on the host, negatives packed."""
         n = len(images)
         keys = torch.tensor([_number(image) for image in images], device=self.device)
-        batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        batch = torch.from_numpy(images).to(self.device)
         filling = torch.arange(self.rows, device=self.device).clamp(max=n - 1)  # one shape, so the same bits
-        pixels = (batch[filling] / 255 - self.model.mean) / self.model.std
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if self.columns:
+            pixels = (batch[filling].float() - self.model.mean) / self.model.std
+        else:
+            pixels = (batch.permute(0, 3, 1, 2)[filling] / 255 - self.model.mean) / self.model.std
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with mc_dropout(self.model, active=False):
             logits = passes_over(self.model, pixels, keys[filling], self.passes, 0, self.skip)
         found = mc_select(logits, **self.thresholds, packed=True)

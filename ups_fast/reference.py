@@ -346,6 +346,15 @@ def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Ten
     return torch.where(dropped, 0.0, x * (1 / (1 - p))).to(x.dtype)
 
 
+def counter_normal(n: int, keys: Tensor, *, layer: int = 0) -> Tensor:  # int32 [B] -> float32 [B, n]
+    """Standard normal numbers that are a function of keys, layer and place: Box and Muller (1958) on hashed words."""
+    layer_keys = _mix(keys + _signed(plain(layer) * 0x9E3779B9))[:, None]
+    place = torch.arange(n, dtype=torch.int32, device=keys.device)
+    words = (_mix(layer_keys ^ (2 * place + i)) for i in range(2))
+    u, v = (((word >> 8 & 0xFFFFFF) + 0.5) * 2.0**-24 for word in words)
+    return (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
+
+
 def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Tensor:
     """int32 [B], the `keys` of `counter_dropout`: a hash of seed, draw and sample id (SplitMix64, Steele et al. 2014).
 

@@ -27,14 +27,7 @@ from ups_fast.calibration import (
 from ups_fast.checkpoint import (
     CHECKPOINT,
     FREE_KEYS,
-    TENSORBOARD,
     check_state,
-    load_checkpoint,
-    open_folder,
-    save_checkpoint,
-    write_rows,
-    write_selection,
-    write_split,
 )
 from ups_fast.config import Config, limits_of
 from ups_fast.data import Images, ImageSet
@@ -42,9 +35,9 @@ from ups_fast.data.classes import class_counts, classes_line, uneven
 from ups_fast.data.fingerprint import differences
 from ups_fast.display import HEADER, Interrupted, TensorBoard, Watch, say, stop_signal, table_line
 from ups_fast.files import RunFolderError
-from ups_fast.inputs import IMAGES, write_files
+from ups_fast.inputs import IMAGES
 from ups_fast.methods import Known, Layout, Look, Targets
-from ups_fast.models.saved import MODEL, save_model
+from ups_fast.models.saved import MODEL
 from ups_fast.selection import Evaluation, PseudoLabels, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
 from ups_fast.words import many
@@ -83,7 +76,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
     found = PseudoLabels(**state.pseudo_labels)
-    return Result(job.folder, state.rows, found, job.truth, state.labeled, state.val, unreadable)
+    return Result(job.folder.path, state.rows, found, job.truth, state.labeled, state.val, unreadable)
 
 
 def rounds(run: Run, console: Console) -> Iterator[Row]:
@@ -93,7 +86,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
     """
     # One training over all rounds depends on their number.
     free = [key for key in FREE_KEYS if key != "train.rounds" or not run.method.continues]
-    with open_folder(run.folder, asdict(run.cfg), free) as warning, stop_signal(console) as stop:
+    with run.folder.open(asdict(run.cfg), free) as warning, stop_signal(console) as stop:
         if warning:
             say(console, warning)
         resume(run, console)
@@ -103,7 +96,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
         watch = Watch(console, run.state, stop)
         with (
             torch.backends.cudnn.flags(enabled=True, deterministic=True),
-            TensorBoard(run.folder / TENSORBOARD, run.epochs_done(), run.state.round) as board,
+            run.folder.board(run.epochs_done(), run.state.round) as board,
             watch.progress,
         ):
             current = _Round(run, watch, board)
@@ -118,16 +111,12 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
 def resume(run: Run, console: Console) -> None:
     """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
     folder, data, fresh = run.folder, run.data, run.state
-    found = load_checkpoint(folder)
+    found = folder.load()
     if found:
         _check(run, found)
     run.state = state = found or fresh
     run.resumed = state.round
-    write_files(folder, data)
-    write_split(folder, state)
-    write_rows(folder, state.rows)
-    if state.pseudo_labels:
-        write_selection(folder, PseudoLabels(**state.pseudo_labels), run.truth)
+    folder.begin(data, state, run.truth)
     val = f"{len(state.val):,} validation, " if len(state.val) else ""
     say(
         console,
@@ -153,14 +142,14 @@ def resume(run: Run, console: Console) -> None:
             )
         at = f"going on from round {state.round}, epoch {state.epoch}"
     say(console, f"{folder}: {at}")
-    if done and not (folder / MODEL).exists():
+    if done and not (folder.path / MODEL).exists():
         say(console, f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
     say(console, HEADER)
 
 
 def _check(run: Run, found: Checkpoint) -> None:
     """Raises RunFolderError where the folder's checkpoint is of another run or cannot be believed."""
-    folder, fresh, total = run.folder, run.state, run.cfg.train.rounds
+    folder, fresh, total = run.folder.path, run.state, run.cfg.train.rounds
     if found.data != fresh.data:
         what = differences(run.data, fresh.data, found.data, folder / IMAGES)
         raise RunFolderError(
@@ -203,7 +192,10 @@ def targets_and_layout(run: Run) -> tuple[Targets, Layout]:
     )
     targets = run.method.targets(known)
     sizes = {name: len(ids) for name, ids in targets.lists.items()}
-    return targets, run.method.lay_out(sizes, run.budget(state.round)[1])
+    epochs, batch_size = run.budget(state.round)
+    layout = run.method.lay_out(sizes, batch_size)
+    least = math.ceil(run.cfg.train.min_steps / epochs)
+    return targets, layout._replace(steps=max(layout.steps, least))
 
 
 # A round ---------------------------------------------------------------------------------------------------
@@ -255,7 +247,7 @@ class _Round:
                 watch.show(bar, images, epochs, lr, self._read_loss)
                 if watch.stop.is_set() or time.monotonic() - watch.saved_at >= run.cfg.checkpoint_seconds:
                     self._save(training=True)
-                watch.end_if_asked(run.folder)
+                watch.end_if_asked(run.saved_in)
             self._end_epoch(
                 self._read_loss() / layout.steps, self._lr(before + layout.steps - 1, total, warmup)
             )
@@ -290,8 +282,7 @@ class _Round:
         with watch.overhead():
             there = state.labeled[~torch.isin(state.labeled, gone)]
             method.end_round(Look(found, data.train_labels, there, self._features))
-            save_model(run.folder, network, run.about, best=best)
-            write_selection(run.folder, found, run.truth)
+            run.folder.keep(network, run.about, found, run.truth, best=best)
         truth = data.test_labels[test.index]
         row = Row(
             round=state.round,
@@ -313,7 +304,7 @@ class _Round:
         state.momentum = run.step.momentum if run.keeps.momentum else None
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
-        write_rows(run.folder, state.rows)
+        run.folder.write_rows(state.rows)
         return row
 
     def _start(self, targets: Targets, layout: Layout) -> None:
@@ -338,7 +329,7 @@ class _Round:
         def advance(done: int) -> None:
             watch.progress.advance(bar, done)
             check_unreadable(run, watch)
-            watch.end_if_asked(run.folder)  # training was saved when it ended
+            watch.end_if_asked(run.saved_in)  # training was saved when it ended
 
         found = pseudo_label(
             run.method.answers,
@@ -381,7 +372,7 @@ class _Round:
                 self._check_weights()
                 state = replace(state, method=run.method.state_dict(), momentum=run.step.momentum)
             self.board.flush()  # scalars of what the checkpoint calls done are not logged again
-            save_checkpoint(run.folder, state)
+            run.folder.save(state)
         watch.saved_at = time.monotonic()
 
     # What can go wrong -------------------------------------------------------------------------------------
@@ -413,8 +404,14 @@ class _Round:
         also = f" (here train.{key})" if key != "lr" else ""
         return Diverged(
             f"training diverged in round {state.round}, epoch {state.epoch}: {what}; lower train.lr{also}, which is "
-            f"{rate:g}, and choose another run_dir ({self.run.folder} keeps its config and its last good state)"
+            f"{rate:g}{self._and_elsewhere()}"
         )
+
+    def _and_elsewhere(self) -> str:
+        run = self.run
+        if not run.cfg.run_dir:
+            return ""
+        return f", and choose another run_dir ({run.folder} keeps its config and its last good state)"
 
 
 def check_unreadable(run: Run, watch: Watch) -> None:

@@ -8,7 +8,7 @@ thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negative
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -91,10 +91,14 @@ def pseudo_label(
     `ups_fast.models.Dropout` with p > 0, or `mc_layers` where it has fewer.
     """
     thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
-    if passes > 1 and not any(isinstance(module, Dropout) and module.p > 0 for module in model.modules()):
+    heads = getattr(model, "heads", 1)
+    drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
+    if passes > 1 and heads == 1 and not drops:
         raise ValueError(
-            "model must have a Dropout of ups_fast.models with p > 0 for several passes, got none"
+            "model must have a Dropout of ups_fast.models with p > 0, or several heads, for several passes, got none"
         )
+    if passes > 1 and passes % heads:
+        raise ValueError(f"passes must be a multiple of the network's {heads} heads, got {passes}")
     skip, forward = skipped(model, mc_layers), forward or passes_over
     salt = torch.full((), seed, dtype=torch.int64, device=index.device)
     rows = max(1, min(batch_size // passes, len(index)))
@@ -151,9 +155,11 @@ def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
     )
 
 
-def labeling_rows(device: torch.device, height: int, width: int) -> int:
-    """How many images of this size a device takes at once, without gradients: no results depend on it."""
-    return max(1, (8192 if device.type == "cuda" else 512) * 32 * 32 // (height * width))
+def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
+    """How many images [C, H, W] or rows [d] a device takes at once, without gradients: no results depend on it."""
+    images = len(shape) == 3
+    many = (8192 if device.type == "cuda" else 512) * 32 * 32
+    return max(1, many // math.prod(shape[1:] if images else (max(256, shape[0]),)))
 
 
 def skipped(model: nn.Module, mc_layers: int) -> int:
@@ -182,8 +188,7 @@ def passes_over(
     hidden = network.prefix(batch, skip)
     draw = torch.arange(passes, device=index.device).repeat_interleave(len(index))
     keys = dropout_keys(index.repeat(passes), seed=seed, draw=draw)
-    logits = network.suffix(torch.cat([hidden] * passes), keys, skip)
-    return logits.view(passes, len(index), logits.shape[1])
+    return network.passes(hidden, keys, passes, skip)
 
 
 def balance(

@@ -87,7 +87,7 @@ class TrainStep:
         self.tables: dict[str, Tensor] = {}  # [N, ...] by sample id
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
-        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], of images
+        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], or [B, d]
         self.layout, self.views = Layout((), 0), ()
         self.unreadable = 0  # how many images the tables know to be unreadable
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -140,7 +140,9 @@ class TrainStep:
         self.seeds[0], self.seeds[1] = augment_seed, dropout_seed
         if views != self.views:
             shape = layout.rows, *self.images.shape
-            self.batch = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
+            self.batch = torch.zeros(shape, device=self.device)
+            if self.batch.ndim == 4:
+                self.batch = self.batch.to(memory_format=torch.channels_last)
             self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
         if self.method.splits and layout.groups != self.layout.groups:
             self.graph = None

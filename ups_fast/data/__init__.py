@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ups_fast.data.features import Noise, ResidentFeatures
 from ups_fast.data.folder import Folder, Listing, listing, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
 from ups_fast.data.image_set import ImageSet
@@ -25,7 +26,9 @@ __all__ = [
     "ImageSet",
     "Images",
     "Listing",
+    "Noise",
     "PlainImages",
+    "ResidentFeatures",
     "ResidentImages",
     "View",
     "as_file_set",

@@ -1,10 +1,15 @@
-"""The user's own arrays, in an .npz file: checked before memory is taken, and read into an ImageSet."""
+"""The user's own arrays, in an .npz file: checked before memory is taken, and read into an ImageSet.
+
+`read_arrays` reads images, `read_features` rows of numbers.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.data.features import column_moments, constant_columns, first_not_finite
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.machine import memory_bytes
-from ups_fast.words import line_of
+from ups_fast.words import line_of, many
 
 _ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
 _OPTIONAL = ("y_unlabeled", "x_val", "y_val")
@@ -22,15 +28,40 @@ _OPTIONAL = ("y_unlabeled", "x_val", "y_val")
 
 def read_arrays(path: Path) -> ImageSet:
     """An .npz file as `load_set` describes it. Raises ValueError or FileNotFoundError with one sentence."""
+    data = _read(path, "npz", _images, "all images must have one size and number of channels")
+    seen = data.train_images[: len(data.train_images) - (0 if data.val is None else len(data.val))]
+    mean, std = moments(seen)
+    return replace(data, mean=mean, std=std)
+
+
+def read_features(path: Path) -> ImageSet:
+    """The same of features, standardized by the labeled and unlabeled rows together."""
+    data = _read(path, "features", _rows, "all rows must have the same number of columns")
+    seen = data.train_images[: len(data.train_images) - (0 if data.val is None else len(data.val))]
+    mean, std = column_moments(seen)
+    notes: tuple[str, ...] = ()
+    if constant := constant_columns(seen):
+        d = seen.shape[1]
+        are = "has" if constant == 1 else "have"
+        notes = (
+            f"{constant:,} of {many(d, 'column')} {are} one value in all training rows and tell nothing",
+        )
+        if constant == d:
+            raise ValueError(
+                f"all {many(d, 'column')} have one value in all training rows: nothing can be learned"
+            )
+    return replace(data, mean=mean, std=std, notes=notes)
+
+
+def _read(
+    path: Path, name: str, samples: Callable[[dict[str, np.ndarray], str], Tensor], alike: str
+) -> ImageSet:
     arrays = _checked(path)
-    x_labeled, x_unlabeled, x_test = (_images(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test"))
-    x_val = _images(arrays, "x_val") if "x_val" in arrays else x_labeled[:0]
+    x_labeled, x_unlabeled, x_test = (samples(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test"))
+    x_val = samples(arrays, "x_val") if "x_val" in arrays else x_labeled[:0]
     for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test), ("x_val", x_val)):
         if images.shape[1:] != x_labeled.shape[1:]:
-            raise ValueError(
-                "all images must have one size and number of channels, "
-                f"got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}"
-            )
+            raise ValueError(f"{alike}, got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}")
 
     y_labeled = _labels(arrays, "y_labeled", len(x_labeled), lowest=0)
     y_test = _labels(arrays, "y_test", len(x_test), lowest=0)
@@ -52,16 +83,15 @@ def read_arrays(path: Path) -> ImageSet:
             raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
 
     train_images, n = torch.cat([x_labeled, x_unlabeled, x_val]), len(x_labeled) + len(x_unlabeled)
-    mean, std = moments(train_images[:n])
     return ImageSet(
-        "npz",
+        name,
         [str(c) for c in range(n_classes)],
         train_images,
         torch.cat([y_labeled, y_unlabeled, y_val]),
         x_test,
         y_test,
-        mean,
-        std,
+        (),
+        (),
         labeled=torch.arange(len(x_labeled)),
         val=torch.arange(n, n + len(x_val)) if len(x_val) else None,
     )
@@ -181,6 +211,28 @@ def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] 
         raise ValueError(f"{key} must not be empty, got {got}")
     images = torch.from_numpy(np.ascontiguousarray(array))
     return images if images.ndim == 4 else images.unsqueeze(-1)
+
+
+def _rows(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, d] float32 or float16
+    array = arrays[key]
+    got = f"{array.dtype} {list(array.shape)}"
+    if array.ndim != 2 or array.dtype not in (np.float16, np.float32):
+        more = ""
+        if array.ndim == 2:
+            more = f": use {key}.astype(np.float32)"
+        elif array.dtype == np.uint8:
+            more = "; images are data.name=npz"
+        raise ValueError(f"{key} must be features, float32 or float16 [N, d], got {got}{more}")
+    if array.size == 0:
+        raise ValueError(f"{key} must not be empty, got {got}")
+    rows = torch.from_numpy(np.ascontiguousarray(array))
+    if bad := first_not_finite(rows):
+        count, row, column = bad
+        raise ValueError(
+            f"{key} must hold finite numbers, got {many(count, 'value')} that are NaN or infinite, the first in row "
+            f"{row:,}, column {column:,}: fill them, or leave out what has them"
+        )
+    return rows
 
 
 def _labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: int) -> Tensor:  # [N] int64

@@ -77,9 +77,9 @@ def file_digest(name: str) -> str:
     return (_digest(name, None) or b"").hex()
 
 
-def row_digests(images: Tensor) -> np.ndarray:  # uint8 [N, H, W, C], on the CPU -> uint64 [N]
+def row_digests(images: Tensor) -> np.ndarray:  # [N, ...], on the CPU -> uint64 [N]
     """A number for each image that equal pixels have in common."""
-    rows = images.reshape(len(images), -1).contiguous().numpy()
+    rows = images.reshape(len(images), -1).contiguous().view(torch.uint8).numpy()
     each = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(each, dtype="<u8")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set in memory, on the CPU.
+    """A data set in memory, on the CPU: of images, or of features.
 
     train_labels are the truth: they give the labeled part its labels and serve reports on the rest.
     `labeled` holds the labeled indices into train where the data set itself decides them (npz), else None.
@@ -23,12 +23,12 @@ class ImageSet:
 
     name: str
     classes: list[str]
-    train_images: Tensor  # [N, H, W, C] uint8
+    train_images: Tensor  # [N, H, W, C] uint8; features [N, d] float32 or float16
     train_labels: Tensor  # [N] int64, -1 where the truth is unknown
-    test_images: Tensor  # [M, H, W, C] uint8
+    test_images: Tensor  # likewise
     test_labels: Tensor  # [M] int64
-    mean: tuple[float, ...]  # [C], of pixels in [0, 1]
-    std: tuple[float, ...]  # [C], above 0
+    mean: tuple[float, ...]  # [C], of pixels in [0, 1]; of features [d]
+    std: tuple[float, ...]  # likewise, above 0
     labeled: Tensor | None = None  # [L] int64, ascending
     # [V] int64, ascending: validation images among the training set's ids; nothing trains on them.
     val: Tensor | None = None
@@ -42,6 +42,17 @@ class ImageSet:
     unreadable: Mapping[int, str] = field(default_factory=dict)  # of the training set
     test_unreadable: Mapping[int, str] = field(default_factory=dict)
     manifest: Manifest | None = None  # of files: what a run compares at every start
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W] of an image as a network gets it; [d] of features."""
+        sizes = tuple(self.train_images.shape[1:])
+        return sizes if len(sizes) == 1 else (sizes[2], sizes[0], sizes[1])
+
+    @property
+    def noun(self) -> str:
+        """What its samples are called."""
+        return "row" if len(self.shape) == 1 else "image"
 
 
 def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8

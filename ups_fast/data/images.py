@@ -1,14 +1,15 @@
-"""What a run asks of images, wherever they live: `ResidentImages` on the device, `FileImages` in files."""
+"""What a run asks of images, wherever they live: `ResidentImages` on the device, `FileImages` in files.
+
+Features are images of a single dimension: `ResidentFeatures`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from ups_fast.policy import Policy
 
 # Of the numbers of 63 bits by which things are drawn, the uppermost say for which view of an image.
 VIEW_BITS = 56
@@ -19,7 +20,7 @@ class View(NamedTuple):
 
     first: int
     last: int  # behind the last row
-    policy: Policy
+    policy: Any  # a `Policy`; of features a `Noise`
     source: int  # of the images that a batch reads, each once, the one that is in row `first`
     number: int = 0  # of the view; 0 where no earlier one reads these images
 
@@ -35,12 +36,12 @@ class View(NamedTuple):
 class Images(Protocol):
     """A training or test set, read by sample id, a batch at a time.
 
-    A batch is a tensor float32 [B, C, H, W] in channels_last on the device, and each step writes over the last one.
-    What is drawn depends on seed, draw and sample id alone.
+    A batch is a tensor float32 [B, C, H, W] in channels_last on the device, or [B, d], and each step writes over the
+    last one. What is drawn depends on seed, draw and sample id alone.
     """
 
     device: torch.device
-    shape: tuple[int, int, int]  # [C, H, W] of an image in a batch
+    shape: tuple[int, ...]  # of an image in a batch: [C, H, W], of features [d]
     # Ids of images that are not there, each with a sentence: black, not to be learned from.
     unreadable: dict[int, str]
 
@@ -71,5 +72,5 @@ class Images(Protocol):
         self,
         index: Tensor,  # int64 [n], on the device
         batch_size: int,
-    ) -> Iterator[Tensor]:  # each [batch_size, C, H, W], the last may be short
+    ) -> Iterator[Tensor]:  # each [batch_size, *shape], the last may be short
         """Images that are normalized, and nothing else."""

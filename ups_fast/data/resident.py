@@ -45,7 +45,7 @@ class ResidentImages:
         nothing = torch.zeros(0, dtype=torch.int64, device=home)
         self._read(nothing, policy, 0, 0)  # what is wrong with the arguments is said now
         height, width, channels = self.images.shape[1:]
-        self.shape = channels, height, width
+        self.shape: tuple[int, ...] = channels, height, width
         size = height, width, channels
         # A CUDA graph goes on reading them: they must outlive the cache that they come from.
         self._size, self._tables = size, {policy: tables(policy, *size, home)}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.arrays import read_arrays
+from ups_fast.data.arrays import read_arrays, read_features
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.split import stratified_split
@@ -37,6 +37,7 @@ def load_set(name: str, root: str) -> ImageSet:
                    [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
                    images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
                    for this image)
+    features       the same with rows of numbers in place of images: float32 or float16 [N, d]
 
     Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
     """
@@ -47,10 +48,12 @@ def load_set(name: str, root: str) -> ImageSet:
         "svhn": _svhn,
         "fashion_mnist": _fashion_mnist,
         "npz": read_arrays,
+        "features": read_features,
     }
     if name not in readers:
         raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")
-    return _looked_at(readers[name](home(root)))
+    data = readers[name](home(root))
+    return data if len(data.shape) == 1 else _looked_at(data)
 
 
 def _looked_at(data: ImageSet) -> ImageSet:

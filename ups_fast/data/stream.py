@@ -100,7 +100,7 @@ class FileImages:
         self.mean, self.std, self.resized_crop = tuple(mean), tuple(std), resized_crop
         self.share = size / (resize or size)
         self.threads, self.prefetch = threads or cores(), prefetch
-        self.shape = channels, size, size
+        self.shape: tuple[int, ...] = channels, size, size
         self.device = torch.device(device)
         self.home = self.device if has_kernels(self.device) else torch.device("cpu")
         self.unreadable = dict(unreadable or {})

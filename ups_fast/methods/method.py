@@ -62,7 +62,7 @@ class Known(NamedTuple):
 class Batch(NamedTuple):
     """What a step learns from: B rows, the groups of the layout one after the other. All on the device."""
 
-    images: Tensor  # float32 [B, C, H, W]
+    images: Tensor  # float32 [B, C, H, W], or of features [B, d]
     keys: Tensor | None  # int32 [B], by which dropout drops; None: by torch's generator
     index: Tensor  # type: ignore[assignment]  # int64 [B], sample ids
     # [B, ...] of each of the tables, and "readable": bool [B], False where a file is gone.
@@ -101,6 +101,7 @@ class Method(nn.Module):
     # rounds divide into equal parts.
     continues: ClassVar[bool] = False
     two_views: ClassVar[bool] = False  # it needs a strong view that differs from the weak one
+    many_heads: ClassVar[bool] = False  # its loss trains several heads, each as if it were alone
     splits: ClassVar[bool] = True  # its loss treats the groups of a batch differently, by their place
 
     network: Network  # the one that is trained
@@ -202,6 +203,11 @@ class Method(nn.Module):
         """One forward pass, by default of the trained network, in the run's precision."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return (network or self.network)(images, keys)
+
+    def members(self, images: Tensor, keys: Tensor | None) -> Tensor:  # [H, B, n_classes]
+        """One forward pass of each head of the trained network, in the run's precision."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network.members(images, keys)
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of a batch, group by group."""

@@ -32,6 +32,7 @@ from ups_fast.selection import PseudoLabels, Thresholds
 
 class UPS(Method):
     splits = False  # a row's target says what it is
+    many_heads = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -82,8 +83,22 @@ class UPS(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """One forward pass over the joined batch, so that batch-norm sees both kinds."""
-        target = batch.rows["target"]
-        return ups_loss(self.logits(batch.images, batch.keys), target, target >= 0, batch.rows["negative"])
+        return heads_loss(
+            self.members(batch.images, batch.keys), batch.rows["target"], batch.rows["negative"]
+        )
+
+
+def heads_loss(
+    logits: Tensor,  # [H, B, C]
+    target: Tensor,  # int64 [B]
+    negative: Tensor | None = None,  # int32 [B, ceil(C / 32)]
+) -> Tensor:
+    """The sum over heads of their `ups_loss`, so that each learns as it would alone."""
+    heads = len(logits)
+    if heads == 1:
+        return ups_loss(logits[0], target, target >= 0, negative)
+    target, negative = target.repeat(heads), None if negative is None else negative.repeat(heads, 1)
+    return heads * ups_loss(logits.flatten(0, 1), target, target >= 0, negative)
 
 
 def expand(positives: Tensor, n_neg: int, generator: torch.Generator) -> Tensor:
@@ -103,13 +118,13 @@ class Supervised(Method):
 
     continues = True
     splits = False
+    many_heads = True
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         return Layout((Group("labeled", batch_size),), epoch_steps(list(sizes.values()), batch_size))
 
     def loss(self, batch: Batch) -> Tensor:
-        target = batch.rows["target"]
-        return ups_loss(self.logits(batch.images, batch.keys), target, target >= 0)
+        return heads_loss(self.members(batch.images, batch.keys), batch.rows["target"])
 
 
 @dataclass

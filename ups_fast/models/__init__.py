@@ -10,18 +10,21 @@ from collections.abc import Sequence
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.mlp import MLP
 from ups_fast.models.network import Dropout, Network
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "Backbone", "Dropout", "Network", "WideResNet", "build"]
+__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Network", "WideResNet", "build"]
 
 
 def build(
     name: str,
     *,
     n_classes: int,
-    channels: int,
-    size: int | Sequence[int],
+    channels: int = 0,
+    size: int | Sequence[int] = 0,
+    columns: int = 0,
+    heads: int = 1,
     dropout: float,
     preact: str = "fixed",
     activation: str = "mish",
@@ -31,7 +34,10 @@ def build(
     """A freshly initialized network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
     name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
-                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, see `Backbone`
+                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, see `Backbone`; for
+                 features "linear" or "mlp-w[-w...]" with hidden layers of these widths (such as "mlp-256")
+    columns      of features, in place of channels and size: the network takes float32 [B, columns]
+    heads        of networks on features: that many side by side, each with weights of its own, see `MLP`
     channels     1 or 3
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
@@ -47,7 +53,7 @@ def build(
     """
     if n_classes < 2:
         raise ValueError(f"n_classes must be at least 2, got {n_classes}")
-    if channels not in (1, 3):
+    if not columns and channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
@@ -60,6 +66,16 @@ def build(
     library = name.partition(":")[0] if ":" in name else ""
     if weights and library not in LIBRARIES:
         raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
+
+    layers = re.fullmatch(r"linear|mlp((?:-[1-9][0-9]{0,5}){1,20})", name)
+    if bool(layers) != bool(columns):
+        fits = "linear or mlp-WIDTH, such as mlp-256" if columns else "another: this one is for features"
+        raise ValueError(f"name must be {fits}, got {name!r} for {'features' if columns else 'images'}")
+    if heads != 1 and not layers:
+        raise ValueError(f"heads are for networks on features alone, got {heads} for {name}")
+    if layers:
+        widths = [int(width) for width in (layers[1] or "").split("-")[1:]]
+        return MLP(widths, columns, n_classes, dropout=dropout, heads=heads)
 
     height, width = (size, size) if isinstance(size, int) else size
     model: Network
@@ -81,7 +97,7 @@ def build(
     else:
         raise ValueError(
             "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), or 'torchvision:NAME' or 'timm:NAME', "
-            f"got {name!r}"
+            f"or for features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
         )
 
     if min(height, width) < model.min_size:

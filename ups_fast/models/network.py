@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from ups_fast.modules import CounterDropout as Dropout
@@ -37,12 +38,14 @@ class Network(nn.Module, ABC):
     """
 
     min_size: int  # of height and width
+    heads = 1  # networks side by side, each with weights of its own
 
     # What belongs to a trained network. Only the networks that `ups_fast.load_model` returns have these.
     classes: list[str]  # names, C of them
     channels: int  # 1 or 3
     size: list[int]  # [H, W], to which images must be scaled and cropped
-    mean: Tensor  # float32 [channels, 1, 1], on the network's device, of pixels in [0, 1]
+    columns: int  # of networks on features, in place of these two
+    mean: Tensor  # float32 [channels, 1, 1], on the network's device, of pixels in [0, 1]; of features [d]
     std: Tensor  # likewise
 
     def forward(
@@ -50,11 +53,30 @@ class Network(nn.Module, ABC):
         images: Tensor,  # [B, channels, H, W]
         keys: Tensor | None = None,  # int32 [B]: dropout drops by these; None: as nn.Dropout does
     ) -> Tensor:  # [B, n_classes]
+        self.check(images)
+        return self.suffix(self.prefix(images), keys)
+
+    def check(self, images: Tensor) -> None:
+        """ValueError where they do not fit."""
         if min(images.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
             )
-        return self.suffix(self.prefix(images), keys)
+
+    def members(self, images: Tensor, keys: Tensor | None) -> Tensor:  # [H, B, n_classes]
+        """The logits of each head, of which `forward` is the mean answer."""
+        return self(images, keys)[None]
+
+    def passes(
+        self,
+        hidden: Tensor,  # as of `prefix`, of B images
+        keys: Tensor,  # int32 [P * B], pass by pass
+        passes: int,  # a multiple of the heads
+        skip: int = 0,
+    ) -> Tensor:  # [P, B, n_classes]
+        """Passes with dropout, as one batch."""
+        logits = self.suffix(torch.cat([hidden] * passes), keys, skip)
+        return logits.view(passes, len(hidden), logits.shape[1])
 
     @abstractmethod
     def prefix(self, images: Tensor, skip: int = 0) -> Tensor: ...

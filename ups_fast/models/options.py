@@ -12,7 +12,7 @@ class ModelConfig:
     name: str = key(
         "wrn-28-2",
         "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
-        "timm:NAME, such as torchvision:resnet50.",
+        "timm:NAME, such as torchvision:resnet50. For features linear or mlp-WIDTH, such as mlp-256.",
     )
     weights: str = key(
         "",

@@ -21,13 +21,15 @@ from ups_fast.schema import keys_of
 from ups_fast.words import line_of, shown
 
 MODEL = "model.safetensors"  # in a run's folder: the network of the last round
+# What a network is made for: images, or rows of so many columns.
+_SHAPE = ("channels", "size", "columns")
 BEST = "best.safetensors"  # of the round of highest validation accuracy
 
 
 def rebuild(about: Mapping[str, Any]) -> Network:
-    """A new network as `about` says: model (the config's values), classes, channels and size."""
-    classes, channels, size = about["classes"], about["channels"], about["size"]
-    return build(n_classes=len(classes), channels=channels, size=size, **about["model"])
+    """A new network as `about` says: model (the config's values), heads, classes, and channels and size, or columns."""
+    shape = {name: about[name] for name in _SHAPE if name in about}
+    return build(n_classes=len(about["classes"]), heads=about.get("heads", 1), **shape, **about["model"])
 
 
 def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best: bool = False) -> None:
@@ -45,8 +47,9 @@ def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Network:
     """The network of a run's last finished round, in eval mode on `device`.
 
-    It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, and returns logits float32
-    [B, n_classes]. Its attributes say what belongs to it, see `Network`.
+    It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, or of features float32
+    [B, d], as (feature - mean) / std. It returns logits float32 [B, n_classes]. Its attributes say what belongs to
+    it, see `Network`.
 
     Args:
         run_dir: the folder of the run; ~ stands for the home folder.
@@ -84,10 +87,12 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         _check_about(about)
         model = _filled(about, weights)
-        for name in ("classes", "channels", "size"):
-            setattr(model, name, about[name])
+        for name in ("classes", *_SHAPE):
+            if name in about:
+                setattr(model, name, about[name])
         for name in ("mean", "std"):
-            value = torch.tensor(about[name], dtype=torch.float32).view(-1, 1, 1)
+            value = torch.tensor(about[name], dtype=torch.float32)
+            value = value if "columns" in about else value.view(-1, 1, 1)
             model.register_buffer(name, value, persistent=False)  # goes where the network goes
     except RunFolderError:
         raise
@@ -108,17 +113,22 @@ def _check_about(about: Any) -> None:
             raise ValueError(f"model.{name} in its metadata is unknown, or not of its type")
     if about["model"].get("weights"):
         raise ValueError("model.weights in its metadata names a file of pretrained weights")
-    if type(about["channels"]) is not int or about["channels"] not in (1, 3):
+    columns, n = about.get("columns"), about.get("channels")
+    if columns is None and (type(n) is not int or n not in (1, 3)):
         raise ValueError("channels in its metadata is neither 1 nor 3")
-    for name in ("classes", "size", "mean", "std"):
+    for name, highest in (("columns", 10**7), ("heads", 1000)):
+        if name in about and not (type(about[name]) is int and 1 <= about[name] <= highest):
+            raise ValueError(f"{name} in its metadata is no possible number")
+    for name in ("classes", "mean", "std", *([] if columns else ["size"])):
         if type(about[name]) is not list:
             raise ValueError(f"{name} in its metadata is no list")
     if not all(type(each) is str for each in about["classes"]):
         raise ValueError("classes in its metadata are not names")
-    size, mean, std, n = about["size"], about["mean"], about["std"], about["channels"]
-    numbers = all(type(each) in (int, float) and abs(each) < 1e6 for each in (*mean, *std))  # NaN is not
-    if not numbers or not len(mean) == len(std) == n or min(std) <= 0:
+    mean, std, most = about["mean"], about["std"], 1e38 if columns else 1e6
+    numbers = all(type(each) in (int, float) and abs(each) < most for each in (*mean, *std))  # NaN is not
+    if not numbers or not len(mean) == len(std) == (columns or n) or min(std) <= 0:
         raise ValueError("mean or std in its metadata do not fit")
+    size = about.get("size", [1, 1])
     if len(size) != 2 or not all(type(each) is int and 0 < each <= 2**16 for each in size):
         raise ValueError("size in its metadata does not fit")
 

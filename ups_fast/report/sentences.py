@@ -20,7 +20,7 @@ Rows = Sequence[Row]  # one per round
 
 def headline(rows: Rows, cfg: Config) -> str:
     """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
-    name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "folder") else cfg.data.name
+    name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "features", "folder") else cfg.data.name
     first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
     if one_training(cfg):
         return f"{name}: test accuracy {percent(last)} by {cfg.method.name}"

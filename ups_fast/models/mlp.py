@@ -1,0 +1,113 @@
+"""Networks on features, `linear` and `mlp-WIDTH[-WIDTH...]`: one, or several heads that are trained side by side."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ups_fast.models.network import Dropout, Network
+from ups_fast.reference import dropout_keys
+
+
+class Linears(nn.Module):
+    """H linear layers side by side: [H, B, n_in] -> [H, B, n_out], one product. Each is drawn as nn.Linear is."""
+
+    def __init__(self, heads: int, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(heads, 1, n_out))
+        bound = 1 / math.sqrt(n_in)
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class MLP(Network):
+    """float32 [B, d] -> logits [B, C]: before every linear layer dropout, between them ReLU.
+
+    With several heads, each is a whole network of its own weights and dropout masks. The answer is the logarithm of
+    their mean probability; a pass has one head.
+    """
+
+    def __init__(
+        self, widths: list[int], n_features: int, n_classes: int, *, dropout: float, heads: int = 1
+    ) -> None:
+        super().__init__()
+        self.heads, self.columns = heads, n_features
+        sizes = [n_features, *widths, n_classes]
+        self.dropouts = nn.ModuleList(Dropout(dropout, layer=i) for i in range(len(sizes) - 1))
+        self.layers = nn.ModuleList(Linears(heads, n_in, n_out) for n_in, n_out in pairwise(sizes))
+
+    def check(self, images: Tensor) -> None:
+        if images.ndim != 2 or images.shape[1] != self.columns:
+            raise ValueError(f"features must be [B, {self.columns}], got {list(images.shape)}")
+
+    def prefix(self, images: Tensor, skip: int = 0) -> Tensor:  # -> [B, d] or [H, B, width]
+        return self._run(images, None, 0, skip) if skip else images
+
+    def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
+        return mean_answer(self._each(hidden, keys, skip))
+
+    def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
+        """Of several heads, the mean."""
+        return self._run(hidden, keys, skip, len(self.layers) - 1, last=True).mean(0)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return mean_answer(self.layers[-1](features[None].expand(self.heads, -1, -1)))
+
+    def members(self, images: Tensor, keys: Tensor | None) -> Tensor:
+        return self._each(self.prefix(images), keys, 0)
+
+    def passes(self, hidden: Tensor, keys: Tensor, passes: int, skip: int = 0) -> Tensor:
+        """Pass p is by head p mod H."""
+        each = passes // self.heads
+        many = hidden.repeat(*[1] * (hidden.ndim - 2), each, 1)  # [.., each * B, width]
+        keys = keys.view(each, self.heads, -1).transpose(0, 1).reshape(-1)
+        logits = self._each(many, keys, skip, own_keys=True)  # [H, each * B, C]
+        return logits.view(self.heads, each, -1, logits.shape[-1]).transpose(0, 1).flatten(0, 1)
+
+    def _each(self, hidden: Tensor, keys: Tensor | None, skip: int, *, own_keys: bool = False) -> Tensor:
+        return self._run(hidden, keys, skip, len(self.layers), own_keys=own_keys)
+
+    def _run(
+        self,
+        hidden: Tensor,  # [B, d], or [H, B, width]
+        keys: Tensor | None,  # int32 [B], or with own_keys [H * B]
+        first: int,
+        behind: int,
+        *,
+        last: bool = False,
+        own_keys: bool = False,
+    ) -> Tensor:  # [H, B, width]
+        """Layers [first, behind), and with `last` the ReLU that follows them."""
+        if hidden.ndim == 2:
+            hidden = hidden.expand(self.heads, -1, -1)
+        if keys is not None and not own_keys:
+            keys = self._keys(keys)
+        for i in range(first, behind):
+            if i:
+                hidden = hidden.relu()
+            dropout = self.dropouts[i]
+            if dropout.p and (keys is not None or dropout.training):
+                hidden = dropout(hidden.flatten(0, 1), keys).view(hidden.shape)
+            hidden = self.layers[i](hidden)
+        return hidden.relu() if last and behind else hidden
+
+    def _keys(self, keys: Tensor) -> Tensor:  # int32 [B] -> [H * B]
+        """Of each head its own. One head has those that are given."""
+        if self.heads == 1:
+            return keys
+        head = torch.arange(self.heads, device=keys.device).repeat_interleave(len(keys))
+        return dropout_keys(keys.long().repeat(self.heads) & 0xFFFFFFFF, seed=0, draw=head)
+
+
+def mean_answer(logits: Tensor) -> Tensor:  # [H, B, C] -> [B, C]
+    """The logarithm of the heads' mean probability."""
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))

@@ -94,7 +94,7 @@ def test_packed_masks_are_the_same(isa, c):
         assert torch.equal(plain[0], bits[0]) and torch.equal(plain[1], bits[1])
 
 
-@pytest.mark.parametrize("c", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("c", [1, 3, 16, 17, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck(isa, c, packed):
     logits, target, positive, negative = batch(9, c, dtype=torch.float64, scale=1.5)
@@ -260,8 +260,16 @@ def test_compiles_whole(packed):
     torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("n, c", [(6, 10), (0, 3), (5, 70)])
+@pytest.mark.parametrize(
+    ("n", "c", "packed"),
+    [
+        (6, 10, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((6, 10, False), (0, 3, False), (0, 3, True), (5, 70, False), (5, 70, True))
+        ),
+    ],
+)
 def test_opcheck(n, c, packed):
     logits, target, positive, negative = batch(n, c)
     logits.requires_grad_()

@@ -67,14 +67,16 @@ C_HOSTILE = [
 C_LARGE = [1025, 2047, 2049, 4097]
 
 
-def classes_of_each_dtype(classes: list[int], now: tuple[int, ...]) -> pytest.MarkDecorator:
+def classes_of_each_dtype(
+    classes: list[int], now: tuple[int, ...], dtypes: list[torch.dtype] = DTYPES
+) -> pytest.MarkDecorator:
     """Parameters c and dtype. Float32 has every variant of the kernels, the others only `now`; their rest is slow."""
     return pytest.mark.parametrize(
         ("c", "dtype"),
         [
             pytest.param(c, dtype, marks=() if dtype == torch.float32 or c in now else pytest.mark.slow)
             for c in classes
-            for dtype in DTYPES
+            for dtype in dtypes
         ],
     )
 
@@ -586,8 +588,9 @@ def test_mc_select_in_16_bits_is_float32_on_the_same_values(kernels, dtype, c):
     assert_same(kernels.mc_select(z, **LOOSE), kernels.mc_select(z.float(), **LOOSE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("c", [1, 4, 10, 13, 28, 100, 112, 257, 512, 1000, 2048, 2500])
+@classes_of_each_dtype(
+    [1, 4, 10, 13, 28, 100, 112, 257, 512, 1000, 2048, 2500], now=(10, 257), dtypes=DTYPES[:3]
+)
 def test_mc_select_reads_slices_of_larger_tensors(kernels, dtype, c):
     """Whichever of start and strides spoils the alignment, the arithmetic is the same: equal bits."""
     z = logits_of(3, 5 if c <= 112 else 2, c, dtype=dtype, seed=c)

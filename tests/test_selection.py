@@ -178,7 +178,7 @@ def test_label_depends_on_model_and_seed_alone(net: nn.Module, images: ResidentI
     assert not torch.equal(first.std, pseudo_label(net, images, index, seed=2).std)
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", pytest.param("cnn13", marks=pytest.mark.slow)])
 def test_labels_depend_on_no_batch(name: str) -> None:
     """Masks are equal, so logits differ by rounding alone, and verdicts only next to a threshold."""
     torch.manual_seed(0)

@@ -629,6 +629,7 @@ def test_an_index_out_of_range_is_an_error(augment, index):
         augment(hostile_images(9, 8, 8, 3), torch.tensor(index), **rule)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_augment_compiles():
     images, index = hostile_images(9, 8, 8, 3), torch.arange(5)

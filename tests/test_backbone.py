@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from ups_fast.config import Config, ModelConfig, TrainConfig
 from ups_fast.data import ImageSet
 from ups_fast.files import RunFolderError
 from ups_fast.models import Backbone, Dropout, build
+from ups_fast.models.pretrained import load_weights
 from ups_fast.models.saved import save_model
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import passes_over, skipped
@@ -93,12 +95,12 @@ def check_is_the_library_s(name: str) -> None:
     assert all(each.p == 0.3 for each in found) and skipped(model, 1) == len(found) - 1
 
 
-@pytest.mark.parametrize("name", some_now(ZOO, "resnet18", "swin_t"))
+@pytest.mark.parametrize("name", some_now(ZOO, "resnet18"))
 def test_is_the_library_s_network_with_dropout(name):
     check_is_the_library_s(f"torchvision:{name}")
 
 
-@pytest.mark.parametrize("name", some_now(TIMM, "test_vit", "resnet18.a1_in1k"))
+@pytest.mark.parametrize("name", some_now(TIMM, "test_vit"))
 def test_is_timm_s_network_with_dropout(name):
     pytest.importorskip("timm")
     check_is_the_library_s(f"timm:{name}")
@@ -161,8 +163,11 @@ def test_passes_at_once_are_single_passes(name, skip):
     assert (logits.std(0) > 1e-5).all()
 
 
-def test_skip_leaves_the_first_dropouts_off():
+def test_several_dropouts_of_which_skip_leaves_the_first_off():
     model, x = make(DEEP, dropout=0.5).eval(), images(size=64)
+    # Keys of the state are in people's files: a change here makes those unreadable.
+    keys = [f"head.{i}.{each}" for i in (1, 4, 7) for each in ("weight", "bias")]
+    assert list(model.state_dict())[-6:] == keys
     kinds = [type(module).__name__ for module in model.head]
     assert kinds == ["CounterDropout", "Linear", "ReLU"] * 2 + ["CounterDropout", "Linear"]
     with torch.no_grad():
@@ -208,9 +213,9 @@ def test_smaller_images_than_built_for_are_refused():
     [
         ("torchvision:alexnet", 32, "32x32 images with 3 channels: .*Output size is too small"),
         ("torchvision:convnext_tiny", (31, 64), "31x64 images"),
-        ("torchvision:densenet121", 16, "Output size is too small"),
+        pytest.param("torchvision:densenet121", 16, "Output size is too small", marks=pytest.mark.slow),
         ("torchvision:vit_b_32", 33, "indivisible by patch size"),
-        ("torchvision:vit_b_32", (32, 64), "Wrong image width"),
+        pytest.param("torchvision:vit_b_32", (32, 64), "Wrong image width", marks=pytest.mark.slow),
         ("torchvision:maxvit_t", 100, "not divisible by partition size"),
     ],
 )
@@ -270,8 +275,9 @@ def test_a_missing_library_is_named(library, module, monkeypatch):
         make(f"{library}:resnet18")
 
 
-def state(n_classes: int = 1000, seed: int = 5) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
+@cache
+def state(n_classes: int = 1000) -> dict[str, Tensor]:
+    torch.manual_seed(5)
     return torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=n_classes).state_dict()
 
 
@@ -279,6 +285,16 @@ def state(n_classes: int = 1000, seed: int = 5) -> dict[str, Tensor]:
 def pretrained(tmp_path) -> tuple[Path, dict[str, Tensor]]:
     torch.save(state(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth", state()
+
+
+@pytest.fixture(scope="module")
+def bare() -> nn.Module:
+    """The network of SMALL before it gets weights: a file that is refused must leave it as it is."""
+    torch.manual_seed(0)
+    net: nn.Module = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=5)
+    before = {key: x.clone() for key, x in net.state_dict().items()}
+    yield net
+    assert all(torch.equal(x, before[key]) for key, x in net.state_dict().items())
 
 
 def same_body(model: Backbone, wanted: dict[str, Tensor]) -> None:
@@ -370,7 +386,7 @@ class Evil:
         ("w.safetensors", "other"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, file, content):
+def test_files_that_are_no_weights(bare, tmp_path, file, content):
     path = tmp_path / file
     if isinstance(content, str):
         save_file(state(), tmp_path / "a.safetensors")
@@ -380,7 +396,7 @@ def test_files_that_are_no_weights(tmp_path, file, content):
         content = whole[: len(whole) // 2] if content == "half" else whole
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"weights: .*{file} is damaged, or neither"):
-        make(weights=str(path))
+        load_weights(bare, str(path), SMALL, "fc")
 
 
 @pytest.mark.parametrize(
@@ -395,10 +411,10 @@ def test_files_that_are_no_weights(tmp_path, file, content):
         {"fc.weight": torch.empty(3, device="meta")},
     ],
 )
-def test_files_of_something_else(tmp_path, content):
+def test_files_of_something_else(bare, tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth is no state_dict"):
-        make(weights=str(tmp_path / "w.pth"))
+        load_weights(bare, str(tmp_path / "w.pth"), SMALL, "fc")
 
 
 @pytest.mark.parametrize(
@@ -417,12 +433,18 @@ def test_files_of_something_else(tmp_path, content):
         ({"fc.bias": torch.zeros(7), "fc.weight": torch.zeros(5, 1024)}, r"fc.bias is real numbers \[7\]"),
     ],
 )
-def test_weights_that_do_not_fit(pretrained, change, says):
+def test_weights_that_do_not_fit(bare, pretrained, change, says):
     path, content = pretrained
     changed = {key: x for key, x in {**content, **change}.items() if x is not None}
     torch.save(changed, path)
     with pytest.raises(ValueError, match=rf"weights: .*weights\.pth does not fit {SMALL}: .*{says}"):
-        make(weights=str(path))
+        load_weights(bare, str(path), SMALL, "fc")
+
+
+def test_a_file_that_is_refused_ends_the_building(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights: .*w\.pth is damaged, or neither"):
+        make(weights=str(tmp_path / "w.pth"))
 
 
 @pytest.mark.slow
@@ -474,9 +496,6 @@ def test_keys_of_the_state_are_stable():
     """They are in people's files: a change here makes those unreadable."""
     keys = list(make().state_dict())
     assert keys[0] == "net.conv1.0.weight" and keys[-2:] == ["head.1.weight", "head.1.bias"]
-    assert list(make(DEEP).state_dict())[-6:] == [
-        f"head.{i}.{x}" for i in (1, 4, 7) for x in ("weight", "bias")
-    ]
 
 
 @pytest.mark.slow

@@ -245,9 +245,8 @@ def rows(content: Content) -> Iterator[tuple[str, Content]]:
         yield f"row with {more}", {**content, "rows": [{**row, **more}]}
 
 
-@pytest.mark.parametrize(
-    "mutations", [parts, *(pytest.param(each, marks=pytest.mark.slow) for each in (tensors, numbers, rows))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mutations", [parts, tensors, numbers, rows])
 def test_no_mutation_is_believed(
     mutations: Callable[[Content], Iterator[tuple[str, Content]]],
     job: Run,

@@ -150,14 +150,21 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     assert Path(python).samefile(sys.executable), "what is printed can be pasted"
 
 
-def test_a_run_from_start_to_report_and_again(tmp_path, capsys):
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_from_start_to_report_and_again(tmp_path, capsys, alone):
+    """In a process of its own, as users start it, and in this one, which has imported all libraries."""
     folder = tmp_path / "run"
     words = [DIGITS, *TINY, "train.rounds=2", f"run_dir={folder}"]
-    process = start(*words)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
+    if alone:
+        process = start(*words)
+        out, err = process.communicate(timeout=120)
+        status, threads = process.returncode, 1
+    else:
+        status, threads = train.main(words), torch.get_num_threads()
+        out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
     assert out.startswith(
-        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu (1 threads)\n"
+        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu ({threads} threads)\n"
     )
     assert f"ops on cpu: {ups_fast.backend()['cpu']}" in out
     assert "40 labeled" in out and "wrn-10-1" in out

@@ -67,6 +67,20 @@ C_HOSTILE = [
 C_LARGE = [1025, 2047, 2049, 4097]
 
 
+def classes_of_each_dtype(
+    classes: list[int], now: tuple[int, ...], dtypes: list[torch.dtype] = DTYPES
+) -> pytest.MarkDecorator:
+    """Parameters c and dtype. Float32 has every variant of the kernels, the others only `now`; their rest is slow."""
+    return pytest.mark.parametrize(
+        ("c", "dtype"),
+        [
+            pytest.param(c, dtype, marks=() if dtype == torch.float32 or c in now else pytest.mark.slow)
+            for c in classes
+            for dtype in dtypes
+        ],
+    )
+
+
 def compiled(request, name: str, sources: list[str], flags: list[str]) -> Path:
     """The program or library built from these sources: kept in pytest's cache until a source or a flag changes."""
     if sys.platform != "linux":
@@ -547,8 +561,14 @@ def test_mc_select_uses_every_variant(kernels):
     assert all(plan["threads"] % 32 == 0 and plan["threads"] >= plan["threads_per_row"] for plan in plans)
 
 
-@pytest.mark.parametrize("c", [2, 10, 33, 100, 1000])
-@pytest.mark.parametrize("temp_nl", [2.0, 1.0, 3.7])
+@pytest.mark.parametrize(
+    ("c", "temp_nl"),
+    [
+        pytest.param(c, temp_nl, marks=() if temp_nl == 2.0 or c == 10 else pytest.mark.slow)
+        for c in (2, 10, 33, 100, 1000)
+        for temp_nl in (2.0, 1.0, 3.7)
+    ],
+)
 def test_mc_select_error_is_at_most_twice_the_references(kernels, c, temp_nl):
     """Against float64, although the shim's exponential errs as much as the hardware's may."""
     z = logits_of(10, 1500 if c <= 100 else 50, c, seed=3)
@@ -568,8 +588,9 @@ def test_mc_select_in_16_bits_is_float32_on_the_same_values(kernels, dtype, c):
     assert_same(kernels.mc_select(z, **LOOSE), kernels.mc_select(z.float(), **LOOSE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("c", [1, 4, 10, 13, 28, 100, 112, 257, 512, 1000, 2048, 2500])
+@classes_of_each_dtype(
+    [1, 4, 10, 13, 28, 100, 112, 257, 512, 1000, 2048, 2500], now=(10, 257), dtypes=DTYPES[:3]
+)
 def test_mc_select_reads_slices_of_larger_tensors(kernels, dtype, c):
     """Whichever of start and strides spoils the alignment, the arithmetic is the same: equal bits."""
     z = logits_of(3, 5 if c <= 112 else 2, c, dtype=dtype, seed=c)
@@ -795,8 +816,7 @@ def test_losses_of_weight_0_are_those_of_no_row(kernels):
 C_LOSS = [1, 2, 3, 10, 31, 32, 33, 100, 129, 257, 1000, 1025, 4097]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("c", C_LOSS)
+@classes_of_each_dtype(C_LOSS, now=(3, 33))
 def test_losses_on_hostile_shapes(kernels, c, dtype):
     for n in (1, 7, 40) if c <= 257 else (1, 3):
         z, *rows = batch(n, c, dtype=dtype, seed=c, packed=n == 7)
@@ -852,8 +872,7 @@ def test_losses_of_one_kind(kernels, c):
             check_ups_loss(kernels, z, target, all_positive, mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("c", [10, 33, 100, 1500])
+@classes_of_each_dtype([10, 33, 100, 1500], now=(10, 100))
 def test_losses_read_slices_of_larger_tensors(kernels, c, dtype):
     z, target, positive, negative = batch(5, c, dtype=dtype, seed=2)
     one = torch.ones((), dtype=scalar_type(z))
@@ -976,8 +995,7 @@ def check_fixmatch_loss(kernels: Kernels, strong: Tensor, weak: Tensor, **option
     torch.testing.assert_close(again, d_strong, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("c", C_LOSS)
+@classes_of_each_dtype(C_LOSS, now=(3, 33))
 def test_fixmatch_loss_on_hostile_shapes(kernels, c, dtype):
     g = torch.Generator().manual_seed(c)
     for n in (1, 7, 40) if c <= 257 else (1, 3):

@@ -594,28 +594,18 @@ def test_arguments_are_refused(jpegs, kind):
         images.clean_batches(plan[0], 0)
 
 
-def test_without_dali_a_sentence_says_what_to_install(jpegs):
-    code = f"""
-import sys, warnings
-sys.modules["nvidia.dali"] = None
-import ups_fast.data
-settings = dict(size=8, channels=3, mean=[0] * 3, std=[1] * 3, device="cpu")
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    images = ups_fast.data.file_images("auto", {str(jpegs[0])!r}, {jpegs[1]!r}, **settings)
-print(type(images).__name__, *(w.message for w in said))
-try:
-    ups_fast.data.file_images("dali", {str(jpegs[0])!r}, {jpegs[1]!r}, **settings)
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 0, done.stderr
-    plain, error = done.stdout.splitlines()
-    assert plain.startswith("PlainImages files are decoded by Pillow, which is slower: DALI is not installed")
-    assert error.startswith("DALI is not installed: `pip install nvidia-dali-cuda130`") and "cuda120" in error
+def test_without_dali_a_sentence_says_what_to_install(jpegs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    root, paths = jpegs
+    settings = {"size": 8, "channels": 3, "mean": [0] * 3, "std": [1] * 3, "device": "cpu"}
+    plain = "files are decoded by Pillow, which is slower: DALI is not installed"
+    with pytest.warns(UserWarning, match=f"^{plain}"):
+        images = file_images("auto", str(root), paths, **settings)
+    assert type(images).__name__ == "PlainImages"
+    with pytest.raises(ImportError) as error:
+        file_images("dali", str(root), paths, **settings)
+    said = str(error.value)
+    assert said.startswith("DALI is not installed: `pip install nvidia-dali-cuda130`") and "cuda120" in said
 
 
 @needs_dali

@@ -66,7 +66,7 @@ def test_a_mask_depends_on_its_row_alone(isa):
     assert not torch.equal(counter_dropout(x, keys, p=0.3, layer=3), whole)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("p", [0.3, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.1, 0.5))])
 def test_masks_are_independent_in_every_direction(p):
     """Shares and correlations of 4 million elements within five standard deviations of those of fair coins."""
     n, shape = 256, (256, 64, 16, 16)

@@ -239,6 +239,7 @@ def test_weak_is_a_constant_and_so_are_tau_and_weight():
         raw.backward()
 
 
+@pytest.mark.slow
 def test_opcheck():
     ops = torch.ops.ups_fast
     for n, c in ((6, 10), (0, 3), (20, 70)):

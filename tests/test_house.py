@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -75,6 +78,7 @@ def imports_of(path: Path) -> set[str]:
     return found & {p.stem for p in PACKAGE.iterdir()}
 
 
+@cache
 def rooms() -> dict[str, set[str]]:
     """Imports of each top-level module or subpackage of ups_fast, itself left out."""
     result: dict[str, set[str]] = {}
@@ -97,12 +101,8 @@ def test_imports_run_one_way():
         assert not got[room] & {"step", "build", "rounds", "train"}, f"{room} imports upwards"
 
 
-def test_reference_and_ops_need_only_torch():
-    """In a process where everything else a trainer needs is missing, the package imports and its ops run."""
-    assert rooms()["ops"] == {"policy", "reference", "autograd"}
-    assert rooms()["reference"] == {"reference_augment"} and rooms()["reference_augment"] == {"policy"}
-    assert rooms()["policy"] == {"words"} and rooms()["words"] == rooms()["autograd"] == set()
-    code = """
+PROGRAMS = {
+    "need only torch": """
 import sys
 for name in ("rich", "tensorboard", "matplotlib", "sklearn", "torchvision", "safetensors", "yaml", "PIL"):
     sys.modules[name] = None
@@ -110,8 +110,78 @@ import torch, ups_fast
 assert ups_fast.mc_select(torch.zeros(2, 3, 4)).label.tolist() == [0, 0, 0]
 image = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
 ups_fast.augment(image, torch.tensor([0]), policy="none", seed=0, draw=0, mean=[0] * 3, std=[1] * 3)
+""",
+    "an older module": """
+import sys, types
+sys.modules["ups_fast._C"] = types.ModuleType("ups_fast._C")  # of a time when there was no number
+import torch, ups_fast
+print(ups_fast.backend()["cpu"])
+ups_fast.mish(torch.ones(2))
+""",
+    "no module": """
+import sys; sys.modules["ups_fast._C"] = None
+import warnings, torch, ups_fast
+z = torch.randn(4, 5, requires_grad=True)
+rows = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=bool), torch.zeros(4, 5, dtype=bool)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("default")
+    for _ in range(3):
+        ups_fast.ups_loss(z, *rows).backward()
+    ups_fast.mc_select(torch.zeros(2, 3, 4)), ups_fast.nce_loss(z, torch.ones(4, 5, dtype=bool))
+print([str(w.message) for w in said])
+print(ups_fast.backend()["cpu"])
+""",
+    "strict": """
+import os, sys; os.environ["UPS_FAST_STRICT"] = "1"; sys.modules["ups_fast._C"] = None
+import torch, ups_fast
+ups_fast.mc_select(torch.zeros(2, 3, 4))
+""",
+}
+# Each in a fork of one process that has imported torch, which takes longer than all of them.
+FORKS = """
+import json, os, sys, tempfile, torch, traceback
+os.environ.pop("UPS_FAST_STRICT", None)
+ends = {}
+for name, code in json.load(sys.stdin).items():
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if (child := os.fork()) == 0:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            status = 1
+            try:
+                exec(code, {})
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends[name] = status, *(file.seek(0) or file.read() for file in (out, err))
+print(json.dumps(ends))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+class End(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, End]:
+    """How each of PROGRAMS ended."""
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, input=json.dumps(PROGRAMS), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {name: End(*end) for name, end in json.loads(done.stdout).items()}
+
+
+def test_reference_and_ops_need_only_torch(ended):
+    """Where everything else a trainer needs is missing, the package imports and its ops run."""
+    assert rooms()["ops"] == {"policy", "reference", "autograd"}
+    assert rooms()["reference"] == {"reference_augment"} and rooms()["reference_augment"] == {"policy"}
+    assert rooms()["policy"] == {"words"} and rooms()["words"] == rooms()["autograd"] == set()
+    assert ended["need only torch"].status == 0, ended["need only torch"].err
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -157,18 +227,10 @@ def test_the_interface_is_raised_with_every_change_of_a_schema():
     assert ops._C is None or ops._C.interface == ops.INTERFACE
 
 
-def test_a_module_compiled_for_other_schemas_is_not_used():
-    code = """
-import sys, types
-sys.modules["ups_fast._C"] = types.ModuleType("ups_fast._C")  # of a time when there was no number
-import torch, ups_fast
-print(ups_fast.backend()["cpu"])
-ups_fast.mish(torch.ones(2))
-"""
-    run = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(
+def test_a_module_compiled_for_other_schemas_is_not_used(ended):
+    done = ended["an older module"]
+    assert done.status == 0, done.err
+    assert done.out.startswith(
         "reference ops: the compiled module is of another version of ups_fast; build it"
     )
 
@@ -179,35 +241,17 @@ def test_backend_says_what_runs():
     assert said["cpu"].startswith("fused kernels") == (ops._C is not None)
 
 
-def run_without_kernels(code: str, **env: str) -> subprocess.CompletedProcess:
-    head = "import sys; sys.modules['ups_fast._C'] = None\nimport warnings, torch, ups_fast\n"
-    return subprocess.run(
-        [sys.executable, "-c", head + code], capture_output=True, text=True, cwd=ROOT, env={"PATH": "", **env}
-    )
-
-
-def test_without_kernels_the_reference_runs_and_says_so():
-    code = """
-z = torch.randn(4, 5, requires_grad=True)
-rows = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=bool), torch.zeros(4, 5, dtype=bool)
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("default")
-    for _ in range(3):
-        ups_fast.ups_loss(z, *rows).backward()
-    ups_fast.mc_select(torch.zeros(2, 3, 4)), ups_fast.nce_loss(z, torch.ones(4, 5, dtype=bool))
-print([str(w.message) for w in said])
-print(ups_fast.backend()["cpu"])
-"""
-    done = run_without_kernels(code)
-    assert done.returncode == 0, done.stderr
-    warned, backend = done.stdout.splitlines()
+def test_without_kernels_the_reference_runs_and_says_so(ended):
+    done = ended["no module"]
+    assert done.status == 0, done.err
+    warned, backend = done.out.splitlines()
     assert "ups_fast runs its reference ops on cpu: the compiled module is missing" in warned
     assert backend.startswith("reference ops: the compiled module is missing")
 
 
-def test_strict_makes_a_fallback_an_error():
-    done = run_without_kernels("ups_fast.mc_select(torch.zeros(2, 3, 4))", UPS_FAST_STRICT="1")
-    assert done.returncode == 1 and "RuntimeError: ups_fast runs its reference ops on cpu" in done.stderr
+def test_strict_makes_a_fallback_an_error(ended):
+    done = ended["strict"]
+    assert done.status == 1 and "RuntimeError: ups_fast runs its reference ops on cpu" in done.err
 
 
 @pytest.mark.slow

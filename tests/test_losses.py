@@ -43,8 +43,14 @@ def assert_as_good_as_reference(got, ref, exact, *, rounding=2**-24):
     assert error <= 2 * allowed + 4 * rounding * max(1, np.abs(exact).max(initial=0)), (error, allowed)
 
 
-@pytest.mark.parametrize("c", C_HOSTILE)
-@pytest.mark.parametrize("n", [0, 1, 7, 64])
+@pytest.mark.parametrize(
+    ("n", "c"),
+    [
+        pytest.param(n, c, marks=pytest.mark.slow if n * c > 100_000 else ())  # the oracle's loops
+        for n in (0, 1, 7, 64)
+        for c in C_HOSTILE
+    ],
+)
 def test_against_oracle_and_reference(isa, n, c):
     logits, target, positive, negative = batch(n, c, seed=n + c)
     cases = [
@@ -94,7 +100,7 @@ def test_packed_masks_are_the_same(isa, c):
         assert torch.equal(plain[0], bits[0]) and torch.equal(plain[1], bits[1])
 
 
-@pytest.mark.parametrize("c", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("c", [1, 3, 16, 17, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck(isa, c, packed):
     logits, target, positive, negative = batch(9, c, dtype=torch.float64, scale=1.5)
@@ -260,8 +266,16 @@ def test_compiles_whole(packed):
     torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("n, c", [(6, 10), (0, 3), (5, 70)])
+@pytest.mark.parametrize(
+    ("n", "c", "packed"),
+    [
+        (6, 10, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((6, 10, False), (0, 3, False), (0, 3, True), (5, 70, False), (5, 70, True))
+        ),
+    ],
+)
 def test_opcheck(n, c, packed):
     logits, target, positive, negative = batch(n, c)
     logits.requires_grad_()

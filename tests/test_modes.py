@@ -126,7 +126,7 @@ def nothing_cached():
     policy.normalization.cache_clear()
 
 
-SLOW = {"export strict", "compile", "compile dynamic"}
+SLOW = {"export strict", "export dynamic", "make_fx symbolic", "compile", "compile dynamic"}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ class Dropped(nn.Module):
         return ups_fast.mish(ups_fast.counter_dropout(x * 2, keys, p=0.3, layer=1))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_and_mish_export_with_a_dynamic_batch(strict):
     x, keys = torch.randn(6, 4, 5, 5), ups_fast.dropout_keys(torch.arange(6), seed=0, draw=0)
     batch = Dim("batch", min=1, max=4096)

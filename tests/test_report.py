@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from ups_fast import report
 from ups_fast.calibration import report as numbers
@@ -23,6 +24,7 @@ from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
 from ups_fast.reference import mc_select, unpack_mask
+from ups_fast.report import page as page_module
 from ups_fast.report.figure import MOST_POINTS, draw
 from ups_fast.report.sentences import chosen
 from ups_fast.selection import PseudoLabels, drop_negatives
@@ -78,6 +80,12 @@ def cfg():
     cfg = Config(seed=7)
     cfg.data.n_labels = 40
     return cfg
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """For tests of the page's words: in place of the picture a small empty one, which is made in no time."""
+    monkeypatch.setattr(page_module, "draw", lambda *_: Figure(figsize=(0.1, 0.1)))
 
 
 # pseudo_labels.csv ---------------------------------------------------------------------------------
@@ -173,7 +181,7 @@ def test_no_cell_runs_in_a_spreadsheet_and_all_are_read_back(tmp_path):
         assert name == ("" if row == n - 1 else EVIL[row].strip()) and (part == "unlabeled") == (name == "")
 
 
-def test_recall_and_counts_by_class(tmp_path, cfg):
+def test_recall_and_counts_by_class(tmp_path, cfg, blank):
     pseudo_labels, truth, rows = case(n=60, n_classes=3)
     rows = [{**row, "test_recall": [0.985, None, 1 / 3]} for row in rows]
     classes, unknown = ["cat", "dog", "<emu>"], torch.full_like(truth, -1)
@@ -273,7 +281,7 @@ def test_unknown_truth_leaves_gaps_that_are_named(cfg):
     assert len(offsets(plane, "correct")) == len(offsets(plane, "wrong")) == 0
 
 
-def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
+def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg, blank):
     pseudo_labels, truth, _ = case(broken=4)
     test, test_truth, _ = case(seed=1, broken=3)
     unknown = torch.full_like(truth, -1)
@@ -299,7 +307,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg):
     )
 
 
-def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
+def test_uncertainty_says_what_it_has_done(tmp_path, cfg, blank):
     pseudo_labels, truth, rows = case()
     sure = pseudo_labels.confidence >= cfg.select.tau_p
     kept_out = int((sure & (pseudo_labels.std > cfg.select.kappa_p)).sum())
@@ -310,7 +318,7 @@ def test_uncertainty_says_what_it_has_done(tmp_path, cfg):
     assert said in page.read_text()
 
 
-def test_a_run_that_did_not_pay_says_so(tmp_path, cfg):
+def test_a_run_that_did_not_pay_says_so(tmp_path, cfg, blank):
     pseudo_labels, truth, rows = case(n_rounds=4)
     assert report.advice(rows, cfg) == "" and report.advice(rows[:1], cfg) == ""
     rows = [{**row, "test_acc": acc} for row, acc in zip(rows, (0.8, 0.85, 0.85, 0.7), strict=True)]
@@ -430,11 +438,13 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-@pytest.fixture
-def page(tmp_path, cfg):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
     pseudo_labels, truth, rows = case(n_classes=len(NASTY))
-    cfg.data.root = "<b>/folder</b>"
-    png, path = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, NASTY)
+    cfg = Config(seed=7)
+    cfg.data.n_labels, cfg.data.root = 40, "<b>/folder</b>"
+    folder = tmp_path_factory.mktemp("page")
+    png, path = report.write_report(folder, rows, pseudo_labels, truth, cfg, NASTY)
     return Page(path.read_text(encoding="utf-8")), png, pseudo_labels, truth, rows
 
 
@@ -485,7 +495,7 @@ def test_the_sentence_says_what_came_of_it(page):
     ("known", "said"),
     [(0, "are not known, so these labels cannot be checked"), (120, "(checked on the 120 images")],
 )
-def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
+def test_the_sentence_says_what_is_not_known(tmp_path, cfg, blank, known, said):
     pseudo_labels, truth, _ = case()
     truth[known:] = -1
     _, path = report.write_report(
@@ -501,7 +511,7 @@ def test_the_sentence_says_what_is_not_known(tmp_path, cfg, known, said):
     )  # title and sentence: test accuracy alone
 
 
-def test_the_page_names_the_most_frequent_mistakes(tmp_path, cfg):
+def test_the_page_names_the_most_frequent_mistakes(tmp_path, cfg, blank):
     pseudo_labels, truth, rows = case(n=50, n_classes=8)
     rows = [{**row, "test_mistakes": [[0, 3, 7], [2, 1, 1]]} for row in rows]
     _, page = report.write_report(

@@ -27,13 +27,14 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
-from test_rounds import tiny_config, tiny_set
+from test_rounds import one_thread, tiny_config, tiny_set
 
 from ups_fast import checkpoint, display, files, rounds, selection
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 from ups_fast.display import TensorBoard
 from ups_fast.methods import Method
 
+__all__ = ["one_thread"]  # the fixture
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
     ["torch._dynamo", "ups_fast.rounds"]
@@ -132,6 +133,11 @@ def run(folder: Path, plan: Plan | None = None, **changes: Any) -> int:
     return process.exitcode
 
 
+def finish(folder: Path, **changes: Any) -> None:
+    """Goes on to the end, in this process: nothing is done to it."""
+    rounds.run(settings(folder, **changes), tiny_set(), console=Console(file=io.StringIO()))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
@@ -205,18 +211,18 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
     ]
     for plan in plans:
         assert run(folder, plan, checkpoint_seconds=ALWAYS) == -signal.SIGKILL, plan
-    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    finish(folder, checkpoint_seconds=RARELY)
     assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize(
     "plan",
     [
-        ("fsync", 1, kill),  # before config.yaml is there
-        ("replace", 2, kill),  # before split.npz is there
+        pytest.param(("fsync", 1, kill), marks=SLOW),  # before config.yaml is there
+        pytest.param(("replace", 2, kill), marks=SLOW),  # before split.npz is there
         pytest.param(("step", 9, kill), marks=SLOW),  # before there is a checkpoint
         ("mc_select", 2, kill),  # in labeling, with the checkpoint of the training's end
-        ("replace", 7, kill),  # the network is saved, the selection is not
+        pytest.param(("replace", 7, kill), marks=SLOW),  # the network is saved, the selection is not
         ("replace", 9, kill),  # round 0 is in the checkpoint, but not in metrics.jsonl
         pytest.param(("step", 19, kill), marks=SLOW),  # in round 1, which starts again
     ],
@@ -225,13 +231,12 @@ def test_one_run_killed_nine_times(tmp_path: Path, uninterrupted: Path) -> None:
 def test_killed_with_few_checkpoints(plan: Plan, tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     assert run(folder, plan, checkpoint_seconds=RARELY) == -signal.SIGKILL
-    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    finish(folder, checkpoint_seconds=RARELY)
     assert_same_run(folder, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "n", [pytest.param(15, marks=SLOW), 16, pytest.param(18, marks=SLOW)]
-)  # at the end of round 0, at the start of round 1 and later
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [15, 16, 18])  # at the end of round 0, at the start of round 1 and later
 def test_killed_around_a_warm_start(n: int, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     warm = {"train__warm_start": True, "train__labeled_repeats": 3, "checkpoint_seconds": ALWAYS}
@@ -246,7 +251,7 @@ def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None
     state = checkpoint.load_checkpoint(folder)
     assert state is not None and state.round == 1 and state.step > 0 and state.seconds > 0
     checkpoint.save_checkpoint(folder, replace(state, seconds=1000.0))
-    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    finish(folder, checkpoint_seconds=RARELY)
     assert rows(folder)[0]["seconds"] < 1000 < rows(folder)[1]["seconds"]
 
 
@@ -258,7 +263,7 @@ def test_time_spent_before_the_kill_counts(killed: Path, tmp_path: Path) -> None
     [
         ("step", 8, interrupt),
         pytest.param(("step", 8, terminate), marks=SLOW),
-        ("mc_select", 3, interrupt),
+        pytest.param(("mc_select", 3, interrupt), marks=SLOW),
     ],
     ids=["SIGINT", "SIGTERM", "SIGINT in labeling"],
 )
@@ -271,7 +276,7 @@ def test_a_signal_saves_and_says_so(plan: Plan, tmp_path: Path, uninterrupted: P
         assert 3 * state.epoch + state.step == 8, "the step that was under way is done and saved"
     message = message_of(folder).read_text()
     assert str(folder) in message and f"round 0, epoch {state.epoch}" in message
-    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    finish(folder, checkpoint_seconds=RARELY)
     assert_same_run(folder, uninterrupted)
 
 
@@ -313,7 +318,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     message = message_of(folder).read_text()
     assert "checkpoint.pt" in message and "File too large" in message
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert run(folder, checkpoint_seconds=RARELY) == FINISHED
+    finish(folder, checkpoint_seconds=RARELY)
     assert_same_run(folder, uninterrupted)
 
 
@@ -500,9 +505,9 @@ def test_another_config(killed: Path, tmp_path: Path) -> None:
 
 def test_more_rounds_go_on_where_fewer_ended(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run(folder, train__rounds=1)
+    finish(folder, train__rounds=1)
     assert len(rows(folder)) == 1
-    run(folder)
+    finish(folder)
     assert_same_run(folder, uninterrupted)
     refused(folder, "has 2 rounds done, but train.rounds is 1", train__rounds=1)
 
@@ -524,7 +529,7 @@ def test_a_config_that_lacks_a_key_or_cannot_be_read(killed: Path, tmp_path: Pat
 
 def test_where_and_how_often_may_change(killed: Path, tmp_path: Path, uninterrupted: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "elsewhere" / "run")
-    assert run(folder, checkpoint_seconds=12.0, data__root="moved", device="auto") == FINISHED
+    finish(folder, checkpoint_seconds=12.0, data__root="moved", device="auto")
     if not torch.cuda.is_available():
         assert_same_run(folder, uninterrupted)
 

@@ -181,7 +181,7 @@ def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(rounds, "evaluate", scripted)
     val = {"data__n_labels": 24, "data__val_share": 0.5}
-    result, text = run(tiny_config(tmp_path / "run", train__rounds=5, **val))
+    result, text = run(short(tmp_path / "run", train__rounds=5, **val))
     best, last = (ups_fast.load_model(result.folder, best=each).state_dict() for each in (True, False))
     n = 12
     assert [row["val_acc"] for row in result.rows] == [
@@ -295,10 +295,10 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
-    cfg = tiny_config(tmp_path / "run", seed=5, train__rounds=3)
+    cfg = tiny_config(tmp_path / "run", seed=5, train__rounds=3, train__round0_epochs=3)
     run(cfg)
     starts = [i for i, step in enumerate(spy.seen) if not step["momentum"]]
-    assert len(starts) == 3 and starts[:2] == [0, 12], "the optimizer is new in each round, and only there"
+    assert len(starts) == 3 and starts[:2] == [0, 3], "the optimizer is new in each round, and only there"
     for number, start in enumerate(starts):
         torch.manual_seed(derive(5, "init", number))
         fresh = build_network("wrn-10-1", n_classes=3, channels=1, size=8, dropout=0.3)
@@ -309,19 +309,17 @@ def test_every_round_starts_anew(tmp_path: Path, spy: Spy) -> None:
 
 
 def test_a_warm_start_goes_on_from_the_last_weights(tmp_path: Path, spy: Spy) -> None:
-    result, _ = run(tiny_config(tmp_path / "run", train__warm_start=True, train__rounds=1))
+    result, _ = run(short(tmp_path / "run", train__warm_start=True, train__rounds=1))
     last = ups_fast.load_model(result.folder).parameters()
-    run(
-        tiny_config(tmp_path / "run", train__warm_start=True, train__rounds=2)
-    )  # another process would do the same
-    first = spy.seen[12]
+    run(short(tmp_path / "run", train__warm_start=True, train__rounds=2))  # another process would do the same
+    first = spy.seen[1]
     assert all(map(torch.equal, first["weights"], last)) and not first["momentum"]
     assert first["lr"] == pytest.approx(0.05)
 
 
 def test_later_rounds_may_have_a_rate_of_their_own(tmp_path: Path, spy: Spy) -> None:
-    run(tiny_config(tmp_path / "run", train__later_rounds_lr=0.01))
-    assert spy.seen[0]["lr"] == pytest.approx(0.05) and spy.seen[12]["lr"] == pytest.approx(0.01)
+    run(short(tmp_path / "run", train__later_rounds_lr=0.01))
+    assert spy.seen[0]["lr"] == pytest.approx(0.05) and spy.seen[1]["lr"] == pytest.approx(0.01)
 
 
 def test_every_epoch_and_step_has_random_numbers_of_its_own(
@@ -371,10 +369,10 @@ def test_round_0_learns_from_labels_and_later_rounds_from_the_selection(tmp_path
         assert sorted(each["target"].tolist()) == sorted(data.train_labels[labeled].tolist())
 
     spy.seen.clear()
-    run(tiny_config(tmp_path / "two"))
+    run(tiny_config(tmp_path / "one"))  # goes on with round 1
     n_neg = int((first["negative"] != 0).any(axis=1).sum())
     n_pos = max(6 + int(first["positive"].sum()), n_neg)  # as expanded
-    steps = spy.seen[12:]
+    steps = spy.seen
     assert len(steps) == 3 * ((n_pos + n_neg) // 20)
     pseudo = first["label"][first["positive"]]
     possible = {*data.train_labels[labeled].tolist(), *pseudo.tolist()}
@@ -477,7 +475,7 @@ def test_a_network_that_explodes_ends_the_round_and_is_not_saved(lr: float, tmp_
 
 
 def test_what_was_good_before_a_round_diverged_stays(tmp_path: Path) -> None:
-    cfg = tiny_config(tmp_path, train__later_rounds_lr=1e30, data__val_share=0.5, checkpoint_seconds=0.0)
+    cfg = short(tmp_path, train__later_rounds_lr=1e30, data__val_share=0.5, checkpoint_seconds=0.0)
     for _ in range(2):  # the same command again meets the same end
         with pytest.raises(
             rounds.Diverged, match=r"in round 1, .* train.lr \(here train.later_rounds_lr\), which is 1e"
@@ -622,9 +620,14 @@ def short(folder: Path, **changes: Any) -> Config:
     return tiny_config(folder, train__round0_epochs=1, train__epochs=1, **changes)
 
 
-def test_rounds_are_a_generator_of_rows(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Three rounds at once."""
+    return run(short(tmp_path_factory.mktemp("whole") / "run", train__rounds=3))[0]
+
+
+def test_rounds_are_a_generator_of_rows(tmp_path: Path, whole: Result) -> None:
     """First of the rounds that the folder holds, then of each new one as soon as all its files are written."""
-    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
     folder, seen = tmp_path / "run", []
     run(short(folder, train__rounds=1))
     for row in rounds.rounds(build.prepare(short(folder, train__rounds=3), tiny_set()), quiet()):
@@ -641,9 +644,8 @@ def test_rounds_are_a_generator_of_rows(tmp_path: Path) -> None:
     assert job.resumed == 3
 
 
-def test_a_sweep_may_leave_off_after_any_round(tmp_path: Path) -> None:
+def test_a_sweep_may_leave_off_after_any_round(tmp_path: Path, whole: Result) -> None:
     """What is closed lets the folder go, and the run goes on from there as if nothing was."""
-    whole, _ = run(short(tmp_path / "whole", train__rounds=3))
     cfg = short(tmp_path / "run", train__rounds=3)
     before = signal.getsignal(signal.SIGINT), torch.backends.cudnn.deterministic
     for last in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,31 @@ def label_scripted(logits: Tensor, **settings: object) -> PseudoLabels:
     passes, n, _ = logits.shape
     images = resident(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1))
     return pseudo_label(Scripted(logits), images, torch.arange(n), passes=passes, **settings)  # type: ignore[arg-type]
+
+
+def test_what_a_method_keeps_is_balanced_and_not_the_other_way_round() -> None:
+    """The most confident labels have the largest stds here: balance alone would drop all of them."""
+    n = 120
+    sure = torch.linspace(1.0, 6.0, n)
+    first = torch.arange(n) % 3 > 0  # class 0 twice as often as class 1
+    spread = sure / 20
+    rows = [torch.where(first, sure + step, -sure - step) for step in (-spread, spread)]
+    logits = torch.stack([torch.stack([row, torch.zeros(n)], dim=1) for row in rows])
+    asked = []
+
+    def most_confident(found: PseudoLabels) -> PseudoLabels:
+        asked.append(found)
+        kept = found.confidence.argsort(descending=True)[:90]
+        return replace(found, positive=torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True))
+
+    limits = {"tau_p": 0.5, "kappa_p": INF, "tau_n": 0.5, "kappa_n": INF}
+    got = label_scripted(logits, keep=most_confident, balanced=True, **limits)
+    assert asked[0].positive.all()
+    best = torch.zeros(n, dtype=torch.bool).index_fill_(0, got.confidence.argsort(descending=True)[:90], True)
+    assert torch.equal(got.positive, balance(got.label, got.std, best, n_classes=2))
+    assert got.label[got.positive].bincount().tolist() == [30, 30]
+    assert torch.equal(got.candidate, asked[0].candidate)
+    assert (got.negative[got.positive] == 0).all() and (got.negative[~got.positive] != 0).all()
 
 
 @pytest.fixture
@@ -152,7 +178,7 @@ def test_label_depends_on_model_and_seed_alone(net: nn.Module, images: ResidentI
     assert not torch.equal(first.std, pseudo_label(net, images, index, seed=2).std)
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", pytest.param("cnn13", marks=pytest.mark.slow)])
 def test_labels_depend_on_no_batch(name: str) -> None:
     """Masks are equal, so logits differ by rounding alone, and verdicts only next to a threshold."""
     torch.manual_seed(0)

@@ -215,7 +215,8 @@ def test_a_run_whose_test_images_are_gone_ends_all_the_same(
         return real(*args)
 
     monkeypatch.setattr(Method, "step", sabotaged)
-    assert train.main(words(mine, tmp_path / "run", "data.loader=plain")) == 0
+    short = ["train.epochs=1", "train.round0_epochs=1"]
+    assert train.main(words(mine, tmp_path / "run", "data.loader=plain", *short)) == 0
     assert "No test image could be read" in (tmp_path / "run" / "report.html").read_text()
     assert [row["test_acc"] for row in rows_of(tmp_path / "run")] == [None, None]
 
@@ -232,7 +233,7 @@ def test_what_does_not_fit_into_memory_stays_in_its_files(
 
 def test_arrays_may_stream_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     digits = str(CONFIG.parent / "digits.yaml")
-    tiny = ["train.rounds=1", "train.round0_epochs=3", "model.name=wrn-10-1", "select.passes=2", "seed=1"]
+    tiny = ["train.rounds=1", "train.round0_epochs=1", "model.name=wrn-10-1", "select.passes=2", "seed=1"]
     for loader in ("plain", "resident"):
         assert train.main([digits, f"data.loader={loader}", f"run_dir={tmp_path / loader}", *tiny]) == 0
     assert all(

@@ -1218,7 +1218,8 @@ def m_step(x: np.ndarray, p: np.ndarray, covariance: str, least: float) -> Any:
     [
         ("diagonal", 120, 4, 3, (1, 2, 5, 12)),
         ("tied", 120, 4, 3, (1, 2, 5, 12)),
-        ("tied", 16_400, 64, 16, (2,)),  # so many that the scatter is not taken of all differences
+        # So many that the scatter is not taken of all differences.
+        pytest.param("tied", 16_400, 64, 16, (2,), marks=pytest.mark.slow),
     ],
 )
 def test_em_against_a_loop_around_scikit_learn(covariance, n, d, c, iterations):

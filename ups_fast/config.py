@@ -488,7 +488,7 @@ def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
             )
         known = keys(cfg)
         if name not in known:
-            raise ValueError(f"unknown key {said(name)}{_whose(name) or hint(name, [*known, *_GROUPS])}")
+            raise ValueError(f"unknown key {said(name)}{_whose(cfg, name) or hint(name, [*known, *_GROUPS])}")
         kind = known[name].type
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{name} must not hold a NUL character, got {said(value)}")
@@ -505,10 +505,10 @@ def _merge(cfg: Config, values: Mapping[str, Any]) -> None:
         setattr(getattr(cfg, group) if group else cfg, last, plain)
 
 
-def _whose(name: str) -> str:
-    """Which methods have a key that this one lacks."""
+def _whose(cfg: Config, name: str) -> str:
+    """Which methods have a key that that of `cfg` lacks."""
     names = [method for method, found in METHOD_KEYS.items() if name in found]
-    return f" for this method: it belongs to method.name={', '.join(names)}" if names else ""
+    return f" for method.name={cfg.method.name}: it belongs to {', '.join(names)}" if names else ""
 
 
 def _get(cfg: Config, name: str) -> Any:

@@ -194,11 +194,11 @@ class _ImagesPerSecond(ProgressColumn):
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
 
 
-HEADER = "round  test acc  positives   right   negatives   right    ECE  selected  seconds"
+HEADER = "round  test acc  positives   right   negatives   right    ECE  ECE pos.  seconds"
 
 
 def table_line(row: Row) -> str:
-    """A row under HEADER; "-" where not defined. `right` is accuracy, `selected` the ECE of the positives."""
+    """A row under HEADER; "-" where not defined. `right` is accuracy, `ECE pos.` that error of the positives."""
 
     def percent(key: str) -> str:
         value: Any = row[key]  # type: ignore[literal-required]

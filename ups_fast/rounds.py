@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, tee
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -267,8 +268,12 @@ class _Round:
                 val_acc = or_none(val.correct.double().mean())
         self._check_answers(test.label)
         balanced = state.round < run.cfg.select.balance_rounds
-        found = method.keep(
-            self._label("labeling", run.images, state.unlabeled, balanced=balanced), state.round
+        found = self._label(
+            "labeling",
+            run.images,
+            state.unlabeled,
+            keep=lambda found: method.keep(found, state.round),
+            balanced=balanced,
         )
         gone = torch.tensor(list(run.images.unreadable), dtype=torch.int64)
         self._check_answers(found.label[~torch.isin(state.unlabeled, gone)])
@@ -322,7 +327,7 @@ class _Round:
         peak = self.run.lr(self.state.round)[1]
         return lr_at(at, total, lr=peak, warmup=warmup, cosine=self.run.cfg.train.cosine)
 
-    def _label(self, what: str, images: Images, index: Tensor, *, balanced: bool = False) -> PseudoLabels:
+    def _label(self, what: str, images: Images, index: Tensor, **how: Any) -> PseudoLabels:
         run, watch, select = self.run, self.watch, self.run.cfg.select
         bar = watch.bar(what, len(index))
 
@@ -340,7 +345,7 @@ class _Round:
             batch_size=run.labeling_rows(),
             mc_layers=select.mc_layers,
             forward=run.forward,
-            balanced=balanced,
+            **how,
             seed=run.seed("label"),
             progress=advance,
         )

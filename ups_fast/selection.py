@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -68,6 +68,7 @@ def pseudo_label(
     passes: int = 10,
     batch_size: int = 512,
     mc_layers: int = 0,
+    keep: Callable[[PseudoLabels], PseudoLabels] = lambda found: found,
     balanced: bool = False,
     seed: int = 0,
     forward: Callable[..., Tensor] | None = None,
@@ -76,7 +77,8 @@ def pseudo_label(
     """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
 
     passes = 1 means no uncertainty: dropout is off too, and confidence alone decides, whatever the kappas are.
-    `balanced` cuts the positives to equal numbers per class. `progress` is told each finished batch's size.
+    `keep` chooses which positives stay. `balanced` then cuts them to equal numbers per class.
+    `progress` is told each finished batch's size.
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
     order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
@@ -113,20 +115,23 @@ def pseudo_label(
     found = Selection(*map(torch.cat, zip(*parts, strict=True)))
     if images.unreadable:
         found = _without(found, torch.isin(index, torch.tensor(list(images.unreadable), device=index.device)))
-    positive = found.positive
+    kept = keep(
+        PseudoLabels(
+            index=index,
+            label=found.label,
+            confidence=found.confidence,
+            std=found.std,
+            candidate=found.positive,
+            positive=found.positive,
+            negative=found.negative,
+        )
+    )
+    positive = kept.positive
     if balanced:
         # One pass has no std to rank by: confidence alone decides here too.
         uncertainty = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
-        positive = balance(found.label, uncertainty, found.positive, n_classes=logits.shape[-1])
-    return PseudoLabels(
-        index=index,
-        label=found.label,
-        confidence=found.confidence,
-        std=found.std,
-        candidate=found.positive,
-        positive=positive,
-        negative=drop_negatives(found.negative, positive),
-    )
+        positive = balance(found.label, uncertainty, positive, n_classes=logits.shape[-1])
+    return replace(kept, positive=positive, negative=drop_negatives(kept.negative, positive))
 
 
 @torch.no_grad()

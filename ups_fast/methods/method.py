@@ -191,7 +191,7 @@ class Method(nn.Module):
             average(self.ema, self.network, self.decay)
 
     def keep(self, found: PseudoLabels, round: int) -> PseudoLabels:
-        """Which of the selected labels of a round stay positive. By default all."""
+        """Which of the selected labels of a round stay positive, before the class balance. By default all."""
         return found
 
     def end_round(self, look: Look) -> None:

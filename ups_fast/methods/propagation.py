@@ -88,6 +88,9 @@ class _Spread(Method):
     def end_round(self, look: Look) -> None:
         found = look.found
         ids = torch.cat([look.labeled, found.index[found.label >= 0]])  # those that have an answer
+        if len(ids) == len(look.labeled):  # all files of unlabeled images are gone
+            self.label.fill_(-1)
+            return
         x = look.features(ids).cpu()  # sums of sparse rows on a GPU have no fixed order
         x = nn.functional.normalize(x - x.mean(0), dim=-1)
         label, weight = self.spread(x, look.labels[look.labeled])

@@ -56,6 +56,9 @@ class _Spread(Method):
         self.register_buffer("label", torch.full((setting.n_images,), -1))
         self.register_buffer("weight", torch.zeros(setting.n_images))
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {"label": (-1, self.n_classes - 1)}
+
     def targets(self, known: Known) -> Targets:
         """The labels of the last round; unlabeled images without one, as all are in round 0, are not drawn."""
         (_, tables), label = super().targets(known), self.label.cpu()

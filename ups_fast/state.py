@@ -267,11 +267,12 @@ def among(
         for name, kept in (("method", keeps.weights), ("momentum", keeps.momentum)):
             if (getattr(state, name) is not None) != (kept and state.round > 0):
                 return f"{name}, which is there only while a round is trained, or before one that goes on with it,"
-    if state.method is not None and (wrong := misfit(state.method, weights)):
-        return f"method ({wrong})"
-    for name, (low, high) in (ranges or {}).items() if state.method is not None else ():
-        if not ((state.method[name] >= low) & (state.method[name] <= high)).all():
-            return f"method ({name} is not in [{low}, {high}])"
+    if state.method is not None:
+        if wrong := misfit(state.method, weights):
+            return f"method ({wrong})"
+        for name, (low, high) in (ranges or {}).items():
+            if not ((state.method[name] >= low) & (state.method[name] <= high)).all():
+                return f"method ({name} is not in [{low}, {high}])"
     if state.momentum is not None and (wrong := misfit(state.momentum, trained)):
         return f"momentum ({wrong})"
     return ""

@@ -7,6 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,23 @@ def test_another_torch_is_told(job: Run, content: Content) -> None:
     console = Console(file=io.StringIO(), width=1000)
     rounds.resume(prepare(job.cfg, tiny_set()), console)
     assert "saved by torch" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "value"),
+    [
+        ("label_propagation", "label", 3),
+        ("em", "label", -2),
+        ("flexmatch", "status", 99),
+        ("comatch", "steps", -1),
+    ],
+)
+def test_an_index_out_of_range_is_not_believed(name: str, buffer: str, value: int, tmp_path: Path) -> None:
+    small = {"train__batch_size": 3, "data__cutout": 2}
+    job = prepare(tiny_config(tmp_path / "run", method__name=name, **small), tiny_set())
+    method = {key: tensor.clone() for key, tensor in job.method.state_dict().items()}
+    state = replace(job.state, epoch=1, method=method, momentum=job.step.momentum)
+    rounds._check(job, state)
+    method[buffer].fill_(value)
+    with pytest.raises(RunFolderError, match=rf"method \({buffer} is not in \["):
+        rounds._check(job, state)

@@ -47,6 +47,13 @@ def refusal(capsys, *words: str) -> str:
     return err
 
 
+def test_an_old_name_is_a_line_without_code(capsys):
+    assert train.main([DIGITS, "engine.step=foo"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: engine.step is now runtime.step: the old name works for one release"
+    assert second.startswith("error: runtime.step must be one of ")
+
+
 def test_help_explains_every_key_in_80_columns(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])

@@ -606,6 +606,13 @@ def test_the_limits_of_self_training_are_in_its_config(tmp_path):
     assert load(tmp_path / "c.yaml", ["method.name=fixmatch"]).select.kappa_p == 0.05
 
 
+@pytest.mark.parametrize("schedule", ["threshold", "curriculum"])
+@pytest.mark.parametrize("word", ["tau_p=7", "tau_n=-1", "kappa_p=-1", "kappa_n=nan"])
+def test_a_limit_that_self_training_ignores_must_be_legal_too(base, word, schedule):
+    sentence = refusal(base, f"select.{word}", "method.name=self_training", f"method.schedule={schedule}")
+    assert sentence.startswith(f"select.{word.partition('=')[0]} must be ")
+
+
 def test_the_method_of_a_word_takes_the_place_of_the_file_s(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("data: {n_labels: 40}\nmethod: {name: fixmatch}\n")

@@ -159,6 +159,16 @@ def test_rows_that_are_not_finite(isa):
         assert d_strong.isfinite().all() and (d_strong[:, 0].abs() < 1e-30).all()
 
 
+@pytest.mark.parametrize("module", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_weak_logits_by_a_low_temperature(module, dtype):
+    """Their quotient is larger than any float."""
+    weak = torch.zeros(4, 3, dtype=dtype)
+    weak[:, 1], weak[:2, 0] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    loss, mask = module.fixmatch_loss(torch.zeros_like(weak), weak, temperature=0.001, return_mask=True)
+    assert mask.all() and loss.item() == pytest.approx(math.log(3))
+
+
 def test_a_row_of_weight_0_counts_for_nothing(isa):
     strong, weak = views(12, 10)
     weak[:, 1] = 60
@@ -386,7 +396,8 @@ BAD = [
     ((Z, Z), {"temperature": 0}, ValueError, r"temperature must lie in \[0.001, 1000.0\], got 0"),
     ((Z, Z), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ((Z, Z), {"reduction": "avg"}, ValueError, "reduction must be .* got 'avg'"),
-    ((Z, Z), {"weight": T}, ValueError, r"weight must have 3 rows like logits, got \[4\]"),
+    ((Z, Z), {"weight": T}, ValueError, r"weight must have 3 rows like strong, got \[4\]"),
+    ((Z, Z), {"weight": T[:3].to("meta")}, ValueError, "weight must be on the device of strong, cpu"),
     ((Z, Z), {"weight": 2.0}, TypeError, r"weight must be a tensor \[B\], got float"),
     ((Z, Z), {"return_mask": 1}, TypeError, "return_mask must be True or False, got 1"),
 ]

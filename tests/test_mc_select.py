@@ -150,6 +150,17 @@ def test_huge_logits(isa, c):
     torch.testing.assert_close(flat.confidence, torch.full((20,), 1 / c))
 
 
+@pytest.mark.parametrize("module", [ups_fast, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_logits_by_a_low_temperature(module, dtype):
+    """Their quotient is larger than any float."""
+    z = torch.zeros(3, 20, 5, dtype=dtype)
+    z[..., 2] = torch.finfo(dtype).max
+    z[..., 0] = torch.finfo(dtype).min
+    got = module.mc_select(z, temp_nl=0.001)
+    assert got.positive.all() and got.negative.sum(-1).eq(4).all() and not got.negative[:, 2].any()
+
+
 @pytest.mark.parametrize("c", [2, 10, 16, 17, 33, 100])
 def test_ties_go_to_the_lowest_class(isa, c):
     z = torch.randn(6, 30, c).clamp(max=1)

@@ -1165,6 +1165,18 @@ def test_an_image_without_neighbors_counts_for_nothing():
 
 
 @pytest.mark.parametrize("name", ["label_propagation", "em"])
+def test_where_all_unlabeled_files_are_gone_the_next_round_learns_from_the_labels(name):
+    method = make(name, 3, network=Tiny)
+    features, truth = clouds(N, 8, 3, apart=4.0)
+    found = labels_found(torch.rand(U))
+    for label, drawn in ((torch.arange(U) % 3, U), (torch.full((U,), -1), 0)):
+        found.label.copy_(label)
+        method.end_round(Look(found, truth, torch.arange(L), lambda index: features[index]))
+        known = Known(1, False, truth, torch.arange(L), torch.arange(L, N), found, None)
+        assert len(method.targets(known).lists["unlabeled"]) == drawn
+
+
+@pytest.mark.parametrize("name", ["label_propagation", "em"])
 def test_spread_labels_weigh_by_class_in_the_next_round(name):
     method = make(name, 3, network=Tiny)
     features, truth = clouds(N, 8, 3, apart=4.0)

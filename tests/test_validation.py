@@ -50,6 +50,12 @@ def test_a_share_of_each_class_is_held_out(share: float) -> None:
     assert not torch.equal(hold_out(labeled, labels, share, seed=6)[1], val)
 
 
+@pytest.mark.parametrize(("share", "n"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.28, 28)])
+def test_a_share_that_no_float_holds_is_that_of_its_decimals(share: float, n: int) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    assert len(hold_out(torch.arange(100), torch.zeros(100, dtype=torch.int64), share, seed=0)[1]) == n
+
+
 def test_no_class_loses_its_last_label() -> None:
     labels = torch.tensor([0, 1, 1, 2, 2, 2])
     kept, val = hold_out(torch.arange(6), labels, 0.99, seed=0)

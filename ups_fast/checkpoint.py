@@ -213,9 +213,10 @@ def check_state(
     n_classes: int,
     *,
     keeps: Keeps,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Raises RunFolderError where the checkpoint of `folder` cannot come from this run; arguments as `state.among`."""
-    if wrong := among(state, fresh, weights, trained, n_classes, keeps=keeps):
+    if wrong := among(state, fresh, weights, trained, n_classes, keeps=keeps, ranges=ranges):
         raise _unbelievable(folder / CHECKPOINT, wrong)
 
 

@@ -314,6 +314,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _merge(cfg, words)
+    _check_values(cfg)  # those that the limits below take the place of, too
     for each, limit in limits_of(cfg)._asdict().items():  # so that all that reads the config later has them
         setattr(cfg.select, each, limit)
     cfg.run_dir = _at_home("run_dir", cfg.run_dir) or str(Path("runs") / path.stem)
@@ -346,11 +347,15 @@ def _check_method(name: Any) -> str:
     return name
 
 
+def _check_values(cfg: Config) -> None:
+    for name, each in keys(cfg).items():
+        check(each, _get(cfg, name))
+
+
 def validate(cfg: Config) -> None:
     """Raise ValueError with one sentence when a value is impossible, alone or together with another one."""
     _check_method(cfg.method.name)
-    for name, each in keys(cfg).items():
-        check(each, _get(cfg, name))
+    _check_values(cfg)
     select, train = cfg.select, cfg.train
     if select.tau_n > select.tau_p:
         raise ValueError(

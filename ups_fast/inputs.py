@@ -294,7 +294,7 @@ def hold_out(
     drawn = torch.zeros(len(labeled), dtype=torch.bool)
     for c in labels[labeled].unique().tolist():
         members = random.permutation(np.flatnonzero((labels[labeled] == c).numpy()))
-        drawn[members[: min(int(share * len(members)), len(members) - 1)]] = True
+        drawn[members[: min(int(share * len(members) + 1e-9), len(members) - 1)]] = True
     if not drawn.any():
         raise ValueError(
             f"data.val_share={share} holds out no image, because no class has enough labeled ones: raise it, or label "

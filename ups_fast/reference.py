@@ -102,7 +102,7 @@ def mc_select(
     z = logits.detach().to(_compute_dtype(logits))
     finite = z.isfinite().all(dim=-1).all(dim=0)
     p = torch.softmax(z, dim=-1)
-    q = torch.softmax(z / temp_nl, dim=-1)
+    q = _softmax(z, temp_nl)
     mean_p, std_p = p.mean(dim=0), _std_over_passes(p)
     mean_q, std_q = q.mean(dim=0), _std_over_passes(q)
 
@@ -295,7 +295,7 @@ def fixmatch_loss(
     dtype = _compute_dtype(strong)
     z, w = strong.to(dtype), _weights(strong, weight)
     guess = weak.detach().to(dtype)
-    confidence, label = torch.softmax(guess / temperature, dim=-1).amax(dim=-1), guess.argmax(dim=-1)
+    confidence, label = _softmax(guess, temperature).amax(dim=-1), guess.argmax(dim=-1)
     threshold = tau.detach().to(dtype)[label] if isinstance(tau, Tensor) else tau
     mask = (confidence >= threshold) & guess.isfinite().all(dim=-1)
     counts = mask & (w != 0)
@@ -520,6 +520,11 @@ def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return loss, g.any(dim=-1)
 
 
+def _softmax(z: Tensor, temperature: float) -> Tensor:
+    """Of z / temperature, which may be larger than any float."""
+    return torch.softmax((z - z.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+
+
 def _std_over_passes(x: Tensor) -> Tensor:
     """Unbiased std over dim 0; 0 for a single pass, where it is undefined and unused."""
     # std itself warns where there is nothing to average.
@@ -560,11 +565,12 @@ def _check_tensor(name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, .
         raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
 
 
-def _check_rows(name: str, x: Tensor, logits: Tensor) -> None:
+def _check_rows(name: str, x: Tensor, logits: Tensor, like: str = "logits") -> None:
     if x.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {x.device}")
+        place = "the logits' device" if like == "logits" else f"the device of {like},"
+        raise ValueError(f"{name} must be on {place} {logits.device}, got {x.device}")
     if x.shape[0] != logits.shape[-2]:
-        raise ValueError(f"{name} must have {logits.shape[-2]} rows like logits, got {list(x.shape)}")
+        raise ValueError(f"{name} must have {logits.shape[-2]} rows like {like}, got {list(x.shape)}")
 
 
 def _check_number(name: str, x: float, low: float, high: float) -> float:
@@ -749,7 +755,7 @@ def check_fixmatch_loss(
         if tau.shape[0] != strong.shape[1]:
             raise ValueError(f"tau must have {strong.shape[1]} classes like strong, got {list(tau.shape)}")
     if weight is not None:
-        _check_weight(weight, strong, "[B]")
+        _check_weight(weight, strong, "[B]", "strong")
     return tau if isinstance(tau, Tensor) else float(tau), float(temperature)
 
 
@@ -825,11 +831,11 @@ def check_label_smoothing(label_smoothing: float) -> None:
     _check_number("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
-def _check_weight(weight: Tensor | None, logits: Tensor, shape: str) -> None:
+def _check_weight(weight: Tensor | None, logits: Tensor, shape: str, like: str = "logits") -> None:
     if weight is None:
         return
     _check_tensor("weight", weight, shape, _FLOATS)
-    _check_rows("weight", weight, logits)
+    _check_rows("weight", weight, logits, like)
     _check_constant("weight", weight)
 
 

@@ -162,7 +162,8 @@ def _check(run: Run, found: Checkpoint) -> None:
             "choose another run_dir"
         )
     weights, trained, n_classes = run.method.state_dict(), run.step.momentum, len(run.data.classes)
-    check_state(folder, found, fresh, weights, trained, n_classes, keeps=run.keeps)
+    ranges = run.method.ranges()
+    check_state(folder, found, fresh, weights, trained, n_classes, keeps=run.keeps, ranges=ranges)
     epochs, steps = 0, 0
     if found.round < total:
         epochs = run.budget(found.round)[0]

@@ -243,6 +243,7 @@ def among(
     n_classes: int,
     *,
     keeps: Keeps,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
     """The first parts of a checkpoint that its run cannot have left behind, "" if all are right.
 
@@ -251,6 +252,7 @@ def among(
     weights  of the run's method, any values
     trained  those that the optimizer moves, any values
     keeps    what goes on from round to round
+    ranges   of some weights: the lowest and highest value
     """
     for name in ("labeled", "unlabeled", "val"):
         if not torch.equal(getattr(state, name), getattr(fresh, name)):
@@ -265,8 +267,12 @@ def among(
         for name, kept in (("method", keeps.weights), ("momentum", keeps.momentum)):
             if (getattr(state, name) is not None) != (kept and state.round > 0):
                 return f"{name}, which is there only while a round is trained, or before one that goes on with it,"
-    if state.method is not None and (wrong := misfit(state.method, weights)):
-        return f"method ({wrong})"
+    if state.method is not None:
+        if wrong := misfit(state.method, weights):
+            return f"method ({wrong})"
+        for name, (low, high) in (ranges or {}).items():
+            if not ((state.method[name] >= low) & (state.method[name] <= high)).all():
+                return f"method ({name} is not in [{low}, {high}])"
     if state.momentum is not None and (wrong := misfit(state.momentum, trained)):
         return f"momentum ({wrong})"
     return ""

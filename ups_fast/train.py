@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,12 @@ def _config(words: Sequence[str]) -> config.Config:
     parser.add_argument("config", metavar="CONFIG", help="the YAML file that describes the run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of its keys, see below")
     args = parser.parse_args(words)
-    return config.load(args.config, args.overrides)
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            return config.load(args.config, args.overrides)
+        finally:
+            for each in told:  # without the line of code that Python would add
+                complain(f"warning: {each.message}")
 
 
 def _below_here(path: str) -> bool:

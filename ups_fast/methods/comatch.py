@@ -10,6 +10,7 @@ Q      q q^T with diagonal 1, entries below T_c set to 0, rows to sum 1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,9 @@ class CoMatch(Consistency):
         self.register_buffer("queue_z", torch.zeros(n, self.options.embedding))
         self.register_buffer("queue_q", torch.zeros(n, self.n_classes))
         self.register_buffer("queue_valid", torch.zeros(n))
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {"steps": (0, math.inf)}
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         return labeled_and_unlabeled(self.options.mu, sizes, batch_size, "weak", again=["strong", "strong"])

@@ -171,6 +171,9 @@ class FlexMatch(FixMatch):
         counts[self.n_classes] = setting.n_unlabeled
         self.register_buffer("counts", counts)  # of each class, of -1, of nobody
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {"status": (-1, self.n_classes - 1)}
+
     def thresholds(self, weak: Tensor, batch: Batch) -> Tensor:
         counts = self.counts[: self.n_classes + 1]
         progress = counts[: self.n_classes] / counts.max()

@@ -136,6 +136,10 @@ class Method(nn.Module):
             self.ema.eval()
         return self
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Of buffers that serve as indices, by name: the lowest and highest value. Checkpoints are checked for them."""
+        return {}
+
     # What a round learns from ------------------------------------------------------------------------------
 
     def targets(self, known: Known) -> Targets:

@@ -56,6 +56,9 @@ class _Spread(Method):
         self.register_buffer("label", torch.full((setting.n_images,), -1))
         self.register_buffer("weight", torch.zeros(setting.n_images))
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {"label": (-1, self.n_classes - 1)}
+
     def targets(self, known: Known) -> Targets:
         """The labels of the last round; unlabeled images without one, as all are in round 0, are not drawn."""
         (_, tables), label = super().targets(known), self.label.cpu()
@@ -88,6 +91,9 @@ class _Spread(Method):
     def end_round(self, look: Look) -> None:
         found = look.found
         ids = torch.cat([look.labeled, found.index[found.label >= 0]])  # those that have an answer
+        if len(ids) == len(look.labeled):  # all files of unlabeled images are gone
+            self.label.fill_(-1)
+            return
         x = look.features(ids).cpu()  # sums of sparse rows on a GPU have no fixed order
         x = nn.functional.normalize(x - x.mean(0), dim=-1)
         label, weight = self.spread(x, look.labels[look.labeled])

@@ -3,11 +3,13 @@
 `mc_select`, `nce_loss`, `ups_loss`, `fixmatch_loss` and `augment` are the fused ops; `reference` holds their
 specification.
 `python -m ups_fast.train CONFIG` runs the whole method, and `load_model` gives its trained network back.
+`UPSClassifier` is the same as an estimator of scikit-learn.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .terminal import stop_at_ctrl_c
@@ -32,6 +34,7 @@ from .policy import AugmentPlan, Policy
 from .reference import Selection, dropout_keys, pack_mask, unpack_mask
 
 if TYPE_CHECKING:
+    from .estimator import UPSClassifier
     from .models.saved import load_model
 
 __version__ = "0.1.0"
@@ -43,6 +46,7 @@ __all__ = [
     "NCELoss",
     "Policy",
     "Selection",
+    "UPSClassifier",
     "UPSLoss",
     "augment",
     "augment_plan",
@@ -62,16 +66,18 @@ __all__ = [
 ]
 
 
+# The ops must import with torch alone; these need the trainer's dependencies.
+_LATER = {"UPSClassifier": "estimator", "load_model": "models.saved"}
+
+
 def __getattr__(name: str) -> Any:
-    # The ops must import with torch alone; load_model needs the trainer's dependencies.
-    if name == "load_model":
-        try:
-            from .models.saved import load_model
-        except ImportError as error:
-            if (error.name or "").startswith(__name__):  # a fault of our own
-                raise
-            raise ImportError(
-                f"load_model needs what pip install 'ups_fast[train]' brings: {error}", name=error.name
-            ) from error
-        return load_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    except ImportError as error:
+        if (error.name or "").startswith(__name__):  # a fault of our own
+            raise
+        raise ImportError(
+            f"{name} needs what pip install 'ups_fast[train]' brings: {error}", name=error.name
+        ) from error

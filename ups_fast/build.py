@@ -144,6 +144,7 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
         images,
         plan,
         momentum=train.momentum,
+        optimizer=train.optimizer,
         weight_decay=train.weight_decay,
         decay_norms=train.decay_norms,
     )

@@ -125,7 +125,13 @@ class TrainConfig:
         "Highest learning rate of later rounds. Give a lower one with train.warm_start. 0: train.lr.",
         within="[0, 1000]",
     )
-    momentum: float = key(0.9, "Nesterov momentum of SGD.", within="[0, 1)")
+    optimizer: str = key(
+        "sgd",
+        "sgd: with Nesterov momentum, as published. adamw: for features, whose scale it does not mind; it wants a "
+        "train.lr near 0.001.",
+        choices=("sgd", "adamw"),
+    )
+    momentum: float = key(0.9, "Nesterov momentum of SGD, or the first beta of AdamW.", within="[0, 1)")
     weight_decay: float = key(5e-4, "Weight decay of SGD. The published runs have 0.", within="[0, inf)")
     decay_norms: bool = key(
         True, "Whether weight decay acts on biases and normalization, too. The FixMatch family has false."
@@ -222,8 +228,8 @@ class Config:
     recipe: str = key(
         "none",
         "Settings to start from, which the file then changes. none: the defaults. paper: the published ones of UPS. "
-        "fixmatch: those of FixMatch and its relatives. fast: ours for small budgets.",
-        choices=("none", "paper", "fast", "fixmatch"),
+        "fixmatch: those of FixMatch and its relatives. fast: ours for small budgets. features: ours for features.",
+        choices=("none", "paper", "fast", "fixmatch", "features"),
     )
     seed: int = key(0, "All randomness of the run derives from this number.", within="[0, inf]")
     run_dir: str = key("", "Folder for all files of the run. Empty: runs/<name of the config file>.")
@@ -297,27 +303,44 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     An ~ or ~user at the start of a path stands for that home folder.
     Raises ValueError or FileNotFoundError with one sentence that names the key.
     """
-    path, cfg = Path(os.path.expanduser(path)), Config()
+    path = Path(os.path.expanduser(path))
     words = dict(_parse(word) for word in overrides)
     if "method.name" in words:
         _check_method(words["method.name"])
     try:
-        given = _read(path)
-        name = words.get("method.name") or _check_method(given.get("method.name", "ups"))
-        cfg.method = METHODS[name].Options(name)
-        given.pop("method.name", None)
-        words.pop("method.name", None)
-        recipe = words.get("recipe", given.get("recipe"))
-        if recipe in KEYS["recipe"].choices[1:]:
-            _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
-        _merge(cfg, given)
+        cfg = _begun(_read(path), words)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    cfg = _finished(cfg, words)
+    cfg.run_dir = cfg.run_dir or str(Path("runs") / path.stem)
+    return cfg
+
+
+def make(values: Mapping[str, Any]) -> Config:
+    """The same from plain values by their keys, such as {"train.rounds": 3}. An empty `run_dir` stays: no folder."""
+    values = dict(values)
+    return _finished(_begun({}, values), values)
+
+
+def _begun(given: dict[str, Any], words: dict[str, Any]) -> Config:
+    """The defaults, the recipe and the values of the file. Method and recipe may be those of `words`."""
+    cfg = Config()
+    name = words.pop("method.name", None) or _check_method(given.get("method.name", "ups"))
+    cfg.method = METHODS[_check_method(name)].Options(name)
+    given.pop("method.name", None)
+    recipe = words.get("recipe", given.get("recipe"))
+    if recipe in KEYS["recipe"].choices[1:]:
+        _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
+    _merge(cfg, given)
+    return cfg
+
+
+def _finished(cfg: Config, words: Mapping[str, Any]) -> Config:
     _merge(cfg, words)
     _check_values(cfg)  # those that the limits below take the place of, too
     for each, limit in limits_of(cfg)._asdict().items():  # so that all that reads the config later has them
         setattr(cfg.select, each, limit)
-    cfg.run_dir = _at_home("run_dir", cfg.run_dir) or str(Path("runs") / path.stem)
+    cfg.run_dir = _at_home("run_dir", cfg.run_dir)
     cfg.data.root = _at_home("data.root", cfg.data.root)
     cfg.model.weights = _at_home("model.weights", cfg.model.weights)
     validate(cfg)

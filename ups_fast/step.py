@@ -77,6 +77,7 @@ class TrainStep:
         plan: StepPlan,
         *,
         momentum: float,
+        optimizer: str = "sgd",
         weight_decay: float,
         decay_norms: bool = True,
     ) -> None:
@@ -98,18 +99,23 @@ class TrainStep:
         if not decay_norms:  # of biases and of normalization neither
             groups = [[p for p in trained.values() if (p.ndim <= 1) == small] for small in (False, True)]
             decays.append(0.0)
-        self.optimizer = torch.optim.SGD(
-            [{"params": group, "weight_decay": each} for group, each in zip(groups, decays, strict=True)],
-            momentum=momentum,
-            nesterov=momentum > 0,
-            fused=True,
-        )
+        made = [{"params": group, "weight_decay": each} for group, each in zip(groups, decays, strict=True)]
+        self.optimizer: torch.optim.Optimizer
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(made, momentum=momentum, nesterov=momentum > 0, fused=True)
+            parts = ["momentum_buffer"]
+        else:
+            self.optimizer = torch.optim.AdamW(made, betas=(momentum, 0.999), fused=True)
+            parts = ["exp_avg", "exp_avg_sq", "step"]
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # a tensor: a number would be part of the graph
-        # There from the start, as a graph could not make them: SGD's first step on zeros is the same as on none.
-        self.momentum = {name: torch.zeros_like(p) for name, p in trained.items()}
+        # There from the start, as a graph could not make them: a first step on zeros is the same as on none.
+        self.momentum: dict[str, Tensor] = {}
         for name, parameter in trained.items():
-            self.optimizer.state[parameter]["momentum_buffer"] = self.momentum[name]
+            for part in parts:
+                made_for = torch.zeros((), device=self.device) if part == "step" else torch.zeros_like(parameter)
+                self.momentum[name if len(parts) == 1 else f"{name}/{part}"] = made_for
+                self.optimizer.state[parameter][part] = made_for
 
     @torch.no_grad()
     def start(

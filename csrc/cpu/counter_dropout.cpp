@@ -2,6 +2,7 @@
 //
 // Never materialized: the mask, which is computed again wherever it is needed. Rows are shared out among threads.
 #include <cstdint>
+#include <type_traits>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,0 +1,286 @@
+"""`UPSClassifier`: the rounds as an estimator of scikit-learn, on features or on images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from ups_fast import config
+from ups_fast.build import prepare
+from ups_fast.data import ImageSet
+from ups_fast.data.features import column_moments
+from ups_fast.data.image_set import moments
+from ups_fast.display import open_console, say, table_line
+from ups_fast.models import Network
+from ups_fast.reference import unpack_mask
+from ups_fast.rounds import rounds
+from ups_fast.selection import PseudoLabels
+
+_ROWS = 256  # of a batch that is predicted: always so many, so that an answer depends on its row alone
+_NONE = -1  # stands for no label
+
+
+class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Semi-supervised classification by uncertainty-aware pseudo-label selection (Rizve et al., ICLR 2021).
+
+    Heads of other initial weights label what has no label. Labels that are confident and certain are kept, all heads
+    learn from them, and from what a sample surely is not, and label again.
+
+    Args:
+        method: name of a training method, see docs/methods.md.
+        model: name of the network. "auto": ``"mlp-256"`` for features, ``"wrn-10-2"`` for images.
+        heads: networks that are trained side by side and among which the passes are shared. Images have one.
+        passes: predictions of each unlabeled sample, of which confidence and std are taken; a multiple of `heads`.
+        rounds: at least 1; the first learns from the given labels alone.
+        steps: steps of a round at least.
+        batch_size: samples in a step.
+        learning_rate: the highest one of its schedule.
+        dropout: in [0, 1).
+        tau_p, kappa_p: a label is kept where confidence is at least tau_p and std at most kappa_p.
+        tau_n, kappa_n: a class is excluded where probability and std are at most these.
+        settings: other keys of a config, such as ``{"data.noise": 0.1}``; docs/recipes.md explains them.
+        run_dir: a folder for checkpoints and metrics, from which the same call goes on after it was stopped. None:
+            nothing is written.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        n_jobs: CPU threads. None: as torch has it.
+        random_state: int, RandomState or None, as in scikit-learn.
+        verbose: 1 prints a line a round, and a progress bar in a terminal.
+
+    Attributes:
+        classes_: ndarray [C], the labels in order.
+        transduction_: ndarray [n], a label for each sample of `fit`: the given one, or the predicted one.
+        confidence_: float32 [n], mean probability of that label over the passes; 1 where it was given.
+        std_: float32 [n], its standard deviation over the passes; 0 where it was given.
+        positive_: bool [n], the label was kept as it is confident and certain, or was given.
+        negative_: bool [n, C], classes that a sample that was not kept surely has not.
+        history_: list of dicts, a round each: what metrics.jsonl has.
+        network_: the trained network, on the CPU.
+        n_features_in_: columns of X.
+
+    Raises:
+        ValueError, TypeError: naming the argument and what it got.
+
+    >>> import numpy as np
+    >>> from sklearn.datasets import make_blobs
+    >>> from ups_fast import UPSClassifier
+    >>> X, truth = make_blobs(300, n_features=8, centers=3, random_state=0)
+    >>> y = np.full(300, -1)
+    >>> for c in range(3):
+    ...     y[np.flatnonzero(truth == c)[:2]] = c
+    >>> model = UPSClassifier(rounds=2, steps=30, random_state=0).fit(X, y)
+    >>> bool((model.transduction_ == truth).mean() > 0.9)
+    True
+    >>> model.predict_proba(X).shape
+    (300, 3)
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "ups",
+        model: str = "auto",
+        heads: int = 5,
+        passes: int = 5,
+        rounds: int = 5,
+        steps: int = 100,
+        batch_size: int = 128,
+        learning_rate: float = 0.3,
+        dropout: float = 0.5,
+        tau_p: float = 0.7,
+        kappa_p: float = 0.1,
+        tau_n: float = 0.05,
+        kappa_n: float = 0.005,
+        settings: Mapping[str, Any] | None = None,
+        run_dir: str | None = None,
+        device: str = "auto",
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.method = method
+        self.model = model
+        self.heads = heads
+        self.passes = passes
+        self.rounds = rounds
+        self.steps = steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.dropout = dropout
+        self.tau_p = tau_p
+        self.kappa_p = kappa_p
+        self.tau_n = tau_n
+        self.kappa_n = kappa_n
+        self.settings = settings
+        self.run_dir = run_dir
+        self.device = device
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # Learning ----------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any) -> UPSClassifier:
+        """Learns from labeled and unlabeled samples.
+
+        Args:
+            X: float [n, d], features; or uint8 [n, H, W] or [n, H, W, 3], images.
+            y: [n], labels of any type that sorts; -1 (or "-1" among strings) for samples without one.
+
+        Returns:
+            The estimator.
+        """
+        X, y = self._checked(X, y)
+        unlabeled = _is_unlabeled(y)
+        self.classes_, code = np.unique(_plain(y[~unlabeled]), return_inverse=True)
+        if len(self.classes_) < 2:
+            got = f"only the class {self.classes_[:1].tolist()[0]!r}" if len(self.classes_) else "no label"
+            raise ValueError(f"y must hold at least two classes beside -1 for unlabeled samples, got {got}")
+        target = np.full(len(y), _NONE)
+        target[~unlabeled] = code
+        data = _data(torch.from_numpy(X), torch.from_numpy(target), [str(each) for each in self.classes_])
+        cfg = self._config(data, any_unlabeled=bool(unlabeled.any()))
+        console = open_console() if self.verbose else Console(quiet=True)
+        with _threads(self.n_jobs):
+            run = prepare(cfg, data)
+            self.history_ = []
+            for row in rounds(run, console):
+                say(console, table_line(row))
+                self.history_.append(dict(row))
+        self.network_ = copy.deepcopy(run.method.answers).cpu().eval()
+        self._mean, self._std = (torch.tensor(each) for each in (data.mean, data.std))
+        self._keep(PseudoLabels(**run.state.pseudo_labels), target)  # type: ignore[arg-type]
+        return self
+
+    def _checked(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        images = X if isinstance(X, np.ndarray) and X.dtype == np.uint8 and X.ndim in (3, 4) else None
+        if images is None:
+            X, y = validate_data(self, X, y, dtype=np.float32, ensure_min_samples=2)
+            X = np.ascontiguousarray(X)
+        else:
+            y = np.asarray(y)
+            if len(images) != len(y):
+                raise ValueError(f"y must have a label or -1 for each of {len(images)} images, got {len(y)}")
+            X = np.ascontiguousarray(images if images.ndim == 4 else images[..., None])
+            self.n_features_in_ = int(np.prod(X.shape[1:]))
+        if y.ndim != 1:
+            raise ValueError(f"y must be one-dimensional, got {list(y.shape)}")
+        if not _is_unlabeled(y).all():
+            check_classification_targets(_plain(y[~_is_unlabeled(y)]))
+        return X, y
+
+    def _config(self, data: ImageSet, *, any_unlabeled: bool) -> config.Config:
+        images = len(data.shape) == 3
+        seed = self.random_state
+        if not isinstance(seed, (int, np.integer)):
+            seed = check_random_state(seed).randint(np.iinfo(np.int32).max)
+        values: dict[str, Any] = {
+            "recipe": "none" if images else "features",
+            "data.name": "npz" if images else "features",
+            "method.name": self.method,
+            "model.name": self.model if self.model != "auto" else "wrn-10-2" if images else "mlp-256",
+            "model.dropout": self.dropout,
+            "train.rounds": self.rounds if any_unlabeled else 1,
+            "train.min_steps": self.steps,
+            "train.batch_size": self.batch_size,
+            "train.lr": self.learning_rate,
+            "select.heads": 1 if images else self.heads,
+            "select.passes": self.passes,
+            "select.balance_rounds": self.rounds,
+            "select.tau_p": self.tau_p,
+            "select.tau_n": self.tau_n,
+            "select.kappa_p": self.kappa_p,
+            "select.kappa_n": self.kappa_n,
+            "run_dir": self.run_dir or "",
+            "device": self.device,
+            "seed": int(seed),
+        }
+        if images:
+            values |= {"data.crop": min(data.shape[1:]) // 8, "train.epochs": 10}
+        return config.make(values | dict(self.settings or {}))
+
+    def _keep(self, found: PseudoLabels, target: np.ndarray) -> None:
+        """What is told of the samples of `fit`."""
+        index, n, n_classes = found.index.numpy(), len(target), len(self.classes_)
+        label = target.copy()
+        self.confidence_, self.std_ = np.ones(n, np.float32), np.zeros(n, np.float32)
+        self.positive_, self.negative_ = np.ones(n, bool), np.zeros((n, n_classes), bool)
+        label[index] = found.label.numpy()
+        self.confidence_[index], self.std_[index] = found.confidence.numpy(), found.std.numpy()
+        self.positive_[index] = found.positive.numpy()
+        self.negative_[index] = unpack_mask(found.negative, n_classes).numpy()
+        self.transduction_ = self.classes_[label]
+
+    # Answers -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_proba(self, X: Any) -> np.ndarray:  # float64 [n, C]
+        """Probabilities of the classes, in the order of `classes_`: the mean over the heads, without dropout."""
+        check_is_fitted(self)
+        network: Network = self.network_
+        if hasattr(network, "columns"):
+            rows = torch.from_numpy(
+                np.ascontiguousarray(validate_data(self, X, dtype=np.float32, reset=False))
+            )
+        else:
+            rows = _pixels(X)
+        shape = [-1, *[1] * (rows.ndim - 2)]
+        mean, std = self._mean.view(shape), self._std.view(shape)
+        found = []
+        for part in rows.split(_ROWS):
+            whole = part[torch.arange(_ROWS).clamp(max=len(part) - 1)]
+            logits = network((whole - mean) / std)[: len(part)]
+            found.append(logits.double().softmax(1))
+        return torch.cat(found).numpy()
+
+    def predict(self, X: Any) -> np.ndarray:  # [n]
+        """The most probable class of each sample."""
+        check_is_fitted(self)
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
+
+def _data(X: torch.Tensor, target: torch.Tensor, classes: list[str]) -> ImageSet:
+    mean, std = moments(X) if X.ndim == 4 else column_moments(X)
+    labeled = (target >= 0).nonzero()[:, 0]
+    return ImageSet("features", classes, X, target, X[:0], target[:0], mean, std, labeled=labeled)
+
+
+def _pixels(X: Any) -> torch.Tensor:  # float32 [n, C, H, W] in [0, 1]
+    images = np.asarray(X)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(f"X must be uint8 images as in fit, got {images.dtype} {list(images.shape)}")
+    images = images if images.ndim == 4 else images[..., None]
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def _is_unlabeled(y: np.ndarray) -> np.ndarray:  # bool [n]
+    if y.dtype.kind in "US":
+        return y == np.array("-1", y.dtype)
+    if y.dtype == object:
+        return np.array([isinstance(each, (int, float, np.number)) and each == _NONE for each in y], bool)
+    return y == _NONE
+
+
+def _plain(y: np.ndarray) -> np.ndarray:
+    """Labels among objects, in a type of their own."""
+    return np.array(y.tolist()) if y.dtype == object else y
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n if n > 0 else max(1, before + 1 + n))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

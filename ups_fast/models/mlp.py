@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 
 from ups_fast.models.network import Dropout, Network
 from ups_fast.reference import dropout_keys
+
+
+def widths_of(name: str) -> list[int] | None:
+    """The widths of the hidden layers that the name of such a network tells; None where it is none."""
+    found = re.fullmatch(r"linear|mlp((?:-[1-9][0-9]{0,5}){1,20})", name)
+    return [int(width) for width in (found[1] or "").split("-")[1:]] if found else None
 
 
 class Linears(nn.Module):

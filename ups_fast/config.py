@@ -348,7 +348,6 @@ def _finished(cfg: Config, words: Mapping[str, Any]) -> Config:
         setattr(cfg.select, each, limit)
     cfg.run_dir = _at_home("run_dir", cfg.run_dir)
     cfg.data.root = _at_home("data.root", cfg.data.root)
-    cfg.data.cache = _at_home("data.cache", cfg.data.cache)
     cfg.model.weights = _at_home("model.weights", cfg.model.weights)
     validate(cfg)
     return cfg

@@ -19,7 +19,7 @@ from ups_fast.data.cache import read_rows, write_rows
 from ups_fast.data.features import column_moments, first_not_finite
 from ups_fast.data.fingerprint import content_of
 from ups_fast.display import progress_bar, say
-from ups_fast.files import RunFolderError
+from ups_fast.files import RunFolderError, home
 from ups_fast.inputs import open_images
 from ups_fast.models import Frozen
 from ups_fast.policy import POLICIES
@@ -126,7 +126,7 @@ def _place(
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     found.update(content)
-    return Path(cfg.data.cache) / f"{found.hexdigest()}.npy", found.hexdigest()
+    return home(cfg.data.cache) / f"{found.hexdigest()}.npy", found.hexdigest()
 
 
 def _keep(path: Path, key: str, rows: Tensor, console: Console) -> None:

@@ -40,6 +40,7 @@ ORDER = [
     "config",
     "inputs",
     "folder",
+    "frozen",
     "build",
     "rounds",
     "estimator",

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from ups_fast.config import Config, limits_of
 from ups_fast.data import Images, ImageSet, Noise
 from ups_fast.data.fingerprint import fingerprint
 from ups_fast.folder import Nowhere, RunFolder
+from ups_fast.frozen import open_features
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import naming_key, open_images, policies_of, split_of, val_of
 from ups_fast.machine import pick_device
 from ups_fast.methods import METHODS, Method, Setting
+from ups_fast.models import Frozen, Network
+from ups_fast.models.backbone import pixel_scale
+from ups_fast.models.pretrained import LITE, weights_file
 from ups_fast.models.saved import rebuild
 from ups_fast.policy import POLICIES, Policy
 from ups_fast.seeds import derive
@@ -43,11 +49,17 @@ class Run:
     forward: Callable[..., Tensor]  # `passes_over`, perhaps compiled
     state: Checkpoint  # at first that of a new run
     folder: RunFolder
+    frozen: Frozen | None = None  # on whose features the run works, in place of the images
     resumed: int = 0  # rounds that the folder held when the run was resumed
 
     @property
     def method(self) -> Method:
         return self.step.method
+
+    @property
+    def network(self) -> Network:
+        """That of the method's which is tested, labels and is saved, behind the frozen one if there is one."""
+        return self.frozen.with_head(self.method.answers) if self.frozen else self.method.answers
 
     @property
     def saved_in(self) -> str:
@@ -84,7 +96,7 @@ class Run:
         return sum(self.budget(round)[0] for round in range(self.state.round)) + self.state.epoch
 
     def labeling_rows(self) -> int:
-        return self.cfg.select.batch_size or labeling_rows(self.device, self.data.shape)
+        return self.cfg.select.batch_size or labeling_rows(self.device, self.images.shape)
 
     def seed(self, stream: str, *path: int) -> int:
         return derive(self.cfg.seed, stream, self.state.round, *path)
@@ -93,30 +105,27 @@ class Run:
         return torch.Generator().manual_seed(self.seed(stream, *path))
 
 
-def prepare(cfg: Config, data: ImageSet) -> Run:
-    """Raises ValueError, with the key and one sentence, where config and data cannot work. Writes nothing."""
+def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
+    """Raises ValueError, with the key and one sentence, where config and data cannot work.
+
+    Writes nothing, but the features of a frozen network into its cache; `console` hears of these.
+    """
     device = pick_device(cfg.device)
-    shape: dict[str, Any] = {"channels": data.shape[0], "size": list(data.shape[1:])}
-    if len(data.shape) == 1:
-        shape = {"columns": data.shape[0]}
-    about = {
-        "model": asdict(cfg.model),
-        "heads": cfg.select.heads,
-        "classes": data.classes,
-        **shape,
-        "mean": data.mean,
-        "std": data.std,
-    }
+    about = _about(cfg, data)
     select, train = cfg.select, cfg.train
     labeled, unlabeled = split_of(cfg, data)
     labeled, val = val_of(cfg, data, labeled)
     with naming_key("model.name"):
-        trial = rebuild(about).eval()
-    _check_small_batches(cfg, trial, (1, *data.shape))
+        frozen = _frozen(cfg, about)
+        network: Callable[[], Network] = frozen.new_head if frozen else partial(rebuild, about)
+        weights = weights_file(cfg.model.name, cfg.model.weights)
+        trial = network().eval()
+    shape = (frozen.n_features,) if frozen else data.shape
+    _check_small_batches(cfg, trial, (1, *shape))
     with torch.no_grad():
-        features = trial.embed(trial.prefix(torch.zeros(1, *data.shape)), None).shape[1]
+        features = trial.embed(trial.prefix(torch.zeros(1, *shape)), None).shape[1]
     setting = Setting(
-        network=lambda: rebuild(about),
+        network=network,
         options=cfg.method,
         select=limits_of(cfg),
         n_images=len(data.train_labels),
@@ -129,16 +138,22 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
     )
     make = METHODS[cfg.method.name]
     method = make(setting)
-    policies = policies_of(cfg, data.shape)
+    policies = policies_of(cfg, shape)
     _check_method(cfg, method, policies, len(labeled), len(unlabeled))
     memory_format: Any = {"memory_format": torch.channels_last}
     method.to(device, **memory_format)
     with naming_key("runtime.step"):
         plan = plan_step(cfg.runtime.step, cfg.runtime.precision, device)
-    images = open_images(cfg, data, device, policies["strong"])
-    test_images = open_images(cfg, data, device, POLICIES["none"], test=True)
     with naming_key("select.mc_layers"):
         skipped(method.network, select.mc_layers)
+    images: Images
+    test_images: Images
+    if frozen:
+        images, test_images = open_features(cfg, data, frozen, device, console or Console(quiet=True))
+    else:
+        data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
+        images = open_images(cfg, data, device, policies["strong"])
+        test_images = open_images(cfg, data, device, POLICIES["none"], test=True)
     step = TrainStep(
         method,
         images,
@@ -148,7 +163,7 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
         weight_decay=train.weight_decay,
         decay_norms=train.decay_norms,
     )
-    state = Checkpoint(fingerprint(data, cfg.model.weights), labeled, unlabeled, val)
+    state = Checkpoint(fingerprint(data, weights), labeled, unlabeled, val)
     forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
     folder = RunFolder(Path(cfg.run_dir)) if cfg.run_dir else Nowhere()
     return Run(
@@ -164,7 +179,31 @@ def prepare(cfg: Config, data: ImageSet) -> Run:
         forward,
         state,
         folder,
+        frozen,
     )
+
+
+def _about(cfg: Config, data: ImageSet) -> dict[str, Any]:
+    """What a saved network says of itself. A pretrained one may have a mean and std of pixels of its own."""
+    shape: dict[str, Any] = {"channels": data.shape[0], "size": list(data.shape[1:])}
+    if len(data.shape) == 1:
+        shape = {"columns": data.shape[0]}
+    mean, std = data.mean, data.std
+    if cfg.model.freeze:  # it normalizes on its own
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    elif cfg.model.name in LITE:
+        mean, std = (each[: len(data.mean)] for each in pixel_scale(cfg.model.name))
+    model = {"model": asdict(cfg.model), "heads": cfg.select.heads, "classes": data.classes}
+    return {**model, **shape, "mean": mean, "std": std}
+
+
+def _frozen(cfg: Config, about: Mapping[str, Any]) -> Frozen | None:
+    """The network that is not trained, if the config asks for one."""
+    if not cfg.model.freeze:
+        return None
+    network = rebuild(about).eval()
+    assert isinstance(network, Frozen)
+    return network
 
 
 def _check_method(

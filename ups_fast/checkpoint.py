@@ -52,7 +52,7 @@ _PRODUCTS = (
 RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
 # which no round depends.
-FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "train.rounds")
+FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "data.cache", "train.rounds")
 FORMAT, VERSION = "ups_fast checkpoint", 5
 MOST_CONFIG = 100_000  # bytes of a config.yaml; one has some 3,000
 

@@ -20,7 +20,9 @@ import yaml  # type: ignore[import-untyped]
 from ups_fast import config_file
 from ups_fast.machine import device_parts
 from ups_fast.methods import METHODS, Options
+from ups_fast.models.mlp import widths_of
 from ups_fast.models.options import ModelConfig
+from ups_fast.models.pretrained import LITE
 from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, typed
 from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
@@ -102,6 +104,10 @@ class DataConfig:
     )
     drop_columns: float = key(
         0.0, "For features: the share of the columns that each training row lacks. 0 is off.", within="[0, 1)"
+    )
+    cache: str = key(
+        "~/.cache/ups_fast",
+        "With model.freeze, the folder that keeps features for later runs. It may be deleted. Empty: none is kept.",
     )
 
 
@@ -408,14 +414,21 @@ def validate(cfg: Config) -> None:
         )
     if data.name not in own and not data.n_labels:
         raise ValueError(f"data.n_labels must say how many images of {data.name} are labeled, got 0")
-    if (data.noise or data.drop_columns) and data.name != "features":
+    _validate_freeze(cfg)
+    features = (
+        "data.name=features" if data.name == "features" else "model.freeze=true" if cfg.model.freeze else ""
+    )
+    if (data.noise or data.drop_columns) and not features:
         raise ValueError(
-            f"data.noise and data.drop_columns are for data.name=features, got {data.noise} and {data.drop_columns}"
+            "data.noise and data.drop_columns are for data.name=features and model.freeze=true, got "
+            f"{data.noise} and {data.drop_columns}"
         )
-    if data.name == "features":
+    if features:
         done = ("flip", "crop", "ops", "jitter", "cutout", "resized_crop")
         if image := [f"data.{each}={getattr(data, each)}" for each in done if getattr(data, each)]:
-            raise ValueError(f"{image[0]} is for images, got data.name=features: data.noise is for features")
+            raise ValueError(
+                f"{image[0]} is for images that a network is trained on, got {features}: data.noise is for features"
+            )
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
     if data.resized_crop and (data.name != "folder" or data.loader == "resident"):
@@ -432,6 +445,33 @@ def validate(cfg: Config) -> None:
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
     device_parts(cfg.device)
+
+
+def _validate_freeze(cfg: Config) -> None:
+    model = cfg.model
+    if model.name in LITE and model.weights:
+        raise ValueError(
+            f"model.weights must be empty for {model.name}, which has its own, got {said(model.weights)}"
+        )
+    if not model.freeze:
+        if model.input_size:
+            raise ValueError(f"model.input_size is for model.freeze=true, got {model.input_size}")
+        return
+    if model.name not in LITE and not model.name.startswith(("torchvision:", "timm:")):
+        raise ValueError(
+            f"model.freeze=true needs a pretrained network on images, model.name=lite0, torchvision:NAME or timm:NAME, "
+            f"got {said(model.name)}"
+        )
+    if cfg.data.name == "features":
+        raise ValueError(
+            "model.freeze=true makes features of images, got data.name=features, which are some already"
+        )
+    if model.name not in LITE and not model.weights:
+        raise ValueError(
+            "model.freeze=true needs pretrained weights: name their file by model.weights, or set model.name=lite0"
+        )
+    if widths_of(model.head) is None:
+        raise ValueError(f"model.head must be linear or mlp-WIDTH, such as mlp-256, got {said(model.head)}")
 
 
 def help_text(width: int = 80) -> str:

@@ -151,13 +151,13 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         cfg = self._config(data, any_unlabeled=bool(unlabeled.any()))
         console = open_console() if self.verbose else Console(quiet=True)
         with _threads(self.n_jobs):
-            run = prepare(cfg, data)
+            run = prepare(cfg, data, console)
             self.history_ = []
             for row in rounds(run, console):
                 say(console, table_line(row))
                 self.history_.append(dict(row))
-        self.network_ = copy.deepcopy(run.method.answers).cpu().eval()
-        self._mean, self._std = (torch.tensor(each) for each in (data.mean, data.std))
+        self.network_ = copy.deepcopy(run.network).cpu().eval()
+        self._mean, self._std = (torch.tensor(run.about[each]) for each in ("mean", "std"))
         self._keep(PseudoLabels(**run.state.pseudo_labels), target)  # type: ignore[arg-type]
         return self
 

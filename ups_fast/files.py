@@ -75,8 +75,10 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Replaces `path` by `content`: a reader, even after a power cut, meets the old file or the new one.
+def write_atomic(path: Path, *content: bytes | memoryview) -> None:
+    """Replaces `path` by `content`, one part after the other.
+
+    A reader, even after a power cut, meets the old file or the new one.
 
     Writes a new file of a random name in the same folder, and follows no link. Raises RunFolderError where it cannot
     be written, or where `path` is a link, a folder or anything but a regular file; what is there then stands.
@@ -86,7 +88,8 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             with _new(tmp) as file:
-                file.write(content)
+                for part in content:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(tmp, path)

@@ -35,6 +35,7 @@ try:
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
+    from ups_fast.models import Frozen
     from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
     from ups_fast.ops import mc_select
@@ -102,7 +103,10 @@ class Predictor:
             ) from error
         self.skip = skipped(model, mc_layers)
         self.unfinished = f"{done} of {rounds} rounds" if done < rounds else ""
+        # Passes over a frozen network are passes over its features.
         self.rows = max(1, labeling_rows(self.device, shape) // self.passes)
+        if isinstance(model, Frozen):
+            self.rows = labeling_rows(self.device, model.seen(model.size))
 
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHARE, LEAST, MOST = 4, 200, 20_000  # of the samples a quarter are candidates: the least certain, of such numbers
+SHARE, LEAST, MOST = (
+    4,
+    200,
+    20_000,
+)  # of the samples a quarter are candidates: the least certain, of such numbers
 FOLDS = 5
 
 

@@ -68,7 +68,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
 
     Raises ValueError where config and data cannot work, before anything is written; else as `rounds`.
     """
-    job = prepare(cfg, data)
+    job = prepare(cfg, data, console)
     for row in rounds(job, console):
         say(console, table_line(row))
         for sentence in worries(row, job) if row["round"] >= job.resumed else ():
@@ -122,7 +122,7 @@ def resume(run: Run, console: Console) -> None:
     say(
         console,
         f"{data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, {val}"
-        f"{len(data.test_labels):,} test images; {run.cfg.model.name} on {run.device}",
+        f"{len(data.test_labels):,} test images; {_networks(run)} on {run.device}",
     )
     labeled = class_counts(data.train_labels[state.labeled], len(data.classes))
     tests = class_counts(data.test_labels, len(data.classes))
@@ -146,6 +146,11 @@ def resume(run: Run, console: Console) -> None:
     if done and not (folder.path / MODEL).exists():
         say(console, f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
     say(console, HEADER)
+
+
+def _networks(run: Run) -> str:
+    model = run.cfg.model
+    return f"{model.head} behind {model.name}, which is frozen," if model.freeze else model.name
 
 
 def _check(run: Run, found: Checkpoint) -> None:
@@ -260,7 +265,6 @@ class _Round:
         """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         run, state, data, watch = self.run, self.state, self.run.data, self.watch
         method, n_classes = run.method, len(data.classes)
-        network = method.answers
         val_acc = None
         with watch.overhead():
             test = self._evaluate(run.test_images, data.test_labels)
@@ -288,7 +292,7 @@ class _Round:
         with watch.overhead():
             there = state.labeled[~torch.isin(state.labeled, gone)]
             method.end_round(Look(found, data.train_labels, there, self._features))
-            run.folder.keep(network, run.about, found, run.truth, best=best)
+            run.folder.keep(run.network, run.about, found, run.truth, best=best)
         truth = data.test_labels[test.index]
         row = Row(
             round=state.round,

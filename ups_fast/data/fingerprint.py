@@ -33,8 +33,7 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
         parts["content of the files"] = "".join(files.digests).encode()
         parts["mean and std"] = repr((files.mean, files.std)).encode()
     elif not data.in_files:
-        for name, images in (("training images", data.train_images), ("test images", data.test_images)):
-            parts[name] = repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
+        parts["training images"], parts["test images"] = content_of(data), content_of(data, test=True)
     parts["training labels"] = data.train_labels.numpy().tobytes()
     parts["test labels"] = data.test_labels.numpy().tobytes()
     parts["labeled part"] = b"" if data.labeled is None else data.labeled.numpy().tobytes()
@@ -46,6 +45,17 @@ def fingerprint(data: ImageSet, weights: str = "") -> str:
     sizes = f"{len(data.train_labels) - n_val} training and {len(data.test_labels)} test images"
     sizes = sizes.replace(" and ", f", {n_val} validation and ") if n_val else sizes
     return f"{sizes}; {', '.join(f'{name} {_hash(content).hex()}' for name, content in parts.items())}"
+
+
+def content_of(data: ImageSet, *, test: bool = False) -> bytes:
+    """Tells the images of a part from others, in their order; empty where nothing is known of their bytes."""
+    images, files = data.test_images if test else data.train_images, data.manifest
+    if not data.in_files:
+        return repr(list(images.shape)).encode() + _hash(images.contiguous().numpy().data)
+    if files is None:
+        return b""
+    digests = files.digests[files.train :] if test else files.digests[: files.train]
+    return repr(list(images.shape[1:])).encode() + "".join(digests).encode()
 
 
 def _hash(content: bytes | memoryview) -> bytes:

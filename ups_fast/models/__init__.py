@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
-from ups_fast.models.mlp import MLP
+from ups_fast.models.frozen import Frozen
+from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
+from ups_fast.models.pretrained import LITE
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Network", "WideResNet", "build"]
+__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Frozen", "Network", "WideResNet", "build"]
 
 
 def build(
@@ -30,14 +32,19 @@ def build(
     activation: str = "mish",
     bn_momentum: float = 0.1,
     weights: str = "",
+    freeze: bool = False,
+    head: str = "mlp-256",
+    input_size: int = 0,
 ) -> Network:
     """A freshly initialized network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
     name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
-                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, see `Backbone`; for
-                 features "linear" or "mlp-w[-w...]" with hidden layers of these widths (such as "mlp-256")
+                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, or "lite0", "lite1" or
+                 "lite2", see `Backbone`; for features "linear" or "mlp-w[-w...]" with hidden layers of these widths
+                 (such as "mlp-256")
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
-    heads        of networks on features: that many side by side, each with weights of its own, see `MLP`
+    heads        of networks on features, frozen ones too: that many side by side, each with weights of its own, see
+                 `MLP`
     channels     1 or 3
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
@@ -48,6 +55,8 @@ def build(
     bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
                  eval mode means anything, so short runs want the default. WRN and CNN-13 only.
     weights      networks of torchvision and timm only: file of pretrained weights, "" for none
+    freeze       these only, too: the network is never trained, but `head`, a network on its features, see `Frozen`
+    input_size   with freeze: the length to which the shorter side of the images is scaled. 0: as they are
 
     Other weights are drawn from the global torch generator. A ValueError names the argument and what it got.
     """
@@ -67,19 +76,33 @@ def build(
     if weights and library not in LIBRARIES:
         raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
 
-    layers = re.fullmatch(r"linear|mlp((?:-[1-9][0-9]{0,5}){1,20})", name)
-    if bool(layers) != bool(columns):
+    pretrained = library in LIBRARIES or name in LITE
+    if freeze and (not pretrained or columns):
+        raise ValueError(f"freeze is for lite0, torchvision:NAME and timm:NAME on images alone, got {name}")
+    widths = widths_of(name)
+    if (widths is not None) != bool(columns):
         fits = "linear or mlp-WIDTH, such as mlp-256" if columns else "another: this one is for features"
         raise ValueError(f"name must be {fits}, got {name!r} for {'features' if columns else 'images'}")
-    if heads != 1 and not layers:
+    if heads != 1 and widths is None and not freeze:
         raise ValueError(f"heads are for networks on features alone, got {heads} for {name}")
-    if layers:
-        widths = [int(width) for width in (layers[1] or "").split("-")[1:]]
+    if widths is not None:
         return MLP(widths, columns, n_classes, dropout=dropout, heads=heads)
 
     height, width = (size, size) if isinstance(size, int) else size
     model: Network
-    if library in LIBRARIES:
+    if freeze:
+        return Frozen(
+            name,
+            n_classes,
+            channels,
+            (height, width),
+            head=head,
+            heads=heads,
+            input_size=input_size,
+            dropout=dropout,
+            weights=weights,
+        )
+    if pretrained:
         model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
     elif name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
@@ -97,7 +120,7 @@ def build(
     else:
         raise ValueError(
             "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), or 'torchvision:NAME' or 'timm:NAME', "
-            f"or for features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
+            f"or 'lite0', or for features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
         )
 
     if min(height, width) < model.min_size:

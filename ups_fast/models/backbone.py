@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ups_fast.models.network import Chain, Dropout, Network
-from ups_fast.models.pretrained import imported, load_weights
+from ups_fast.models.pretrained import LITE, imported, library_name, load_weights, weights_file
 from ups_fast.words import did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
@@ -28,7 +28,8 @@ class Backbone(Network):
     `prefix` is nearly all of the network, passes cost next to nothing, and their spread is the uncertainty of the
     classifier given its features.
 
-    name     "torchvision:NAME" or "timm:NAME", a classifier that ends in its linear layer
+    name     "torchvision:NAME" or "timm:NAME", a classifier that ends in its linear layer; or "lite0", "lite1" or
+             "lite2" with the weights that are installed
     size     (height, width); transformers may take no other, convolutional networks all larger ones too
     dropout  of each of these Dropouts, in [0, 1)
     weights  file of pretrained weights in the library's own names: .safetensors, or what torch.save made of a
@@ -52,7 +53,8 @@ class Backbone(Network):
         weights: str = "",
     ) -> None:
         super().__init__()
-        build = _builder(name, n_classes, channels, size)
+        build = _builder(library_name(name), n_classes, channels, size)
+        weights = weights_file(name, weights)
         try:
             self.net = build()
             _calm(self.net)
@@ -89,6 +91,17 @@ class Backbone(Network):
     def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
         logits: Tensor = self.head[-1](features)
         return logits
+
+
+def pixel_scale(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of pixels in [0, 1], red, green and blue, by which a pretrained network wants them normalized."""
+    if name in LITE:
+        return (127 / 255,) * 3, (128 / 255,) * 3
+    library, _, short = name.partition(":")
+    known = imported("timm", "timm").models.get_pretrained_cfg(short) if library == "timm" else None
+    if known and len(known.mean) == len(known.std) == 3:
+        return tuple(known.mean), tuple(known.std)
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) -> Callable[[], nn.Module]:

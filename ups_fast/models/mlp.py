@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,12 @@ from ups_fast.reference import dropout_keys
 # So that one learning rate serves all features: a standardized value is cut off here, and rows of more columns than
 # this are scaled down to the length of such rows.
 _LARGEST, _WIDEST = 10.0, 1024
+
+
+def widths_of(name: str) -> list[int] | None:
+    """The widths of the hidden layers that the name of such a network tells; None where it is none."""
+    found = re.fullmatch(r"linear|mlp((?:-[1-9][0-9]{0,5}){1,20})", name)
+    return [int(width) for width in (found[1] or "").split("-")[1:]] if found else None
 
 
 class Linears(nn.Module):

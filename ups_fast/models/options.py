@@ -12,12 +12,27 @@ class ModelConfig:
     name: str = key(
         "wrn-28-2",
         "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
-        "timm:NAME, such as torchvision:resnet50. For features linear or mlp-WIDTH, such as mlp-256.",
+        "timm:NAME, such as torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their "
+        "weights. For features linear or mlp-WIDTH, such as mlp-256.",
     )
     weights: str = key(
         "",
         "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
         "from it. Empty: none.",
+    )
+    freeze: bool = key(
+        False,
+        "Never trains the network, but model.head on its features, which are computed once for each image. Needs "
+        "weights.",
+    )
+    head: str = key(
+        "mlp-256", "With model.freeze, what is trained on the features: linear or mlp-WIDTH, such as mlp-256."
+    )
+    input_size: int = key(
+        0,
+        "With model.freeze, the length to which the shorter side of the images is scaled for the network. Small images "
+        "want more than their own, such as 96. 0: as they are.",
+        within="[0, 4096]",
     )
     dropout: float = key(0.3, "Dropout rate. Dropout also makes the labeling passes differ.", within="[0, 1)")
     preact: str = key(

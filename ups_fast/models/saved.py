@@ -17,6 +17,7 @@ from ups_fast.files import RunFolderError, home, misfit, open_regular, write_ato
 from ups_fast.machine import pick_device
 from ups_fast.models import Network, build
 from ups_fast.models.options import ModelConfig
+from ups_fast.models.pretrained import library_name
 from ups_fast.schema import keys_of
 from ups_fast.words import line_of, shown
 
@@ -37,7 +38,8 @@ def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best
 
     best  the network is the best one so far, too
     """
-    about = {**about, "model": {**about["model"], "weights": ""}}
+    name = library_name(about["model"]["name"])
+    about = {**about, "model": {**about["model"], "name": name, "weights": ""}}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(weights, {"ups_fast": json.dumps(about)})
     for name in (MODEL, BEST)[: 1 + best]:

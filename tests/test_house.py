@@ -42,6 +42,7 @@ ORDER = [
     "folder",
     "build",
     "rounds",
+    "estimator",
     "command",
     "train",
     "predict",

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ups_fast.data.features import column_moments, constant_columns, first_not_finite
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.data.npy import member_header, members_of
 from ups_fast.machine import memory_bytes
 from ups_fast.words import line_of, many
 
@@ -114,7 +113,7 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
             if start.read(2) != b"PK":
                 raise ValueError("it is not an .npz archive")
         with zipfile.ZipFile(path) as archive:
-            members = _members(archive)
+            members = members_of(archive)
             if lacking := [key for key in _ARRAYS if key not in members]:
                 return _refused(path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}")
             known = (*_ARRAYS, *_OPTIONAL)
@@ -127,7 +126,7 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
             sizes = {}
             for key, member in members.items():
                 place = f" at {key}"
-                sizes[key] = _size(archive, member)
+                sizes[key] = member_header(archive, member).nbytes
             # These become one array.
             needed = sum(sizes.values()) + sum(
                 sizes.get(key, 0) for key in ("x_labeled", "x_unlabeled", "x_val")
@@ -159,44 +158,6 @@ class _Refused(ValueError):
 
 def _refused(path: Path, why: str) -> dict[str, np.ndarray]:
     raise _Refused(f"{str(path)!r} (data.root) {why}")
-
-
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
-        key = member.filename.removesuffix(".npy")
-        if key in members:
-            raise ValueError(f"it has two arrays of the name {key!r}")
-        if member.flag_bits & 1:
-            raise ValueError(f"{key!r} is encrypted: store it without a password")
-        members[key] = member
-    return members
-
-
-def _size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Bytes of an array by its header, which must be that of plain numbers and fit the file."""
-    if member.compress_size > os.path.getsize(str(archive.filename)):
-        raise ValueError("it is longer than the file")
-    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > 1040 * (member.compress_size + 64):
-        raise ValueError("its size cannot be right: no data shrink so far")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        follows = member.file_size - file.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    if dtype.kind not in "biuf" or dtype.subdtype:
-        raise ValueError(f"it must hold plain numbers, got {str(dtype)[:100]}")
-    if min(shape, default=0) < 0 or (claimed := math.prod(shape) * dtype.itemsize) != follows:
-        raise ValueError(
-            f"its header says {dtype!s} {list(shape)[:8]}, which the {follows:,} bytes after it are not"
-        )
-    return claimed
 
 
 def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8

@@ -6,12 +6,14 @@ import csv
 import io
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from sklearn.datasets import load_digits
 from test_rounds import one_thread
@@ -19,6 +21,7 @@ from test_rounds import one_thread
 from ups_fast import config, predict, rounds
 from ups_fast.config import Config
 from ups_fast.data import ImageSet, load_set
+from ups_fast.inputs import load_data
 from ups_fast.predict import HEAD, Predictor
 
 __all__ = ["one_thread"]  # the fixture
@@ -81,13 +84,172 @@ def finished(data: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folder, run(settings(folder), data)
 
 
-# --- labels for further rows --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+# --- rows in a file with a table of labels beside it --------------------------------------------------------
+
+LABELS = ["b", "b", "", "a", "a", "", "b", "a", "", "b"]
+
+
+def beside(rows: np.ndarray, lines: list[str], *, head: str = "label", name: str = "rows.npy") -> Path:
+    np.save(name, rows)
+    path = Path(name)
+    path.with_suffix(".csv").write_text("\n".join([head, *lines]) + "\n")
+    return path
+
+
+def ten(dtype: Any = np.float32) -> np.ndarray:
+    return np.arange(30).reshape(10, 3).astype(dtype)
+
+
+def load(path: Path, **how: Any) -> ImageSet:
+    return load_set("features", str(path), **how)
+
+
+def test_a_table_of_labels_beside_the_rows(here: Path) -> None:
+    splits = ["", "train", "", "", "test", "train", "test", "val", "", "TEST"]
+    lines = [f"x{i},{label},{split}" for i, (label, split) in enumerate(zip(LABELS, splits, strict=True))]
+    found = load(beside(ten(np.float16), lines, head="id,Label,split"))
+    assert found.classes == ["a", "b"] and found.train_images.dtype == torch.float16
+    assert found.names == [f"rows.npy[{i}]" for i in (0, 1, 3, 2, 5, 8, 7)]
+    assert found.test_names == ["rows.npy[4]", "rows.npy[6]", "rows.npy[9]"]
+    assert found.train_images[:, 0].tolist() == [0, 3, 9, 6, 15, 24, 21]
+    assert found.test_images[:, 0].tolist() == [12, 18, 27] and found.test_labels.tolist() == [0, 1, 1]
+    assert found.train_labels.tolist() == [1, 1, 0, -1, -1, -1, 0]
+    assert found.labeled is not None and found.labeled.tolist() == [0, 1, 2]
+    assert found.val is not None and found.val.tolist() == [6]
+    # Of the labeled and unlabeled rows alone.
+    assert found.mean[0] == pytest.approx(np.mean([0, 3, 9, 6, 15, 24]))
+    assert found.std[0] == pytest.approx(np.std([0, 3, 9, 6, 15, 24]))
+
+
+def test_a_share_is_held_out_where_there_are_no_test_rows(here: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    rows[8] = rows[0]  # of one class: they stay together
+    path = beside(rows, ["9", "10", "", ""] * 10)
+    found, again, other = (load(path, test_share=0.3, seed=seed) for seed in (0, 0, 1))
+    assert found.classes == ["9", "10"], "numbers have the order of numbers"
+    assert 5 <= len(found.test_labels) <= 7 and found.test_labels.bincount().min() >= 3
+    assert found.test_names == again.test_names != other.test_names
+    assert any("are held out to test" in note and "row" in note for note in found.notes)
+    for each in (found, other):
+        assert ("rows.npy[0]" in each.test_names) == ("rows.npy[8]" in each.test_names)  # type: ignore[operator]
+    assert sorted([*found.names, *found.test_names]) == sorted(f"rows.npy[{i}]" for i in range(40))  # type: ignore[misc]
+
+
+def test_float64_is_read_as_float32_with_a_note(here: Path) -> None:
+    found = load(beside(ten(np.float64), LABELS))
+    assert found.train_images.dtype == torch.float32
+    assert "rows.npy has numbers of type float64, which are read as float32" in found.notes
+    assert not any("float" in note for note in load(beside(ten(), LABELS)).notes)
+
+
+def test_a_run_names_the_rows_of_its_file(here: Path) -> None:
+    x, y = digits()
+    lines = [str(c) if i < 120 else "" for i, c in enumerate(y[:200])]
+    path = beside(x[:200], lines)
+    cfg = settings("run", train__rounds=1, train__min_steps=5, data__root=str(path))
+    found = load_data(cfg, torch.device("cpu"), Console(file=io.StringIO()))
+    result = run(cfg, found)
+    assert result.rows[0]["test_acc"] is not None and result.pseudo_labels.index.tolist() == [
+        found.names.index(f"rows.npy[{i}]")  # type: ignore[union-attr]
+        for i in range(120, 200)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "head", "said"),
+    [
+        (ten(), LABELS[:9], "label", "must have a line for each of the 10 rows of 'rows.npy', got 9"),
+        (ten(), [*LABELS, "a"], "label", "must have a line for each of the 10 rows of 'rows.npy', got 11"),
+        (ten(), LABELS, "class", "must begin with a line of column names, each once, label among them"),
+        (
+            ten(),
+            [f"{c},tset" for c in LABELS],
+            "label,split",
+            "line 2 of .* train, val, test or .*, got 'tset'",
+        ),
+        (
+            ten(),
+            ["a,", "b,", ",test", *["a,"] * 7],
+            "label,split",
+            "line 4 of .* is a test row and must have",
+        ),
+        (ten(), ["a,", "b,", "c,test", *[","] * 7], "label,split", "test rows .* class 'c', of which no row"),
+        (ten(), [""] * 10, "label", "must have labeled rows of at least two classes, got none"),
+        (ten(), ["a", *[""] * 9], "label", "must have labeled rows of at least two classes, got only 'a'"),
+        (ten(), ["a", "b"] * 5, "label", "has no unlabeled rows, and UPS needs some"),
+        (
+            ten(),
+            ["a", "b", *[""] * 8],
+            "label",
+            "has no test rows, and no class has the two different labeled",
+        ),
+        (ten(np.uint8), LABELS, "label", "must hold features, float16, float32 or float64 .*, got uint8"),
+        (np.full((10, 3), np.nan, np.float32), LABELS, "label", "'rows.npy' must hold finite .* 30 values"),
+        (np.full((10, 3), 1e300), LABELS, "label", "'rows.npy' must hold finite numbers, got 30 values"),
+        (ten()[:, 0], LABELS, "label", r"must hold features, .* got float32 \[10\]"),
+    ],
+)
+def test_rows_and_labels_that_are_refused(
+    here: Path, rows: np.ndarray, lines: list[str], head: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        load(beside(rows, lines, head=head))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_without_a_table_or_of_another_kind(here: Path) -> None:
+    path = beside(ten(), LABELS)
+    Path("rows.csv").rename("other.csv")
+    with pytest.raises(
+        FileNotFoundError, match=r"needs its labels beside it, and there is no file 'rows\.csv'"
+    ):
+        load(path)
+    with pytest.raises(ValueError, match=r"features, \.npy, \.npz or \.parquet, got 'other\.csv'"):
+        load(Path("other.csv"))
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'gone\.npy' \(data\.root\)"):
+        load(Path("gone.npy"))
+
+
+def test_blank_lines_of_a_table(here: Path) -> None:
+    """In a table of one column they are rows without a label, but behind the last row they are none."""
+    assert load(beside(ten(), [*LABELS, "", ""])).train_labels.tolist().count(-1) == 3
+    lines = [f"{label}," for label in LABELS]
+    assert load(beside(ten(), [*lines[:4], "", *lines[4:], ""], head="label,split")).classes == ["a", "b"]
+
+
+def test_a_parquet_table_without_pyarrow(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"^a \.parquet file needs pyarrow .*: pip install pyarrow$"):
+        load(Path("rows.parquet"))
+
+
+def test_a_parquet_table(here: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"a": ten()[:, 0], "b": np.arange(10), "__index_level_0__": list("abcdefghij")}
+    parquet.write_table(pyarrow.table(columns), "rows.parquet")
+    Path("rows.csv").write_text("\n".join(["label", *LABELS]))
+    found = load(Path("rows.parquet"))
+    assert found.shape == (2,) and found.train_images.dtype == torch.float32
+    order = [int(name[13:-1]) for name in found.names or []]
+    assert found.train_images.tolist() == [[3 * i, i] for i in order]
+    for bad, said in ((["x"] * 10, "got 'b' of string"), ([None, *range(9)], "finite numbers, got 1 value")):
+        parquet.write_table(pyarrow.table({**columns, "b": bad}), "rows.parquet")
+        with pytest.raises(ValueError, match=said):
+            load(Path("rows.parquet"))
+    Path("rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"'rows\.parquet' is damaged or no file of features"):
+        load(Path("rows.parquet"))
+
+
+# --- labels for further rows --------------------------------------------------------------------------------
 
 
 def table(path: str) -> list[dict[str, str]]:

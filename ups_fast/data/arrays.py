@@ -1,4 +1,4 @@
-"""The user's own arrays, in an .npz file: checked before memory is taken, and read into an ImageSet.
+"""The user's own arrays, mostly in an .npz file: checked before memory is taken, and read into an ImageSet.
 
 `read_arrays` reads images, `read_features` rows of numbers.
 """
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.features import column_moments, constant_columns, first_not_finite
+from ups_fast.data.features import column_moments, constant_columns, must_be_finite
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.data.labeled_rows import read_labeled_rows
 from ups_fast.data.npy import member_header, members_of
+from ups_fast.data.row_files import SUFFIXES, either, is_row_file
 from ups_fast.machine import memory_bytes
 from ups_fast.words import line_of, many
 
@@ -33,16 +35,21 @@ def read_arrays(path: Path) -> ImageSet:
     return replace(data, mean=mean, std=std)
 
 
-def read_features(path: Path) -> ImageSet:
-    """The same of features, standardized by the labeled and unlabeled rows together."""
-    data = _read(path, "features", _rows, "all rows must have the same number of columns")
+def read_features(path: Path, *, test_share: float = 0.2, seed: int = 0) -> ImageSet:
+    """The same of features, standardized by the labeled and unlabeled rows together; or as `read_labeled_rows`."""
+    if path.exists() and not is_row_file(path):
+        raise ValueError(f"data.root must be a file of features, {either(SUFFIXES)}, got {str(path)!r}")
+    if path.suffix.lower() == ".npz":
+        data = _read(path, "features", _rows, "all rows must have the same number of columns")
+    else:
+        data = read_labeled_rows(path, test_share, seed)
     seen = data.train_images[: len(data.train_images) - (0 if data.val is None else len(data.val))]
     mean, std = column_moments(seen)
-    notes: tuple[str, ...] = ()
+    notes = data.notes
     if constant := constant_columns(seen):
         d = seen.shape[1]
         are = "has" if constant == 1 else "have"
-        notes = (
+        notes += (
             f"{constant:,} of {many(d, 'column')} {are} one value in all training rows and tell nothing",
         )
         if constant == d:
@@ -187,12 +194,7 @@ def _rows(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, d] float32 
     if array.size == 0:
         raise ValueError(f"{key} must not be empty, got {got}")
     rows = torch.from_numpy(np.ascontiguousarray(array))
-    if bad := first_not_finite(rows):
-        count, row, column = bad
-        raise ValueError(
-            f"{key} must hold finite numbers, got {many(count, 'value')} that are NaN or infinite, the first in row "
-            f"{row:,}, column {column:,}: fill them, or leave out what has them"
-        )
+    must_be_finite(rows, key)
     return rows
 
 

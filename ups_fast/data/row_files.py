@@ -79,8 +79,11 @@ def look_at(paths: Iterable[str], columns: int) -> list[RowFile]:
     return files
 
 
-def row_file(path: str) -> RowFile:
-    """What the file says that it holds. Raises ValueError or OSError with one sentence that names it."""
+def row_file(path: str, copies: int = 1) -> RowFile:
+    """What the file says that it holds. Raises ValueError or OSError with one sentence that names it.
+
+    copies  in memory, for which there must be room
+    """
     try:
         found = _looked_at(path)
     except (_Refused, OSError):
@@ -91,7 +94,7 @@ def row_file(path: str) -> RowFile:
         raise ValueError(
             f"{path!r} must not be empty, got {many(found.n, 'row')} of {many(found.d, 'column')}"
         )
-    if (needed := 4 * found.n * found.d) > memory_bytes():
+    if (needed := copies * found.n * found.d * found.dtype.itemsize) > memory_bytes():
         have = memory_bytes() / 2**30
         raise ValueError(
             f"{path!r} takes {needed / 2**30:,.1f} GiB to read, and this machine has {have:,.1f}: split it"

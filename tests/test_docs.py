@@ -185,7 +185,7 @@ def test_python_blocks_run(page, home):
 
 
 def test_the_pages_have_python_blocks():
-    assert len(blocks(ROOT / "README.md", "python")) == 1
+    assert len(blocks(ROOT / "README.md", "python")) == 2
     assert len(blocks(ROOT / "docs/ops.md", "python")) >= 5
 
 

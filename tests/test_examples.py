@@ -31,6 +31,12 @@ def test_fixmatch():
 
 
 @pytest.mark.slow
+def test_features():
+    alone, spread, found, trusted = numbers(run("features.py"))
+    assert found > alone + 0.03 and trusted > 0.9 and spread > 0
+
+
+@pytest.mark.slow
 def test_dataset_workers():
     lines = run("dataset_workers.py").splitlines()
     assert [line.split(":")[0] for line in lines] == [

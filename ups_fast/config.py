@@ -127,7 +127,7 @@ class TrainConfig:
     )
     optimizer: str = key(
         "sgd",
-        "sgd: with Nesterov momentum, as published. adamw: for features, whose scale it does not mind; it wants a "
+        "SGD with Nesterov momentum, as published, or AdamW, which minds no scale of the features and wants a "
         "train.lr near 0.001.",
         choices=("sgd", "adamw"),
     )

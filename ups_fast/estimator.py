@@ -38,7 +38,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         method: name of a training method, see docs/methods.md.
-        model: name of the network. "auto": ``"mlp-256"`` for features, ``"wrn-10-2"`` for images.
+        model: name of the network. "auto": ``"mlp-128"`` for features, ``"wrn-10-2"`` for images.
         heads: networks that are trained side by side and among which the passes are shared. Images have one.
         passes: predictions of each unlabeled sample, of which confidence and std are taken; a multiple of `heads`.
         rounds: at least 1; the first learns from the given labels alone.
@@ -92,9 +92,9 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         heads: int = 5,
         passes: int = 5,
         rounds: int = 5,
-        steps: int = 100,
+        steps: int = 300,
         batch_size: int = 128,
-        learning_rate: float = 0.3,
+        learning_rate: float = 0.1,
         dropout: float = 0.5,
         tau_p: float = 0.7,
         kappa_p: float = 0.1,
@@ -187,7 +187,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "recipe": "none" if images else "features",
             "data.name": "npz" if images else "features",
             "method.name": self.method,
-            "model.name": self.model if self.model != "auto" else "wrn-10-2" if images else "mlp-256",
+            "model.name": self.model if self.model != "auto" else "wrn-10-2" if images else "mlp-128",
             "model.dropout": self.dropout,
             "train.rounds": self.rounds if any_unlabeled else 1,
             "train.min_steps": self.steps,

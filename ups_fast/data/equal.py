@@ -79,7 +79,7 @@ def file_digest(name: str) -> str:
 
 def row_digests(images: Tensor) -> np.ndarray:  # [N, ...], on the CPU -> uint64 [N]
     """A number for each image that equal pixels have in common."""
-    rows = images.reshape(len(images), -1).contiguous().view(torch.uint8).numpy()
+    rows = images.flatten(1).contiguous().view(torch.uint8).numpy()
     each = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(each, dtype="<u8")
 

@@ -12,6 +12,11 @@ from ups_fast.models.network import Dropout, Network
 from ups_fast.reference import dropout_keys
 
 
+# So that one learning rate serves all features: a standardized value is cut off here, and rows of more columns than
+# this are scaled down to the length of such rows.
+_LARGEST, _WIDEST = 10.0, 1024
+
+
 class Linears(nn.Module):
     """H linear layers side by side: [H, B, n_in] -> [H, B, n_out], one product. Each is drawn as nn.Linear is."""
 
@@ -28,7 +33,7 @@ class Linears(nn.Module):
 
 
 class MLP(Network):
-    """float32 [B, d] -> logits [B, C]: before every linear layer dropout, between them ReLU.
+    """Standardized features, float32 [B, d] -> logits [B, C]: before every linear layer dropout, between them ReLU.
 
     With several heads, each is a whole network of its own weights and dropout masks. The answer is the logarithm of
     their mean probability; a pass has one head.
@@ -48,7 +53,10 @@ class MLP(Network):
             raise ValueError(f"features must be [B, {self.columns}], got {list(images.shape)}")
 
     def prefix(self, images: Tensor, skip: int = 0) -> Tensor:  # -> [B, d] or [H, B, width]
-        return self._run(images, None, 0, skip) if skip else images
+        x = images.clamp(-_LARGEST, _LARGEST)
+        if self.columns > _WIDEST:
+            x = x * (_WIDEST / self.columns) ** 0.5
+        return self._run(x, None, 0, skip) if skip else x
 
     def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
         return mean_answer(self._each(hidden, keys, skip))

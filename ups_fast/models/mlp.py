@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ups_fast.models.network import Dropout, Network
 from ups_fast.reference import dropout_keys
 
-
 # So that one learning rate serves all features: a standardized value is cut off here, and rows of more columns than
 # this are scaled down to the length of such rows.
 _LARGEST, _WIDEST = 10.0, 1024

@@ -47,15 +47,11 @@ def read_features(path: Path, *, test_share: float = 0.2, seed: int = 0) -> Imag
     mean, std = column_moments(seen)
     notes = data.notes
     if constant := constant_columns(seen):
-        d = seen.shape[1]
-        are = "has" if constant == 1 else "have"
-        notes += (
-            f"{constant:,} of {many(d, 'column')} {are} one value in all training rows and tell nothing",
-        )
-        if constant == d:
-            raise ValueError(
-                f"all {many(d, 'column')} have one value in all training rows: nothing can be learned"
-            )
+        of = many(seen.shape[1], "column")
+        if constant == seen.shape[1]:
+            raise ValueError(f"none of {of} has two values in the training rows: nothing can be learned")
+        have, tell = ("has", "tells") if constant == 1 else ("have", "tell")
+        notes += (f"{constant:,} of {of} {have} one value in all training rows and {tell} nothing",)
     return replace(data, mean=mean, std=std, notes=notes)
 
 

@@ -80,7 +80,8 @@ def test_the_same_seed_gives_the_same_model_and_it_pickles():
 
 
 @pytest.mark.parametrize(
-    "names", [np.array(["a", "b", "c"]), np.array(["a", "b", "c"], object), np.array([10, 7, 300]), [0.0, 2.0, 5.0]]
+    "names",
+    [np.array(["a", "b", "c"]), np.array(["a", "b", "c"], object), np.array([10, 7, 300]), [0.0, 2.0, 5.0]],
 )
 def test_labels_of_any_type(names):
     x, y, truth = blobs()

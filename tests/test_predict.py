@@ -186,8 +186,13 @@ def test_find(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_the_user_can_mend(folder: Path, images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    np.save(tmp_path / "rows.npy", np.ones((2, 3), np.float32))
     for words, said in (
         ([str(tmp_path / "nothing"), str(images)], "holds no trained network"),
+        (
+            [str(folder), str(images), str(tmp_path / "rows.npy")],
+            "rows.npy' must be an image: the run's network is for images, and not for features",
+        ),
         (
             [str(folder), str(images), "--best"],
             "it has no best.safetensors, which only a run with a validation part has (data.val_share)",

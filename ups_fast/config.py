@@ -41,8 +41,8 @@ class DataConfig:
     )
     root: str = key(
         "data",
-        "Where the data set is, or where to download it. For npz and features the .npz file, for folder a folder or "
-        "a CSV file.",
+        "Where the data set is, or where to download it. For npz the .npz file, for features an .npz, .npy or .parquet "
+        "file, for folder a folder or a CSV file.",
     )
     n_labels: int = key(
         0,
@@ -58,7 +58,7 @@ class DataConfig:
     channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
     test_share: float = key(
         0.2,
-        "For folder without test images: the share of labeled images that is held out to test.",
+        "For folder and features without a test part: the share of labeled images that is held out to test.",
         within="(0, 1)",
     )
     val_share: float = key(

@@ -65,7 +65,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
     Raises ValueError with one sentence.
     """
     if cfg.data.name != "folder":
-        data = load_set(cfg.data.name, cfg.data.root)
+        data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
     run_dir, root = Path(cfg.run_dir).resolve(), home(cfg.data.root).resolve()

@@ -1,7 +1,8 @@
-"""The command line of a finished run: `python -m ups_fast.predict RUN IMAGES... --out labels.csv`.
+"""The command line of a finished run: `python -m ups_fast.predict RUN FILES... --out labels.csv`.
 
-Labels any number of image files with the run's network and thresholds. Exit status: 0 for a whole table, in which
-damaged files are rows with an error; 2 for what the user can mend (one sentence, no traceback); 130 for Ctrl-C.
+Labels any number of image files, or rows of features, with the run's network and thresholds. Exit status: 0 for a
+whole table, in which damaged images are rows with an error; 2 for what the user can mend (one sentence, no traceback);
+130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ try:
     from ups_fast.data.folder import seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
     from ups_fast.data.reading import in_order
+    from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
+    from ups_fast.data.row_files import either, is_row_file, look_at, rows_of
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
@@ -50,13 +53,16 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
 
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
 DESCRIPTION = """\
-Label image files with the network of a finished run.
+Label image files, or rows of features, with the network of a finished run.
 
-RUN is the folder of the run. IMAGES are files, folders with images at any depth,
-or patterns such as 'photos/*.jpg'. The table has a row for each file: number and
-name of its label, confidence and standard deviation over the run's dropout
-passes, 1 if the label passes the run's thresholds, the classes that the image
-surely is not, and an error for a file that cannot be read."""
+RUN is the folder of the run. FILES are files, folders with such files at any
+depth, or patterns such as 'photos/*.jpg'. The table has a row for each image:
+number and name of its label, confidence and standard deviation over the run's
+dropout passes, 1 if the label passes the run's thresholds, the classes that the
+image surely is not, and an error for a file that cannot be read.
+
+A run on features takes .npy, .npz or .parquet files. The table has a row for
+each of their rows, such as rows.npy[17]."""
 REMEDY = "end other programs, or use --device cpu"
 
 
@@ -64,7 +70,7 @@ class Predictor:
     """The network of a finished run with its thresholds.
 
     An image's answer depends on the image alone, not on the others or their order: what dropout drops is drawn by its
-    pixels.
+    pixels. The same holds for rows of features and their numbers.
 
     Raises as `load_model` does, and RunFolderError where the run's config.yaml lacks the thresholds.
     """
@@ -108,6 +114,29 @@ class Predictor:
         if isinstance(model, Frozen):
             self.rows = labeling_rows(self.device, model.seen(model.size))
 
+    def count(self, paths: Sequence[str]) -> int:
+        """How many images or rows the files are. Raises ValueError where they are not for this network."""
+        if self.columns:
+            return sum(file.n for file in look_at(paths, self.columns))
+        if odd := next(filter(is_row_file, paths), None):
+            raise ValueError(
+                f"{odd!r} must be an image: the run's network is for images, and not for features"
+            )
+        return len(paths)
+
+    def samples(self, paths: Sequence[str], threads: int | None) -> Iterator[tuple[str, np.ndarray | str]]:
+        """Each image or row by its name, in order: as the network takes it, or what is wrong with it."""
+        if self.columns:
+            return rows_of(look_at(paths, self.columns))
+
+        def read(path: str) -> np.ndarray | str:
+            try:
+                return self.read(path)
+            except DamagedImage as error:
+                return str(error)
+
+        return zip(paths, in_order(read, paths, threads), strict=True)
+
     def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
         """An image file as the network takes it. Raises DamagedImage."""
         if self.height == self.width:
@@ -143,22 +172,15 @@ class Answer(NamedTuple):
 
 
 def predict(
-    predictor: Predictor, paths: Sequence[str], *, threads: int = 0, progress: Any = lambda files: None
+    predictor: Predictor, paths: Sequence[str], *, threads: int = 0, progress: Any = lambda samples: None
 ) -> Iterator[Answer]:
-    """One answer for each file, in order; `progress` hears of how many files each batch had."""
-
-    def read(path: str) -> np.ndarray | str:
-        try:
-            return predictor.read(path)
-        except DamagedImage as error:
-            return str(error)
-
-    each = zip(paths, in_order(read, paths, threads or None), strict=True)
+    """One answer for each image or row, in order; `progress` hears of how many of them each batch had."""
+    each = predictor.samples(paths, threads or None)
     while chunk := list(islice(each, predictor.rows)):
-        images = [image for _, image in chunk if not isinstance(image, str)]
-        rows = iter(_rows(predictor(np.stack(images)), predictor.classes) if images else [])
-        for path, image in chunk:
-            yield Answer(path, [""] * 6 + [image] if isinstance(image, str) else next(rows))
+        found = [sample for _, sample in chunk if not isinstance(sample, str)]
+        rows = iter(_rows(predictor(np.stack(found)), predictor.classes) if found else [])
+        for name, sample in chunk:
+            yield Answer(name, [""] * 6 + [sample] if isinstance(sample, str) else next(rows))
         progress(len(chunk))
 
 
@@ -173,10 +195,12 @@ def _number(image: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
-def find(words: Sequence[str], passed: Counter[str] | None = None) -> list[str]:
+def find(
+    words: Sequence[str], passed: Counter[str] | None = None, kinds: Collection[str] = SUFFIXES
+) -> list[str]:
     """The files that are meant by files, folders and patterns, each once, in order. ValueError where one means none.
 
-    Of a folder these are its images by their suffix; `passed` counts the suffixes of its other files.
+    Of a folder these are the files whose suffix is one of `kinds`; `passed` counts the suffixes of its other files.
     """
     passed = Counter() if passed is None else passed
     over: set[str] = set()
@@ -189,7 +213,7 @@ def find(words: Sequence[str], passed: Counter[str] | None = None) -> list[str]:
             for folder, names in sorted(_walk(place)):
                 for name in sorted(filter(seen_by_people, names)):
                     file, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-                    if suffix in SUFFIXES:
+                    if suffix in kinds:
                         files.append(file)
                     elif file not in over:
                         over.add(file)
@@ -201,11 +225,11 @@ def find(words: Sequence[str], passed: Counter[str] | None = None) -> list[str]:
         if not files:
             what = "is no file or folder, and no file matches it"
             if os.path.isdir(place):
-                what = "holds no images" + (
-                    f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
-                    if others
-                    else ""
-                )
+                what = "holds no images" if kinds is SUFFIXES else f"holds no file {either(kinds)}"
+                if others and kinds is SUFFIXES:
+                    what += f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
+                elif others:
+                    what += f", but {suffixes(others)}"
             raise ValueError(f"{word!r} {what}")
         found |= dict.fromkeys(files)
         passed += others
@@ -260,7 +284,7 @@ def _words(argv: Sequence[str] | None) -> Namespace:
         "--help explains the rest", prog="python -m ups_fast.predict", description=DESCRIPTION
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder, such as runs/digits")
-    parser.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
+    parser.add_argument("files", metavar="FILES", nargs="+", help="files, folders or patterns")
     parser.add_argument(
         "--out", default="-", help="the table to write. It must be a new file. Default: standard output"
     )
@@ -283,17 +307,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _words(argv)
         console, out = open_console(error=True), "standard output" if args.out == "-" else args.out
         command.check_kernels(pick_device(args.device))
+        predictor = Predictor(args.run, args.device, best=args.best)
         passed: Counter[str] = Counter()
-        paths = find(args.images, passed)
+        paths = find(args.files, passed, ROW_SUFFIXES if predictor.columns else SUFFIXES)
         if passed:
             console.print(f"{many(passed.total(), 'file')} ignored for the suffix: {suffixes(passed)}")
-        predictor = Predictor(args.run, args.device, best=args.best)
         if predictor.unfinished:
             console.print(f"{args.run} is not finished: its network has {predictor.unfinished}")
+        total = predictor.count(paths)
         with _table(args.out) as file, progress_bar(console) as bar:
-            task = bar.add_task("labeling", total=len(paths), now="")
+            task = bar.add_task("labeling", total=total, now="")
             write = label_table(file, HEAD)
-            for answer in predict(predictor, paths, progress=lambda files: bar.advance(task, files)):
+            for answer in predict(predictor, paths, progress=lambda samples: bar.advance(task, samples)):
                 write(dict(zip(HEAD, [answer.path, *answer.row], strict=True)))
                 done, damaged = done + 1, damaged + bool(answer.row[-1])
     except KeyboardInterrupt:

@@ -97,7 +97,10 @@ class TrainStep:
         groups = [list(trained.values())]
         decays = [weight_decay]
         if not decay_norms:  # of biases and of normalization neither
-            groups = [[p for p in trained.values() if (p.ndim <= 1) == small] for small in (False, True)]
+            small = {name for name, p in trained.items() if p.ndim <= 1 or name.endswith("bias")}
+            groups = [
+                [p for name, p in trained.items() if (name in small) == spared] for spared in (False, True)
+            ]
             decays.append(0.0)
         made = [{"params": group, "weight_decay": each} for group, each in zip(groups, decays, strict=True)]
         self.optimizer: torch.optim.Optimizer

@@ -1,12 +1,10 @@
-"""The user's own arrays, in an .npz file: checked before memory is taken, and read into an ImageSet.
+"""The user's own arrays, mostly in an .npz file: checked before memory is taken, and read into an ImageSet.
 
 `read_arrays` reads images, `read_features` rows of numbers.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.features import column_moments, constant_columns, first_not_finite
+from ups_fast.data.features import column_moments, constant_columns, must_be_finite
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.data.labeled_rows import read_labeled_rows
+from ups_fast.data.npy import member_header, members_of
+from ups_fast.data.row_files import SUFFIXES, either, is_row_file
 from ups_fast.machine import memory_bytes
 from ups_fast.words import line_of, many
 
@@ -34,22 +35,23 @@ def read_arrays(path: Path) -> ImageSet:
     return replace(data, mean=mean, std=std)
 
 
-def read_features(path: Path) -> ImageSet:
-    """The same of features, standardized by the labeled and unlabeled rows together."""
-    data = _read(path, "features", _rows, "all rows must have the same number of columns")
+def read_features(path: Path, *, test_share: float = 0.2, seed: int = 0) -> ImageSet:
+    """The same of features, standardized by the labeled and unlabeled rows together; or as `read_labeled_rows`."""
+    if path.exists() and not is_row_file(path):
+        raise ValueError(f"data.root must be a file of features, {either(SUFFIXES)}, got {str(path)!r}")
+    if path.suffix.lower() == ".npz":
+        data = _read(path, "features", _rows, "all rows must have the same number of columns")
+    else:
+        data = read_labeled_rows(path, test_share, seed)
     seen = data.train_images[: len(data.train_images) - (0 if data.val is None else len(data.val))]
     mean, std = column_moments(seen)
-    notes: tuple[str, ...] = ()
+    notes = data.notes
     if constant := constant_columns(seen):
-        d = seen.shape[1]
-        are = "has" if constant == 1 else "have"
-        notes = (
-            f"{constant:,} of {many(d, 'column')} {are} one value in all training rows and tell nothing",
-        )
-        if constant == d:
-            raise ValueError(
-                f"all {many(d, 'column')} have one value in all training rows: nothing can be learned"
-            )
+        of = many(seen.shape[1], "column")
+        if constant == seen.shape[1]:
+            raise ValueError(f"none of {of} has two values in the training rows: nothing can be learned")
+        have, tell = ("has", "tells") if constant == 1 else ("have", "tell")
+        notes += (f"{constant:,} of {of} {have} one value in all training rows and {tell} nothing",)
     return replace(data, mean=mean, std=std, notes=notes)
 
 
@@ -114,7 +116,7 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
             if start.read(2) != b"PK":
                 raise ValueError("it is not an .npz archive")
         with zipfile.ZipFile(path) as archive:
-            members = _members(archive)
+            members = members_of(archive)
             if lacking := [key for key in _ARRAYS if key not in members]:
                 return _refused(path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}")
             known = (*_ARRAYS, *_OPTIONAL)
@@ -127,7 +129,7 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
             sizes = {}
             for key, member in members.items():
                 place = f" at {key}"
-                sizes[key] = _size(archive, member)
+                sizes[key] = member_header(archive, member).nbytes
             # These become one array.
             needed = sum(sizes.values()) + sum(
                 sizes.get(key, 0) for key in ("x_labeled", "x_unlabeled", "x_val")
@@ -161,44 +163,6 @@ def _refused(path: Path, why: str) -> dict[str, np.ndarray]:
     raise _Refused(f"{str(path)!r} (data.root) {why}")
 
 
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
-        key = member.filename.removesuffix(".npy")
-        if key in members:
-            raise ValueError(f"it has two arrays of the name {key!r}")
-        if member.flag_bits & 1:
-            raise ValueError(f"{key!r} is encrypted: store it without a password")
-        members[key] = member
-    return members
-
-
-def _size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Bytes of an array by its header, which must be that of plain numbers and fit the file."""
-    if member.compress_size > os.path.getsize(str(archive.filename)):
-        raise ValueError("it is longer than the file")
-    if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size > 1040 * (member.compress_size + 64):
-        raise ValueError("its size cannot be right: no data shrink so far")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        follows = member.file_size - file.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    if dtype.kind not in "biuf" or dtype.subdtype:
-        raise ValueError(f"it must hold plain numbers, got {str(dtype)[:100]}")
-    if min(shape, default=0) < 0 or (claimed := math.prod(shape) * dtype.itemsize) != follows:
-        raise ValueError(
-            f"its header says {dtype!s} {list(shape)[:8]}, which the {follows:,} bytes after it are not"
-        )
-    return claimed
-
-
 def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8
     array = arrays[key]
     got = f"{array.dtype} {list(array.shape)}"
@@ -226,12 +190,7 @@ def _rows(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, d] float32 
     if array.size == 0:
         raise ValueError(f"{key} must not be empty, got {got}")
     rows = torch.from_numpy(np.ascontiguousarray(array))
-    if bad := first_not_finite(rows):
-        count, row, column = bad
-        raise ValueError(
-            f"{key} must hold finite numbers, got {many(count, 'value')} that are NaN or infinite, the first in row "
-            f"{row:,}, column {column:,}: fill them, or leave out what has them"
-        )
+    must_be_finite(rows, key)
     return rows
 
 

@@ -38,10 +38,10 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(each)
 
 
-def lookalikes(counts: Mapping[str, int]) -> list[str]:
+def lookalikes(counts: Mapping[str, int], noun: str = "image") -> list[str]:
     """Sentences on classes that may be a mistake; `counts` are the images of each that have a label."""
     notes = [
-        f"{many(n, 'image')} {are(n)} of class {name!r}: if that means no label, leave the "
+        f"{many(n, noun)} {are(n)} of class {name!r}: if that means no label, leave the "
         "label empty (in folders: move the images to unlabeled/)"
         for name, n in counts.items()
         if _folded(name) in _MISSING
@@ -56,7 +56,7 @@ def lookalikes(counts: Mapping[str, int]) -> list[str]:
     ]
     typos = sorted(_typos(counts, {name for names in groups for name in names}))
     notes += [
-        f"class {rare!r} ({many(counts[rare], 'image')}) differs from {name!r} ({counts[name]:,}) in one letter: "
+        f"class {rare!r} ({many(counts[rare], noun)}) differs from {name!r} ({counts[name]:,}) in one letter: "
         "if it is a typing error, correct it"
         for rare, name in typos[:5]
     ]

@@ -92,6 +92,7 @@ def notes_on_equal_images(
     unlabeled: np.ndarray,
     test: np.ndarray,
     val: np.ndarray | None = None,
+    noun: str = "image",
 ) -> list[str]:
     """What is to be said of equal images; `name` gives an image's name for a sentence."""
     notes: list[str] = []
@@ -107,16 +108,23 @@ def notes_on_equal_images(
 
     val = labeled[:0] if val is None else val
     known = np.union1d(np.union1d(labeled, test), val)
-    note("test image", test, labeled, "equal to labeled ones: the test accuracy will look too good")
-    note("test image", test, val, "equal to validation images: the test accuracy will look too good")
+    note(f"test {noun}", test, labeled, "equal to labeled ones: the test accuracy will look too good")
+    note(f"test {noun}", test, val, f"equal to validation {noun}s: the test accuracy will look too good")
     note(
-        "validation image", val, labeled, "equal to labeled ones: the validation accuracy will look too good"
+        f"validation {noun}",
+        val,
+        labeled,
+        "equal to labeled ones: the validation accuracy will look too good",
     )
-    note("image", known, known, "equal to ones of another class: one of the two labels is wrong", apart=True)
-    note("unlabeled image", unlabeled, test, "equal to test images: the test is not only of unseen images")
-    validation = "equal to validation images: the validation is not only of unseen images"
-    note("unlabeled image", unlabeled, val, validation)
-    note("unlabeled image", unlabeled, labeled, "equal to labeled ones: they count twice")
+    note(
+        f"{noun}", known, known, "equal to ones of another class: one of the two labels is wrong", apart=True
+    )
+    note(
+        f"unlabeled {noun}", unlabeled, test, f"equal to test {noun}s: the test is not only of unseen {noun}s"
+    )
+    validation = f"equal to validation {noun}s: the validation is not only of unseen {noun}s"
+    note(f"unlabeled {noun}", unlabeled, val, validation)
+    note(f"unlabeled {noun}", unlabeled, labeled, "equal to labeled ones: they count twice")
     return notes
 
 
@@ -126,7 +134,11 @@ def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
     val = np.zeros(0, np.int64) if data.val is None else data.val.numpy()
     first_val = n - len(val)  # of arrays that the user gives, they are the last
 
+    names = None if data.names is None else [*data.names, *(data.test_names or [])]
+
     def name(i: int) -> str:
+        if names:
+            return repr(names[i])
         if data.labeled is None:
             return f"test image {i - n}" if i >= n else f"training image {i}"
         starts = {"x_test": n, "x_val": first_val, "x_unlabeled": k, "x_labeled": 0}
@@ -144,4 +156,5 @@ def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:
         np.flatnonzero(train),
         np.arange(n, n + len(data.test_labels)),
         val,
+        data.noun,
     )

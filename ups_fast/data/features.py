@@ -13,6 +13,7 @@ from torch import Tensor
 from ups_fast.data.images import View
 from ups_fast.ops import counter_dropout
 from ups_fast.reference import counter_normal, dropout_keys
+from ups_fast.words import many
 
 # Of the numbers of a Dropout within a network, these are free: which columns are hidden, and the noise.
 _HIDDEN, _NOISE = (1 << 20) - 1, (1 << 20) - 2
@@ -120,3 +121,13 @@ def first_not_finite(rows: Tensor) -> tuple[int, int, int] | None:  # [N, d]
             first = at * d + int(bad[0])
         count += len(bad)
     return (count, first // d, first % d) if count else None
+
+
+def must_be_finite(rows: Tensor, name: str) -> None:  # [N, d]
+    """Raises ValueError with one sentence."""
+    if bad := first_not_finite(rows):
+        count, row, column = bad
+        raise ValueError(
+            f"{name} must hold finite numbers, got {many(count, 'value')} that are NaN or infinite, the first in row "
+            f"{row:,}, column {column:,}: fill them, or leave out what has them"
+        )

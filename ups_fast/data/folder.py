@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ups_fast.data.classes import class_order, lookalikes, suffixes
+from ups_fast.data.classes import suffixes
 from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
-from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Rows, read_table
+from ups_fast.data.parts import classes_of, held_out
+from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, VAL, Row, Rows, read_table
 from ups_fast.files import home
-from ups_fast.seeds import derive
 from ups_fast.words import many
 
 _NOBODYS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what systems leave beside people's images
@@ -65,7 +65,7 @@ def listing(root: str | Path) -> Listing:
         base, rows = place.parent, read_table(place, notes, problems)
     else:
         raise ValueError(f"there is no folder or CSV file {str(place)!r}")
-    classes = _classes(str(place), rows, notes, problems)
+    classes = classes_of(str(place), rows.values(), notes, problems)
     return Listing(base, rows, classes, notes, problems)
 
 
@@ -97,7 +97,7 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     content = same_content(found.base, paths, label >= 0)
     if not (part == 2).any():
         drawn_from = np.where(part == 0, label, -1)
-        part[_held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2
+        part[held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2
     labeled, unlabeled, test, val = (np.flatnonzero(part == p) for p in range(len(PARTS)))
     notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test, val)
     return Folder(
@@ -270,65 +270,3 @@ def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]
 def _identity(folder: Path) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
-
-
-# --- what both have in common -------------------------------------------------------------------------------
-
-
-def _classes(where: str, rows: Rows, notes: list[str], problems: list[str]) -> list[str]:
-    """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
-    counts = Counter(name for part, name in rows.values() if part != UNLABELED)
-    found = {wanted: class_order(name for part, name in rows.values() if part == wanted) for wanted in PARTS}
-    classes = found[LABELED]
-    if len(classes) < 2:
-        got = f"only {classes[0]!r}" if classes else "none"
-        problems.append(f"{where!r} must have labeled images of at least two classes, got {got}")
-    if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
-        problems.append(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
-    for part, what in NAMES.items():
-        if strange := [name for name in found[part] if name not in set(classes)]:
-            some = ", ".join(map(repr, strange[:5]))
-            problems.append(f"the {what} images of {where!r} have class {some}, of which no image is labeled")
-    if not any(part == UNLABELED for part, _ in rows.values()):
-        problems.append(f"{where!r} has no unlabeled images, and UPS needs some")
-    for part, what in NAMES.items():
-        if found[part] and (lacking := [name for name in classes if name not in set(found[part])]):
-            notes.append(f"no {what} image is of class {', '.join(map(repr, lacking[:5]))}")
-    notes += lookalikes({name: counts[name] for name in class_order(counts)})
-    return classes
-
-
-def _held_out(
-    where: str,
-    paths: list[str],
-    label: np.ndarray,  # -1 of all but the labeled images
-    content: np.ndarray,
-    classes: list[str],
-    share: float,
-    seed: int,
-    notes: list[str],
-) -> np.ndarray:
-    """The labeled images, as places in paths, that become the test part; its draw is one of contents, not files."""
-    held: list[np.ndarray] = []
-    single: list[str] = []
-    for c, name in enumerate(classes):
-        members = np.flatnonzero(label == c)
-        drawn = sorted(np.unique(content[members]), key=lambda i: derive(seed, "held out", paths[i]))
-        n = min(max(1, int(share * len(drawn) + 0.5)), len(drawn) - 1)
-        if n == 0:
-            single.append(name)
-        held.append(members[np.isin(content[members], drawn[:n])])
-    index = np.concatenate(held)
-    if not len(index):
-        raise ValueError(
-            f"{where!r} has no test images, and no class has the two different labeled images of which one could "
-            "be held out: label more, or give test images"
-        )
-    notes.append(
-        f"there are no test images, so {len(index):,} of the {int((label >= 0).sum()):,} labeled ones "
-        f"({share:.0%} of each class, drawn by seed {seed}) are held out to test and not trained on"
-    )
-    if single:
-        some = ", ".join(map(repr, single[:5]))
-        notes.append(f"no test image is of class {some}: it has a single labeled image")
-    return index

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ups_fast.machine import memory_bytes
 from ups_fast.words import line_of
 
 
-def load_set(name: str, root: str) -> ImageSet:
+def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) -> ImageSet:
     """Reads the data set `name` from `root` (data.root), downloading it there first where that is possible.
 
     digits         the 1,797 8x8 handwritten digits that scikit-learn ships; root is not used
@@ -37,7 +38,9 @@ def load_set(name: str, root: str) -> ImageSet:
                    [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
                    images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
                    for this image)
-    features       the same with rows of numbers in place of images: float32 or float16 [N, d]
+    features       the same with rows of numbers in place of images: float32 or float16 [N, d]; or root is an .npy or
+                   .parquet file of all rows, with a CSV file of their labels beside it. Without test rows,
+                   `test_share` of the labeled ones is held out, drawn by `seed`
 
     Raises ValueError with one sentence that says what is missing or wrong, and where to put it.
     """
@@ -48,7 +51,7 @@ def load_set(name: str, root: str) -> ImageSet:
         "svhn": _svhn,
         "fashion_mnist": _fashion_mnist,
         "npz": read_arrays,
-        "features": read_features,
+        "features": partial(read_features, test_share=test_share, seed=seed),
     }
     if name not in readers:
         raise ValueError(f"data.name must be one of {', '.join(readers)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""A CSV file that lists images and their labels, as people and spreadsheets write it."""
+"""A CSV file of labels, of images that it lists or of rows beside it, as people and spreadsheets write it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import os
 import posixpath
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,18 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     rows: Rows = {}
     repeated = 0
     tree = Tree(file.parent)
-    try:
-        text = _text(file)
-        table, skipped = _reader(text)
-        names = _header(next(table, []))
-        _must_be_text("".join(names), 1 + skipped)
-        if not {"path", "label"} <= set(names) or any(name and names.count(name) > 1 for name in names):
-            raise ValueError(
-                f"{where} must begin with a line of column names, each once, path and label among them, "
-                f"got {text.partition(chr(10))[0].strip()[:200]!r}"
-            )
+    with _csv_file(where):
+        table, names, skipped = _opened(file, ("path", "label"))
         for row in table:
             if not any(map(str.strip, row)):
                 continue  # a line of delimiters alone is what is left of a spreadsheet
             line = table.line_num + skipped
             place = f"line {line} of {where}"
-            if any(row[len(names) :]):
-                raise ValueError(f"{place} has {len(row)} fields, but there are {len(names)} columns")
-            path, known = _row(dict(zip(names, row, strict=False)), tree, place)
+            path, known = _row(_cells(names, row, place), tree, place)
             _must_be_text(known[1] if os.path.lexists(file.parent / path) else known[1] + path, line)
             repeated += path in rows
             if rows.setdefault(path, known) != known:
                 raise ValueError(f"{place} contradicts an earlier one on {path!r}")
-    except (csv.Error, UnicodeError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{where} must be a CSV file in UTF-8: {why}") from error
     if rows and not tree.found:
         first = os.path.join(file.parent, next(iter(rows)))
         problems.append(
@@ -77,6 +65,60 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     if repeated:
         notes.append(f"{many(repeated, 'row')} of {where} repeated others and were left out")
     return rows
+
+
+def read_labels(file: Path, n: int, of: str) -> list[Row]:
+    """Part and class of each of the `n` rows that another file (`of`) holds, line by line in their order.
+
+    The table has the columns label (empty: unlabeled) and perhaps split, and is written as `read_table` describes.
+    Raises ValueError with one sentence.
+    """
+    where = repr(str(file))
+    rows: list[Row] = []
+    blank = 0  # lines at the end
+    with _csv_file(where):
+        table, names, skipped = _opened(file, ("label",))
+        for row in table:
+            if not row and len(names) > 1:
+                continue
+            line = table.line_num + skipped
+            place = f"line {line} of {where}"
+            rows.append(_part(_cells(names, row, place), place, "row"))
+            _must_be_text(rows[-1][1], line)
+            blank = 0 if row else blank + 1
+    rows = rows[: max(n, len(rows) - blank)]
+    if len(rows) != n:
+        raise ValueError(f"{where} must have a line for each of the {n:,} rows of {of!r}, got {len(rows):,}")
+    return rows
+
+
+@contextmanager
+def _csv_file(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (csv.Error, UnicodeError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{where} must be a CSV file in UTF-8: {why}") from error
+
+
+def _opened(file: Path, wanted: tuple[str, ...]) -> tuple[Any, list[str], int]:
+    """The lines of a table behind its column names, these names, and how many lines come before them."""
+    text = _text(file)
+    table, skipped = _reader(text, wanted)
+    names = _header(next(table, []))
+    _must_be_text("".join(names), 1 + skipped)
+    if not set(wanted) <= set(names) or any(name and names.count(name) > 1 for name in names):
+        raise ValueError(
+            f"{str(file)!r} must begin with a line of column names, each once, {' and '.join(wanted)} among them, "
+            f"got {text.partition(chr(10))[0].strip()[:200]!r}"
+        )
+    return table, names, skipped
+
+
+def _cells(names: list[str], row: list[str], line: str) -> dict[str, str]:
+    if any(row[len(names) :]):
+        raise ValueError(f"{line} has {len(row)} fields, but there are {len(names)} columns")
+    return dict(zip(names, row, strict=False))
 
 
 def _text(file: Path) -> str:
@@ -99,7 +141,7 @@ def _must_be_text(cell: str, line: int) -> None:
         )
 
 
-def _reader(text: str) -> tuple[Any, int]:
+def _reader(text: str, wanted: tuple[str, ...]) -> tuple[Any, int]:
     """The table's fields, separated by what makes its first line name the columns; and how many lines come before."""
     first, _, rest = text.partition("\n")
     skip = first.strip().lower() in [f"sep={delimiter}" for delimiter in _DELIMITERS]  # Excel's own note
@@ -108,7 +150,7 @@ def _reader(text: str) -> tuple[Any, int]:
         return csv.reader(io.StringIO(rest if skip else text, newline=""), delimiter=delimiter, strict=strict)
 
     for delimiter in _DELIMITERS:
-        if {"path", "label"} <= set(_header(next(split(delimiter, strict=False), []))):
+        if set(wanted) <= set(_header(next(split(delimiter, strict=False), []))):
             return split(delimiter), int(skip)
     return split(","), int(skip)
 
@@ -119,16 +161,20 @@ def _header(fields: list[str]) -> list[str]:
 
 def _row(row: Mapping[str, str], tree: Tree, line: str) -> tuple[str, Row]:
     """The path of a row, relative to the table, with its part and class."""
-    path, label = row.get("path", ""), read_cell(row.get("label", "").strip()).strip()
-    split = row.get("split", "").strip().lower()
+    path = row.get("path", "")
     if not path.strip() or "\0" in path:
         raise ValueError(f"{line} must have a path, got {path!r}")
+    return tree.find(path), _part(row, line, "image")
+
+
+def _part(row: Mapping[str, str], line: str, noun: str) -> Row:
+    label = read_cell(row.get("label", "").strip()).strip()
+    split = row.get("split", "").strip().lower()
     if split not in ("", "train", VAL, TEST):
         raise ValueError(f"{line} must have the split train, val, test or nothing, got {split!r}")
     if split in NAMES and not label:
-        raise ValueError(f"{line} is a {NAMES[split]} image and must have a label, got none")
-    part = split if split in NAMES else LABELED if label else UNLABELED
-    return tree.find(path), (part, label)
+        raise ValueError(f"{line} is a {NAMES[split]} {noun} and must have a label, got none")
+    return split if split in NAMES else LABELED if label else UNLABELED, label
 
 
 class Tree:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ups_fast.models.network import Dropout, Network
 from ups_fast.reference import dropout_keys
 
-
 # So that one learning rate serves all features: a standardized value is cut off here, and rows of more columns than
 # this are scaled down to the length of such rows.
 _LARGEST, _WIDEST = 10.0, 1024
@@ -66,56 +65,53 @@ class MLP(Network):
         return self._run(x, None, 0, skip) if skip else x
 
     def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
-        return mean_answer(self._each(hidden, keys, skip))
+        return mean_answer(self._run(hidden, self._keys(keys), skip, len(self.layers)))
 
     def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
         """Of several heads, the mean."""
-        return self._run(hidden, keys, skip, len(self.layers) - 1, last=True).mean(0)
+        last, keys = len(self.layers) - 1, self._keys(keys)
+        return self._enter(last, self._run(hidden, keys, skip, last), keys).mean(0)
 
     def classify(self, features: Tensor) -> Tensor:
         return mean_answer(self.layers[-1](features[None].expand(self.heads, -1, -1)))
 
     def members(self, images: Tensor, keys: Tensor | None) -> Tensor:
-        return self._each(self.prefix(images), keys, 0)
+        return self._run(self.prefix(images), self._keys(keys), 0, len(self.layers))
 
     def passes(self, hidden: Tensor, keys: Tensor, passes: int, skip: int = 0) -> Tensor:
         """Pass p is by head p mod H."""
         each = passes // self.heads
         many = hidden.repeat(*[1] * (hidden.ndim - 2), each, 1)  # [.., each * B, width]
         keys = keys.view(each, self.heads, -1).transpose(0, 1).reshape(-1)
-        logits = self._each(many, keys, skip, own_keys=True)  # [H, each * B, C]
+        logits = self._run(many, keys, skip, len(self.layers))  # [H, each * B, C]
         return logits.view(self.heads, each, -1, logits.shape[-1]).transpose(0, 1).flatten(0, 1)
-
-    def _each(self, hidden: Tensor, keys: Tensor | None, skip: int, *, own_keys: bool = False) -> Tensor:
-        return self._run(hidden, keys, skip, len(self.layers), own_keys=own_keys)
 
     def _run(
         self,
         hidden: Tensor,  # [B, d], or [H, B, width]
-        keys: Tensor | None,  # int32 [B], or with own_keys [H * B]
+        keys: Tensor | None,  # int32 [H * B]
         first: int,
         behind: int,
-        *,
-        last: bool = False,
-        own_keys: bool = False,
     ) -> Tensor:  # [H, B, width]
-        """Layers [first, behind), and with `last` the ReLU that follows them."""
+        """Layers [first, behind)."""
         if hidden.ndim == 2:
             hidden = hidden.expand(self.heads, -1, -1)
-        if keys is not None and not own_keys:
-            keys = self._keys(keys)
         for i in range(first, behind):
-            if i:
-                hidden = hidden.relu()
-            dropout = self.dropouts[i]
-            if dropout.p and (keys is not None or dropout.training):
-                hidden = dropout(hidden.flatten(0, 1), keys).view(hidden.shape)
-            hidden = self.layers[i](hidden)
-        return hidden.relu() if last and behind else hidden
+            hidden = self.layers[i](self._enter(i, hidden, keys))
+        return hidden
 
-    def _keys(self, keys: Tensor) -> Tensor:  # int32 [B] -> [H * B]
+    def _enter(self, i: int, hidden: Tensor, keys: Tensor | None) -> Tensor:  # [H, B, width], int32 [H * B]
+        """What layer i gets: ReLU behind another layer, then dropout."""
+        if i:
+            hidden = hidden.relu()
+        dropout = self.dropouts[i]
+        if dropout.p and (keys is not None or dropout.training):
+            hidden = dropout(hidden.flatten(0, 1), keys).view(hidden.shape)
+        return hidden
+
+    def _keys(self, keys: Tensor | None) -> Tensor | None:  # int32 [B] -> [H * B]
         """Of each head its own. One head has those that are given."""
-        if self.heads == 1:
+        if keys is None or self.heads == 1:
             return keys
         head = torch.arange(self.heads, device=keys.device).repeat_interleave(len(keys))
         return dropout_keys(keys.long().repeat(self.heads) & 0xFFFFFFFF, seed=0, draw=head)

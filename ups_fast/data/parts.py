@@ -1,0 +1,76 @@
+"""What folders and tables have in common: which classes there are, and which labeled images are held out to test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from ups_fast.data.classes import class_order, lookalikes
+from ups_fast.data.table import LABELED, NAMES, PARTS, UNLABELED, Row
+from ups_fast.seeds import derive
+
+
+def classes_of(
+    where: str, rows: Collection[Row], notes: list[str], problems: list[str], noun: str = "image"
+) -> list[str]:
+    """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
+    counts = Counter(name for part, name in rows if part != UNLABELED)
+    found = {wanted: class_order(name for part, name in rows if part == wanted) for wanted in PARTS}
+    classes = found[LABELED]
+    if len(classes) < 2:
+        got = f"only {classes[0]!r}" if classes else "none"
+        problems.append(f"{where!r} must have labeled {noun}s of at least two classes, got {got}")
+    if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
+        problems.append(f"names of classes must be UTF-8, {where!r} has {odd[0]!r}")
+    for part, what in NAMES.items():
+        if strange := [name for name in found[part] if name not in set(classes)]:
+            some = ", ".join(map(repr, strange[:5]))
+            problems.append(
+                f"the {what} {noun}s of {where!r} have class {some}, of which no {noun} is labeled"
+            )
+    if not any(part == UNLABELED for part, _ in rows):
+        problems.append(f"{where!r} has no unlabeled {noun}s, and UPS needs some")
+    for part, what in NAMES.items():
+        if found[part] and (lacking := [name for name in classes if name not in set(found[part])]):
+            notes.append(f"no {what} {noun} is of class {', '.join(map(repr, lacking[:5]))}")
+    notes += lookalikes({name: counts[name] for name in class_order(counts)}, noun)
+    return classes
+
+
+def held_out(
+    where: str,
+    paths: Sequence[str],  # [N] names, by which the draw is made
+    label: np.ndarray,  # -1 of all but the labeled images
+    content: np.ndarray,  # [N] of each the place of the first that is equal
+    classes: list[str],
+    share: float,
+    seed: int,
+    notes: list[str],
+    noun: str = "image",
+) -> np.ndarray:
+    """The labeled images, as places in paths, that become the test part; its draw is one of contents, not files."""
+    held: list[np.ndarray] = []
+    single: list[str] = []
+    for c, name in enumerate(classes):
+        members = np.flatnonzero(label == c)
+        drawn = sorted(np.unique(content[members]), key=lambda i: derive(seed, "held out", paths[i]))
+        n = min(max(1, int(share * len(drawn) + 0.5)), len(drawn) - 1)
+        if n == 0:
+            single.append(name)
+        held.append(members[np.isin(content[members], drawn[:n])])
+    index = np.concatenate(held)
+    if not len(index):
+        raise ValueError(
+            f"{where!r} has no test {noun}s, and no class has the two different labeled {noun}s of which one could "
+            f"be held out: label more, or give test {noun}s"
+        )
+    notes.append(
+        f"there are no test {noun}s, so {len(index):,} of the {int((label >= 0).sum()):,} labeled ones "
+        f"({share:.0%} of each class, drawn by seed {seed}) are held out to test and not trained on"
+    )
+    if single:
+        some = ", ".join(map(repr, single[:5]))
+        notes.append(f"no test {noun} is of class {some}: it has a single labeled {noun}")
+    return index

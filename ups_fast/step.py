@@ -113,7 +113,9 @@ class TrainStep:
         self.momentum: dict[str, Tensor] = {}
         for name, parameter in trained.items():
             for part in parts:
-                made_for = torch.zeros((), device=self.device) if part == "step" else torch.zeros_like(parameter)
+                made_for = (
+                    torch.zeros((), device=self.device) if part == "step" else torch.zeros_like(parameter)
+                )
                 self.momentum[name if len(parts) == 1 else f"{name}/{part}"] = made_for
                 self.optimizer.state[parameter][part] = made_for
 

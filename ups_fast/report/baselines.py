@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,13 +66,13 @@ class Rival(NamedTuple):
     seconds: float = 0.0
     why: str = ""  # there is no result
     failed: bool = False  # rather than skipped
+    note: str = ""  # on a result
 
 
 class Fitted(NamedTuple):
     predict: Callable[[np.ndarray], np.ndarray]  # float32 [n, d] -> int64 [n]
-    unlabeled: np.ndarray | None = (
-        None  # int64 [U], where a row among those that it learned from has another label
-    )
+    unlabeled: np.ndarray | None = None  # int64 [U], where it is not what `predict` says
+    note: str = ""
 
 
 class Size(NamedTuple):
@@ -83,6 +84,9 @@ class Size(NamedTuple):
 
 def compare(parts: Parts, n_classes: int, tau_p: float) -> list[Rival]:
     """All baselines. `tau_p` is the threshold of self-training."""
+    with suppress(ImportError):  # so that the first one's seconds are its own
+        import sklearn.linear_model
+        import sklearn.semi_supervised  # noqa: F401
     labeled, unlabeled = parts["labeled"], parts["unlabeled"]
     columns = labeled.read(labeled.index[:1]).shape[1]
     size = Size(len(labeled.index), len(labeled.index) + len(unlabeled.index), columns, n_classes)
@@ -104,7 +108,8 @@ def _tried(title: str, parts: Parts, size: Size, tau_p: float) -> Rival:
             )
     except Exception as error:
         return Rival(title, why=f"failed: {line_of(error)}", failed=True)
-    return Rival(title, test, unlabeled, val, seconds=round(time.perf_counter() - began, 3))
+    seconds = round(time.perf_counter() - began, 3)
+    return Rival(title, test, unlabeled, val, seconds, note=fitted.note)
 
 
 def _right(fitted: Fitted, name: str, part: Part) -> float | None:
@@ -156,7 +161,11 @@ def label_spreading(parts: Parts, tau_p: float) -> Fitted:
 def self_training(parts: Parts, tau_p: float) -> Fitted:
     from sklearn.semi_supervised import SelfTrainingClassifier
 
-    return Fitted(SelfTrainingClassifier(_logistic(), threshold=tau_p).fit(*_both(parts)).predict)
+    rows, labels = _both(parts)
+    model = SelfTrainingClassifier(_logistic(), threshold=tau_p).fit(rows, labels)
+    added = int((model.transduction_ >= 0).sum()) - len(parts["labeled"].index)
+    note = f"trusted {added:,} labels" if added else f"no label reached {tau_p:g}: as logistic regression"
+    return Fitted(model.predict, note=note)
 
 
 BASELINES: dict[str, Callable[[Parts, float], Fitted]] = {

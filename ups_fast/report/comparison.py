@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,13 @@ PARTS = ("labeled", "unlabeled", "test", "val")
 
 
 def baselines_of(folder: Path, samples: Samples, rounds: int, n_classes: int, tau_p: float) -> Comparison:
-    """From the run's folder, if it has them of these rounds; else they are computed and kept there.
-
-    Raises nothing but RunFolderError, where they cannot be written.
-    """
+    """From the run's folder, if it has them of these rounds; else they are computed and kept there. Raises nothing."""
     found = kept(folder / BASELINES)
     if found and (found.rounds, found.tau_p) == (rounds, tau_p) and found.final:
         return found
     new = _computed(folder, samples, rounds, n_classes, tau_p)
-    write_atomic(folder / BASELINES, (json.dumps(_plain(new), indent=1) + "\n").encode())
+    with suppress(RunFolderError):  # they are in the report
+        write_atomic(folder / BASELINES, (json.dumps(_plain(new), indent=1) + "\n").encode())
     return new
 
 
@@ -118,10 +117,13 @@ def _of_network(folder: Path, samples: Samples) -> dict[str, Part]:
     """What the trained network's classifier gets, standardized on the labeled and unlabeled images."""
     device = samples.images.device
     network, rows = load_model(folder, device), labeling_rows(device, samples.images.shape)
-    index, features = {}, {}
+    index: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
     for name in PARTS:
         images, ids = samples.readable(name)
-        found = features_of(network, images, ids, batch_size=rows) if len(ids) else torch.zeros(0, 1)
+        if name == "labeled" and not len(ids):
+            raise ValueError("no labeled image can be read any more")
+        found = features_of(network, images, ids, batch_size=rows) if len(ids) else features["labeled"][:0]
         there = ~torch.isin(ids, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
         index[name], features[name] = ids[there], found.cpu()[there]  # a file may be gone only now
     mean, std = map(torch.tensor, column_moments(torch.cat([features["labeled"], features["unlabeled"]])))
@@ -169,7 +171,7 @@ def _fits(found: Comparison) -> bool:
         and number(found.seconds)
         and type(found.why) is str
         and all(
-            type(rival.name) is type(rival.why) is str
+            all(type(each) is str for each in (rival.name, rival.why, rival.note))
             and type(rival.failed) is bool
             and number(rival.seconds)
             and all(map(share, (rival.test, rival.unlabeled, rival.val)))
@@ -244,7 +246,7 @@ def table(found: Comparison, rows: Rows, cfg: Config) -> tuple[list[str], list[l
         "unlabeled": [percent(each.unlabeled) for each in shown],
         "validation": [percent(each.val) for each in shown],
         "seconds": ["n/a" if each.why else f"{each.seconds:.1f}" for each in shown],
-        "no result, because": [each.why for each in shown],
+        "note": [each.why or each.note for each in shown],
     }
     dull = {"n/a", ""}
     kept = {name: cells for name, cells in columns.items() if name in ("", "test") or set(cells) - dull}

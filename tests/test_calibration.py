@@ -86,6 +86,7 @@ def test_report_by_hand() -> None:
     numbers = report(six_samples(), torch.tensor([0, 2, 33, 7, -1, 31]), 34)
     per_class = [2, 1] + [0] * 32
     assert numbers == {
+        "unlabeled_acc": pytest.approx(2 / 4),
         "positives": 3,
         "positive_acc": 0.5,
         "negatives": 6,

@@ -24,9 +24,7 @@ def test_ten_labels_so_chosen_gain_more_than_ten_at_random(load, per_class):
     for seed in range(5):
         draw = np.random.default_rng(seed)
         classes = range(truth.max() + 1)
-        labeled = np.concatenate(
-            [draw.permutation(np.flatnonzero(truth == c))[:per_class] for c in classes]
-        )
+        labeled = np.concatenate([draw.permutation(np.flatnonzero(truth == c))[:per_class] for c in classes])
         rest = np.setdiff1d(np.arange(n), labeled)
 
         def gain(more, labeled=labeled, rest=rest):

@@ -133,7 +133,7 @@ def test_the_rows_have_their_keys_and_are_the_files(finished: Finished) -> None:
     }
     wanted |= {"ece", "ece_selected", "seconds"}
     extra = {"per_class_positives", "no_label", "train_loss", "test_ece", "test_mistakes", "outside"}
-    extra |= {"test_recall"}
+    extra |= {"test_recall", "unlabeled_acc"}
     for row in rows:
         assert set(row) == wanted | extra
         assert row["positives"] > 0 and row["negative_samples"] > 0, "both groups must be in this test"

@@ -105,9 +105,9 @@ def report(
 ) -> dict[str, Any]:
     """The numbers of a labeling by their names in metrics.jsonl; accuracies are over samples of known truth.
 
-    positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that truly is not the
-    class), negative_samples, ece (of all samples), ece_selected (of the positives), per_class_positives (by
-    pseudo-label), no_label (samples without one). None where there is nothing to average.
+    unlabeled_acc (of all labels), positives, positive_acc, negatives ((sample, class) pairs), negative_acc (share that
+    truly is not the class), negative_samples, ece (of all samples), ece_selected (of the positives),
+    per_class_positives (by pseudo-label), no_label (samples without one). None where there is nothing to average.
     """
     found = pseudo_labels.cpu()
     truth = torch.full_like(found.label, -1) if truth is None else truth.cpu()
@@ -118,6 +118,7 @@ def report(
     judged = negative[known]
     wrong = judged.gather(1, truth[known][:, None])
     return {
+        "unlabeled_acc": or_none(correct[known & (found.label >= 0)].double().mean()),
         "positives": int(found.positive.sum()),
         "positive_acc": or_none(correct[positive].double().mean()),
         "negatives": int(negative.sum()),

@@ -37,9 +37,11 @@ from ups_fast.words import line_of, shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
 READABLE = "readable.json"  # which files of a folder have been found good
+BASELINES = "baselines.json"  # what the report holds the run against
 TENSORBOARD = "tb"
 # All that a run writes. In its folder each must be a regular file itself, or not there.
 _PRODUCTS = (
+    BASELINES,
     "files.json",
     "images.npz",
     "metrics.jsonl",
@@ -50,9 +52,18 @@ _PRODUCTS = (
     "split.npz",
 )
 RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
-# What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has, on
-# which no round depends.
-FREE_KEYS = ("run_dir", "device", "threads", "checkpoint_seconds", "data.root", "data.cache", "train.rounds")
+# What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has and
+# what its report shows, on which no round depends.
+FREE_KEYS = (
+    "run_dir",
+    "device",
+    "threads",
+    "checkpoint_seconds",
+    "data.root",
+    "data.cache",
+    "train.rounds",
+    "report.baselines",
+)
 FORMAT, VERSION = "ups_fast checkpoint", 5
 MOST_CONFIG = 100_000  # bytes of a config.yaml; one has some 3,000
 

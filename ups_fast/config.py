@@ -230,6 +230,15 @@ class SelectConfig:
 
 
 @dataclass
+class ReportConfig:
+    baselines: bool = key(
+        True,
+        "Whether the report compares the run with logistic regression, label spreading and self-training on the same "
+        "labels and features.",
+    )
+
+
+@dataclass
 class Config:
     recipe: str = key(
         "none",
@@ -258,6 +267,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     method: Options = field(default_factory=METHODS["ups"].Options)  # those of method.name
     select: SelectConfig = field(default_factory=SelectConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 _GROUPS: dict[str, type] = {
@@ -267,6 +277,7 @@ _GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
     "method": Options,
     "select": SelectConfig,
+    "report": ReportConfig,
 }
 
 

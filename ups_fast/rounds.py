@@ -57,6 +57,8 @@ class Result:
     labeled: Tensor  # int64 [L], into the training set
     val: Tensor  # int64 [V], likewise
     unreadable: list[str]  # sentences on files that could not be read any more: nothing was learned from them
+    images: Images  # the training set
+    test_images: Images
 
 
 class Diverged(ValueError):
@@ -77,7 +79,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
     found = PseudoLabels(**state.pseudo_labels)
-    return Result(job.folder.path, state.rows, found, job.truth, state.labeled, state.val, unreadable)
+    return Result(job.folder.path, state.rows, found, job.truth, state.labeled, state.val, unreadable, *parts)
 
 
 def rounds(run: Run, console: Console) -> Iterator[Row]:

@@ -34,7 +34,13 @@ class _Guess(TypedDict, total=False):
     test_bins: dict[str, list[list[float]]]
 
 
-class Row(_Guess):
+class _Later(TypedDict, total=False):
+    """What rows of earlier versions lack."""
+
+    unlabeled_acc: float | None
+
+
+class Row(_Guess, _Later):
     """A finished round, a line of metrics.jsonl. None where there is nothing to average."""
 
     round: int
@@ -149,15 +155,17 @@ _GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled
     "test_bins": _bins,
 }
 
+_LATER: dict[str, Callable[[Any], bool]] = {"unlabeled_acc": _share}  # rows of earlier versions lack it
+
 
 def _row_fits(row: Any, n_classes: int) -> bool:
-    if type(row) is not dict or set(row) not in (set(_ROW), set(_ROW | _GUESS)):
+    if type(row) is not dict or set(row) - set(_LATER) not in (set(_ROW), set(_ROW | _GUESS)):
         return False
     classes = row["per_class_positives"]
     return (
         type(classes) is list
         and len(classes) == n_classes
-        and all((_ROW | _GUESS)[name](value) for name, value in row.items())
+        and all((_ROW | _GUESS | _LATER)[name](value) for name, value in row.items())
         and sum(classes) == row["positives"]
         and all(max(line[:2]) < n_classes for line in row["test_mistakes"])
         and len(row["test_recall"]) == n_classes

@@ -11,12 +11,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import ups_fast
 from ups_fast import command, machine
 from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
+
+if TYPE_CHECKING:
+    from ups_fast.data import ImageSet
+    from ups_fast.report import Comparison
+    from ups_fast.rounds import Result
 
 try:
     from ups_fast import config
@@ -115,6 +121,7 @@ def _train(cfg: config.Config) -> None:
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.pseudo_labels, data.classes, first=first, names=data.names)
         labels, val = data.train_labels[result.labeled], result.val
+        baselines = _baselines(cfg, data, result) if cfg.report.baselines else None
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -127,6 +134,7 @@ def _train(cfg: config.Config) -> None:
             class_tests=class_counts(data.test_labels, len(data.classes)),
             class_vals=class_counts(data.train_labels[val], len(data.classes)) if len(val) else None,
             notes=[*data.notes, *data.damaged, *unreadable],
+            baselines=baselines,
         )
     except (ValueError, OSError) as error:
         again = "fix that, and the same command makes the report without training again"
@@ -142,7 +150,18 @@ def _train(cfg: config.Config) -> None:
         console.print(f"{seconds:.0f} s, {outside:.1%} of them outside of training steps and labeling")
     if advice := report.advice(result.rows, cfg):
         console.print(advice)
+    if baselines and (better := report.verdict(baselines, result.rows, cfg)):
+        console.print(better)
     console.print(f"report: {page} (its picture alone: {png}); pseudo-labels: {table}")
+
+
+def _baselines(cfg: config.Config, data: ImageSet, result: Result) -> Comparison:
+    from ups_fast import report
+
+    index = {"labeled": result.labeled, "unlabeled": result.pseudo_labels.index, "val": result.val}
+    samples = report.Samples(result.images, result.test_images, index, data.train_labels, data.test_labels)
+    rounds, classes = len(result.rows), len(data.classes)
+    return report.baselines_of(result.folder, samples, rounds, classes, cfg.select.tau_p)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,22 @@ is not known (-1), what would need it is left out, and the report says so.
 
 from __future__ import annotations
 
+from ups_fast.report.comparison import Comparison, Samples, baselines_of, verdict
 from ups_fast.report.page import write_report
 from ups_fast.report.sentences import advice, headline, recall_line, test_guess
 from ups_fast.report.table import label_rows, label_table, write_pseudo_labels
 
 __all__ = [
+    "Comparison",
+    "Samples",
     "advice",
+    "baselines_of",
     "headline",
     "label_rows",
     "label_table",
     "recall_line",
     "test_guess",
+    "verdict",
     "write_pseudo_labels",
     "write_report",
 ]

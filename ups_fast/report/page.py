@@ -17,6 +17,8 @@ from ups_fast.calibration import recall
 from ups_fast.config import Config
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
+from ups_fast.report import comparison
+from ups_fast.report.comparison import Comparison
 from ups_fast.report.figure import draw
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
 from ups_fast.selection import PseudoLabels
@@ -82,6 +84,7 @@ def write_report(
     class_tests: Sequence[int] | None = None,  # [C] test images likewise
     class_vals: Sequence[int] | None = None,  # [C] validation images likewise
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
+    baselines: Comparison | None = None,
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
     truth = torch.full_like(pseudo_labels.label, -1) if truth is None else truth
@@ -94,7 +97,7 @@ def write_report(
     table = _class_table(rows[-1], pseudo_labels, truth, classes, counts)
     if class_labels and (note := uneven(classes, class_labels)):
         notes = [note, *notes]
-    text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table)
+    text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table, baselines)
     write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
@@ -108,6 +111,7 @@ def _page(
     notes: Sequence[str],
     image: bytes,
     class_table: tuple[list[str], list[list[str]]],
+    baselines: Comparison | None,
 ) -> str:
     """The whole of report.html: one file without links to others."""
     title = html.escape(headline(rows, cfg))
@@ -118,6 +122,7 @@ def _page(
     pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
     confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
     confused += _table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
+    better, rivals = _baselines(baselines, rows, cfg) if baselines else ("", "")
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -131,13 +136,13 @@ def _page(
 <main>
 <h1>{title}</h1>
 <p>{html.escape(summary(rows, pseudo_labels, truth, cfg))}</p>
-<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
+{better}<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
 <ul>{_FIRST_POINT[one_training(cfg)]}{_READING}{_CORNER[one_training(cfg)]}</ul>
 <h2>Rounds</h2>
 {_table(*_round_table(rows))}
-<h2>Classes, last round</h2>
+{rivals}<h2>Classes, last round</h2>
 <p class="muted">Recall is the share of a class's images that get its label. Correct is the share of a class's
  positive pseudo-labels that are right.</p>
 {_table(*class_table)}
@@ -147,6 +152,15 @@ def _page(
 </body>
 </html>
 """
+
+
+def _baselines(found: Comparison, rows: Rows, cfg: Config) -> tuple[str, str]:
+    """The sentence for the top, where there is one, and the section."""
+    said = comparison.verdict(found, rows, cfg)
+    better = f"<p><b>{html.escape(said)}</b></p>\n" if said else ""
+    about = html.escape(comparison.source(found, cfg))
+    table = _table(*comparison.table(found, rows, cfg))
+    return better, f'<h2>Baselines</h2>\n<p class="muted">{about}</p>\n{table}\n'
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:

@@ -38,6 +38,7 @@ from ups_fast.words import line_of, shown
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
 READABLE = "readable.json"  # which files of a folder have been found good
 BASELINES = "baselines.json"  # what the report holds the run against
+NEXT, SUSPECTS = "next_to_label.csv", "suspects.csv"  # for a person to look at
 TENSORBOARD = "tb"
 # All that a run writes. In its folder each must be a regular file itself, or not there.
 _PRODUCTS = (
@@ -45,11 +46,13 @@ _PRODUCTS = (
     "files.json",
     "images.npz",
     "metrics.jsonl",
+    NEXT,
     "pseudo_labels.csv",
     "report.html",
     "report.png",
     "selection.npz",
     "split.npz",
+    SUSPECTS,
 )
 RUN_FILES = frozenset((CONFIG, CHECKPOINT, LOCK, MODEL, BEST, READABLE, *_PRODUCTS))
 # What may change when a run goes on: where it runs, where its (fingerprinted) data lie, and how many rounds it has and
@@ -63,6 +66,7 @@ FREE_KEYS = (
     "data.cache",
     "train.rounds",
     "report.baselines",
+    "report.review",
 )
 FORMAT, VERSION = "ups_fast checkpoint", 5
 MOST_CONFIG = 100_000  # bytes of a config.yaml; one has some 3,000

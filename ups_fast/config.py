@@ -236,6 +236,11 @@ class ReportConfig:
         "Whether the report compares the run with logistic regression, label spreading and self-training on the same "
         "labels and features.",
     )
+    review: bool = key(
+        True,
+        "Whether the run writes next_to_label.csv, samples that are worth a person's label, and suspects.csv, given "
+        "labels that look wrong.",
+    )
 
 
 @dataclass

@@ -18,10 +18,11 @@ import torch
 import ups_fast
 from ups_fast import command, machine
 from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
+from ups_fast.words import line_of
 
 if TYPE_CHECKING:
     from ups_fast.data import ImageSet
-    from ups_fast.report import Comparison
+    from ups_fast.report import Comparison, Samples
     from ups_fast.rounds import Result
 
 try:
@@ -121,7 +122,8 @@ def _train(cfg: config.Config) -> None:
         first = 0 if data.labeled is None else len(data.labeled)
         report.write_pseudo_labels(table, result.pseudo_labels, data.classes, first=first, names=data.names)
         labels, val = data.train_labels[result.labeled], result.val
-        baselines = _baselines(cfg, data, result) if cfg.report.baselines else None
+        samples = _samples(data, result)
+        baselines = _baselines(cfg, data, result, samples) if cfg.report.baselines else None
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -152,14 +154,36 @@ def _train(cfg: config.Config) -> None:
         console.print(advice)
     if baselines and (better := report.verdict(baselines, result.rows, cfg)):
         console.print(better)
+    if cfg.report.review:
+        console.print(_review(data, result, samples, first))
     console.print(f"report: {page} (its picture alone: {png}); pseudo-labels: {table}")
 
 
-def _baselines(cfg: config.Config, data: ImageSet, result: Result) -> Comparison:
+def _samples(data: ImageSet, result: Result) -> Samples:
     from ups_fast import report
 
     index = {"labeled": result.labeled, "unlabeled": result.pseudo_labels.index, "val": result.val}
-    samples = report.Samples(result.images, result.test_images, index, data.train_labels, data.test_labels)
+    return report.Samples(result.images, result.test_images, index, data.train_labels, data.test_labels)
+
+
+def _review(data: ImageSet, result: Result, samples: Samples, first: int) -> str:
+    """Writes the tables for a person, and says so in a sentence, or why they are not there."""
+    from ups_fast import report
+
+    found = result.pseudo_labels
+    std = dict(zip(found.index.tolist(), found.std.tolist(), strict=True))
+    try:
+        to_label, wrong = report.write_review(
+            result.folder, samples, data.classes, std, first=first, names=data.names
+        )
+    except Exception as error:  # the run is worth more than these tables
+        return f"there is no table of what to label next: {line_of(error)}"
+    return f"worth a label next: {to_label}; given labels that look wrong: {wrong}"
+
+
+def _baselines(cfg: config.Config, data: ImageSet, result: Result, samples: Samples) -> Comparison:
+    from ups_fast import report
+
     rounds, classes = len(result.rows), len(data.classes)
     return report.baselines_of(result.folder, samples, rounds, classes, cfg.select.tau_p)
 

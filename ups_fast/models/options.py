@@ -26,7 +26,7 @@ class ModelConfig:
         "weights.",
     )
     head: str = key(
-        "mlp-256", "With model.freeze, what is trained on the features: linear or mlp-WIDTH, such as mlp-256."
+        "mlp-128", "With model.freeze, what is trained on the features: linear or mlp-WIDTH, such as mlp-256."
     )
     input_size: int = key(
         0,

@@ -10,6 +10,7 @@ from ups_fast.report.comparison import Comparison, Samples, baselines_of, verdic
 from ups_fast.report.page import write_report
 from ups_fast.report.sentences import advice, headline, recall_line, test_guess
 from ups_fast.report.table import label_rows, label_table, write_pseudo_labels
+from ups_fast.report.to_review import write_review
 
 __all__ = [
     "Comparison",
@@ -24,4 +25,5 @@ __all__ = [
     "verdict",
     "write_pseudo_labels",
     "write_report",
+    "write_review",
 ]

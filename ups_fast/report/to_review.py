@@ -1,0 +1,103 @@
+"""Tables for a person: which samples to label next, and which given labels look wrong."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.checkpoint import NEXT, SUSPECTS
+from ups_fast.data.cells import csv_line, write_cell
+from ups_fast.files import write_atomic
+from ups_fast.models import Frozen, Network
+from ups_fast.models.saved import load_model
+from ups_fast.modules import mc_dropout
+from ups_fast.report.comparison import MOST_IMAGES, Samples
+from ups_fast.review import next_to_label, suspects
+from ups_fast.selection import labeling_rows
+
+COUNT = 20  # samples to label next
+_TEXT = ("reason", "name", "likely_name", "path")
+
+
+def write_review(
+    folder: Path,
+    samples: Samples,
+    classes: Sequence[str],
+    std: Mapping[int, float],  # by sample id, of the unlabeled ones
+    *,
+    first: int = 0,  # the training set's index that counts as 0 among the unlabeled
+    names: Sequence[str] | None = None,  # [N] the file of each training image
+) -> tuple[Path, Path]:
+    """Writes next_to_label.csv and suspects.csv by the network of the run's last round, and returns their paths.
+
+    next_to_label.csv  rank, index (as in pseudo_labels.csv), reason, path where there are files
+    suspects.csv       rank, index (among all training samples), label, name, likely, likely_name, p_label and p_likely,
+                       path where there are files
+
+    Of very many unlabeled images a random part is looked at.
+    """
+    network = load_model(folder, samples.images.device)
+    if isinstance(network, Frozen) and len(samples.images.shape) == 1:
+        network = network.head  # the run has seen features only
+    ids = samples.readable("unlabeled")[1]
+    if len(ids) > MOST_IMAGES:
+        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES]
+        ids = ids[some.sort().values]
+    features, p = _seen(network, samples, ids)
+    found = next_to_label(features, p, COUNT)
+    place = ids[torch.from_numpy(found.place)].tolist()
+    rows = []
+    for rank, i in enumerate(place):
+        a, b = int(found.first[rank]), int(found.second[rank])
+        shares = p[found.place[rank]]
+        reason = f"{classes[a]} {shares[a]:.0%} or {classes[b]} {shares[b]:.0%}, std {std.get(i, 0.0):.2f}"
+        path = {"path": names[i]} if names else {}
+        rows.append({"rank": str(rank + 1), "index": str(i - first), "reason": reason, **path})
+    columns = ["rank", "index", "reason", *(["path"] if names else [])]
+    _write(folder / NEXT, columns, rows)
+    return folder / NEXT, _write_suspects(folder / SUSPECTS, network, samples, classes, names)
+
+
+def _write_suspects(
+    path: Path, network: Network, samples: Samples, classes: Sequence[str], names: Sequence[str] | None
+) -> Path:
+    ids = samples.readable("labeled")[1]
+    features, _ = _seen(network, samples, ids)
+    found = suspects(features, samples.truth("labeled", ids).numpy())
+    rows = []
+    for rank, i in enumerate(ids[torch.from_numpy(found.place)].tolist()):
+        given, likely = int(found.given[rank]), int(found.likely[rank])
+        row = {"rank": str(rank + 1), "index": str(i), "label": str(given), "name": classes[given]}
+        row |= {"likely": str(likely), "likely_name": classes[likely]}
+        row |= {"p_label": f"{found.p_given[rank]:.3f}", "p_likely": f"{found.p_likely[rank]:.3f}"}
+        rows.append({**row, "path": names[i]} if names else row)
+    columns = ["rank", "index", "label", "name", "likely", "likely_name", "p_label", "p_likely"]
+    _write(path, [*columns, *(["path"] if names else [])], rows)
+    return path
+
+
+@torch.no_grad()
+def _seen(network: Network, samples: Samples, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, D] and probabilities [n, C] of clean training samples. Given features are taken as they are."""
+    images, given = samples.images, len(samples.images.shape) == 1
+    features, answers = [], []
+    with mc_dropout(network, active=False):
+        for batch in images.clean_batches(ids.to(images.device), labeling_rows(images.device, images.shape)):
+            hidden = batch if given else network.embed(network.prefix(batch), None)
+            logits = network(batch) if given else network.classify(hidden)
+            features.append(hidden.float().cpu())
+            answers.append(logits.double().softmax(1).cpu())
+    return torch.cat(features).numpy(), torch.cat(answers).numpy()
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    table = io.StringIO(newline="")
+    table.write(csv_line(columns))
+    for row in rows:
+        table.write(csv_line(write_cell(row[name]) if name in _TEXT else row[name] for name in columns))
+    write_atomic(path, table.getvalue().encode("utf-8", "surrogateescape"))

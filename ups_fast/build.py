@@ -48,7 +48,7 @@ class Run:
     step: TrainStep
     forward: Callable[..., Tensor]  # `passes_over`, perhaps compiled
     state: Checkpoint  # at first that of a new run
-    folder: RunFolder
+    store: RunFolder
     frozen: Frozen | None = None  # on whose features the run works, in place of the images
     resumed: int = 0  # rounds that the folder held when the run was resumed
 
@@ -60,6 +60,10 @@ class Run:
     def network(self) -> Network:
         """That of the method's which is tested, labels and is saved, behind the frozen one if there is one."""
         return self.frozen.with_head(self.method.answers) if self.frozen else self.method.answers
+
+    @property
+    def folder(self) -> Path:
+        return self.store.path
 
     @property
     def saved_in(self) -> str:
@@ -165,7 +169,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     )
     state = Checkpoint(fingerprint(data, weights), labeled, unlabeled, val)
     forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
-    folder = RunFolder(Path(cfg.run_dir)) if cfg.run_dir else Nowhere()
+    store = RunFolder(Path(cfg.run_dir)) if cfg.run_dir else Nowhere()
     return Run(
         cfg,
         data,
@@ -178,7 +182,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
         step,
         forward,
         state,
-        folder,
+        store,
         frozen,
     )
 

@@ -79,7 +79,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
     found = PseudoLabels(**state.pseudo_labels)
-    return Result(job.folder.path, state.rows, found, job.truth, state.labeled, state.val, unreadable, *parts)
+    return Result(job.folder, state.rows, found, job.truth, state.labeled, state.val, unreadable, *parts)
 
 
 def rounds(run: Run, console: Console) -> Iterator[Row]:
@@ -89,7 +89,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
     """
     # One training over all rounds depends on their number.
     free = [key for key in FREE_KEYS if key != "train.rounds" or not run.method.continues]
-    with run.folder.open(asdict(run.cfg), free) as warning, stop_signal(console) as stop:
+    with run.store.open(asdict(run.cfg), free) as warning, stop_signal(console) as stop:
         if warning:
             say(console, warning)
         resume(run, console)
@@ -99,7 +99,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
         watch = Watch(console, run.state, stop)
         with (
             torch.backends.cudnn.flags(enabled=True, deterministic=True),
-            run.folder.board(run.epochs_done(), run.state.round) as board,
+            run.store.board(run.epochs_done(), run.state.round) as board,
             watch.progress,
         ):
             current = _Round(run, watch, board)
@@ -113,7 +113,7 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
 
 def resume(run: Run, console: Console) -> None:
     """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
-    folder, data, fresh = run.folder, run.data, run.state
+    folder, data, fresh = run.store, run.data, run.state
     found = folder.load()
     if found:
         _check(run, found)
@@ -157,7 +157,7 @@ def _networks(run: Run) -> str:
 
 def _check(run: Run, found: Checkpoint) -> None:
     """Raises RunFolderError where the folder's checkpoint is of another run or cannot be believed."""
-    folder, fresh, total = run.folder.path, run.state, run.cfg.train.rounds
+    folder, fresh, total = run.store.path, run.state, run.cfg.train.rounds
     if found.data != fresh.data:
         what = differences(run.data, fresh.data, found.data, folder / IMAGES)
         raise RunFolderError(
@@ -294,7 +294,7 @@ class _Round:
         with watch.overhead():
             there = state.labeled[~torch.isin(state.labeled, gone)]
             method.end_round(Look(found, data.train_labels, there, self._features))
-            run.folder.keep(run.network, run.about, found, run.truth, best=best)
+            run.store.keep(run.network, run.about, found, run.truth, best=best)
         truth = data.test_labels[test.index]
         row = Row(
             round=state.round,
@@ -316,7 +316,7 @@ class _Round:
         state.momentum = run.step.momentum if run.keeps.momentum else None
         state.round, state.epoch, state.step, state.seconds, state.outside = state.round + 1, 0, 0, 0.0, 0.0
         self._save()
-        run.folder.write_rows(state.rows)
+        run.store.write_rows(state.rows)
         return row
 
     def _start(self, targets: Targets, layout: Layout) -> None:
@@ -384,7 +384,7 @@ class _Round:
                 self._check_weights()
                 state = replace(state, method=run.method.state_dict(), momentum=run.step.momentum)
             self.board.flush()  # scalars of what the checkpoint calls done are not logged again
-            run.folder.save(state)
+            run.store.save(state)
         watch.saved_at = time.monotonic()
 
     # What can go wrong -------------------------------------------------------------------------------------

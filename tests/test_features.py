@@ -181,7 +181,10 @@ def test_the_moments_of_noise() -> None:
     assert share.mean().item() == pytest.approx(0.3, abs=width / math.sqrt(n * d))
     assert (share.mean(0) - 0.3).abs().max() < width / math.sqrt(n), "no column is preferred"
     both = read(images, torch.arange(n), Noise(std=0.5, drop=0.3)) - kept
-    torch.testing.assert_close(both, added, atol=1e-6, rtol=0)  # the one does not depend on the other
+    torch.testing.assert_close(both, added, atol=1e-6, rtol=0)
+    # Noise of column c is made of the words 2c and 2c + 1, by which other numbers must not be drawn.
+    related = ((share[:, ::2] - 0.3) * ((added[:, : d // 2] / 0.5).square() - 1)).mean().item()
+    assert abs(related) < 5 * math.sqrt(0.21 * 2 / (n * d / 2))
 
 
 def test_counter_normal() -> None:
@@ -201,6 +204,7 @@ def test_counter_normal() -> None:
     other = counter_normal(n, keys, layer=1)
     for a, c in ((z[:, 1:], z[:, :-1]), (z[1:], z[:-1]), (z, other)):  # neighbors, rows, layers
         assert abs((a * c).mean().item()) < 5 * sigma and (a != c).float().mean() > 0.999
+        assert abs(((a.square() - 1) * (c.square() - 1)).mean().item()) < 5 * sigma * 2
     assert not torch.equal(z, counter_normal(n, dropout_keys(torch.arange(b), seed=0, draw=1)))
 
 

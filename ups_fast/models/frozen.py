@@ -13,6 +13,8 @@ from ups_fast.models.backbone import Backbone, pixel_scale
 from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
 
+_LARGEST = 4096  # side of images
+
 
 class Frozen(Network):
     """float32 [B, channels, H, W], pixels in [0, 1] -> logits float32 [B, n_classes].
@@ -51,6 +53,8 @@ class Frozen(Network):
         widths = widths_of(head)
         if widths is None:
             raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-256, got {head!r}")
+        if not 0 <= input_size <= _LARGEST:
+            raise ValueError(f"input_size must be in [0, {_LARGEST}], got {input_size}")
         self.input_size, self.channels, self.min_size, self.heads = input_size, channels, 1, heads
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "weights: ")  # its classifier is not needed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ from test_report import Page, case
 
 from ups_fast import train
 from ups_fast.config import Config, make
+from ups_fast.data import ResidentFeatures
 from ups_fast.models.saved import load_model
 from ups_fast.report import baselines as module
 from ups_fast.report import comparison
 from ups_fast.report import page as page_module
 from ups_fast.report.baselines import Part, Rival, compare
-from ups_fast.report.comparison import Comparison, table, verdict
+from ups_fast.report.comparison import Comparison, Samples, table, verdict
 
 NAMES = ["logistic regression", "label spreading", "self-training"]
 TAU = 0.3  # at which self-training has labels to add
@@ -149,6 +152,25 @@ def test_a_baseline_that_fails_costs_its_own_row_alone(monkeypatch):
     }
     found = compare(one, 10, TAU)
     assert [each.failed for each in found] == [True, False, True] and "class" in found[0].why
+
+
+def test_rows_that_cannot_be_read_any_more_are_in_no_part():
+    rows, labels = torch.arange(12.0)[:, None], torch.arange(12) % 3
+    images = ResidentFeatures(rows, mean=[0], std=[2], device="cpu", unreadable={1: "gone", 7: "gone"})
+    tests = ResidentFeatures(rows[:3], mean=[0], std=[2], device="cpu", unreadable={0: "gone"})
+    index = {"labeled": torch.tensor([0, 1]), "unlabeled": torch.arange(2, 9), "val": torch.tensor([9])}
+    parts = comparison._given(Samples(images, tests, index, labels, torch.tensor([2, 1, 0])))
+    wanted = {"labeled": [0], "unlabeled": [2, 3, 4, 5, 6, 8], "test": [1, 2], "val": [9]}
+    assert {name: (2 * part.rows()[:, 0]).tolist() for name, part in parts.items()} == wanted
+    assert parts["unlabeled"].truth.tolist() == [2, 0, 1, 2, 0, 2] and parts["test"].truth.tolist() == [1, 0]
+
+
+def test_scikit_learn_is_imported_only_when_it_is_needed():
+    for path in (module.__file__, comparison.__file__, train.__file__):
+        for node in ast.parse(Path(path).read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] in ("sklearn", "scipy")], path
 
 
 # What is said ----------------------------------------------------------------------------------------------

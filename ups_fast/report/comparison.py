@@ -245,7 +245,9 @@ def table(found: Comparison, rows: Rows, cfg: Config) -> tuple[list[str], list[l
         "test": [percent(each.test) for each in shown],
         "unlabeled": [percent(each.unlabeled) for each in shown],
         "validation": [percent(each.val) for each in shown],
-        "seconds": ["n/a" if each.why else f"{each.seconds:.1f}" for each in shown],
+        "seconds": [
+            "n/a" if each.why else f"{each.seconds:.{1 if each.seconds >= 1 else 2}f}" for each in shown
+        ],
         "note": [each.why or each.note for each in shown],
     }
     dull = {"n/a", ""}

@@ -33,7 +33,7 @@ def build(
     bn_momentum: float = 0.1,
     weights: str = "",
     freeze: bool = False,
-    head: str = "mlp-256",
+    head: str = "mlp-128",
     input_size: int = 0,
 ) -> Network:
     """A freshly initialized network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].

@@ -52,7 +52,7 @@ def test_samples_to_label_next(run):
     assert said.startswith(f"worth a label next: {folder / 'next_to_label.csv'}")
     assert [row["rank"] for row in rows] == [str(i + 1) for i in range(len(rows))] and len(rows) == 20
     place = [int(row["index"]) for row in rows]
-    assert len(set(place)) == 20 and 0 <= min(place) and max(place) < len(run[3])
+    assert len(set(place)) == 20 and min(place) >= 0 and max(place) < len(run[3])
     assert found.confidence[place].mean() < found.confidence.mean() - 0.05, "less certain than the others"
     first = rows[0]["reason"]
     assert " or " in first and first.rpartition("std ")[2] == f"{found.std[place[0]]:.2f}"

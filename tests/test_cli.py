@@ -119,7 +119,7 @@ def test_a_missing_gpu_is_one_sentence(capsys, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(inputs, "load_set", lambda *_: {}["a bug"])
+    monkeypatch.setattr(inputs, "load_set", lambda *_, **__: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         train.main([DIGITS])
 
@@ -146,7 +146,7 @@ def test_ctrl_c_while_torch_is_imported():
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inputs, "load_set", interrupt)

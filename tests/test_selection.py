@@ -14,7 +14,7 @@ from ups_fast import reference
 from ups_fast.calibration import report
 from ups_fast.data import ResidentImages
 from ups_fast.fullgraph import fullgraph
-from ups_fast.models import Dropout, build
+from ups_fast.models import Dropout, Network, build
 from ups_fast.policy import Policy
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import (
@@ -42,6 +42,8 @@ class Scripted(nn.Module):
         super().__init__()
         self.logits = logits
         self.dropout = Dropout(0.5, layer=0)
+
+    passes = Network.passes
 
     def forward(self, images: Tensor) -> Tensor:
         return self.suffix(self.prefix(images), None)

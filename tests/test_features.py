@@ -652,7 +652,7 @@ def test_networks_that_do_not_fit() -> None:
         ({"select__heads": 0}, r"select.heads must be in \[1, 1000\], got 0"),
         (
             {"data__flip": True},
-            "data.flip=True is for images that a network is trained on, got data.name=features: data.noise is for features",
+            "data.flip=True is for images that a network is trained on, got data.name=features",
         ),
         ({"data__cutout": 4}, "data.cutout=4 is for images"),
         ({"data__ops": "ups"}, "data.ops=ups is for images"),

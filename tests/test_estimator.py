@@ -128,7 +128,7 @@ def test_a_stopped_fit_goes_on_from_its_folder(tmp_path):
 def test_threads_are_given_back():
     x, y, _ = blobs()
     before = torch.get_num_threads()
-    UPSClassifier(**{**SMALL, "n_jobs": before + 1}).fit(x, y)
+    UPSClassifier(**{**SMALL, "n_jobs": before + 1, "steps": 1}).fit(x, y)
     assert torch.get_num_threads() == before
 
 
@@ -208,7 +208,7 @@ def test_it_beats_labels_alone_on_digits():
     y = np.full(len(digits.target), -1)
     for c in range(10):
         y[np.flatnonzero(digits.target == c)[:4]] = c
-    model = UPSClassifier(random_state=0, n_jobs=1).fit(digits.data, y)
+    model = UPSClassifier(rounds=3, steps=100, random_state=0, n_jobs=1).fit(digits.data, y)
     hidden = y < 0
     found = (model.transduction_[hidden] == digits.target[hidden]).mean()
     alone = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))

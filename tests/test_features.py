@@ -731,7 +731,7 @@ def test_load_model_gives_the_network_of_the_run(
     assert model.std.min() > 0 and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:

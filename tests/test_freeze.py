@@ -234,15 +234,27 @@ def other_key(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda _: b"", ""),
-        (lambda _: b"\xff" * 9999, ""),
+        pytest.param(lambda _: b"", "", marks=pytest.mark.slow),
+        pytest.param(lambda _: b"\xff" * 9999, "", marks=pytest.mark.slow),
         (cut, "bytes, which are too few or too many"),
-        (lambda content: content + b"x", "bytes, which are too few or too many"),
+        pytest.param(
+            lambda content: content + b"x", "bytes, which are too few or too many", marks=pytest.mark.slow
+        ),
         (flipped, "its content has changed"),
         (other_key, "its content has changed"),
-        (lambda content: content.replace(b"'<f4'", b"'<i4'"), r"it holds int32 \[40, 1024\] and must hold"),
-        (lambda content: content.replace(b"(40, 1024)", b"(1024, 40)"), r"it holds float32 \[1024, 40\]"),
-        (lambda content: content.replace(b"'<f4'", b"'|O' "), "it holds object"),
+        pytest.param(
+            lambda content: content.replace(b"'<f4'", b"'<i4'"),
+            r"it holds int32 \[40, 1024\] and must hold",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda content: content.replace(b"(40, 1024)", b"(1024, 40)"),
+            r"it holds float32 \[1024, 40\]",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda content: content.replace(b"'<f4'", b"'|O' "), "it holds object", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_damaged_cache_is_computed_anew(tmp_path, weights, computed, damage, why):
@@ -381,7 +393,7 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("loader", ["resident", "plain"])
+@pytest.mark.parametrize("loader", ["resident", pytest.param("plain", marks=pytest.mark.slow)])
 def test_from_files_to_labels_of_files(tmp_path, weights, pictures, loader, monkeypatch):
     """By the two command lines. Later nothing but the run's folder is needed."""
     own = tmp_path / "own.pth"
@@ -473,6 +485,7 @@ def test_lite_has_the_weights_of_its_package_in_their_order(name):
 
 
 @pytest.mark.filterwarnings("ignore:weights")
+@pytest.mark.slow
 def test_lite0_that_is_trained_gets_pixels_as_it_is_used_to(tmp_path):
     given = {"model__freeze": False, "model__input_size": 0, "model__name": installed("lite0")}
     cfg = quick(tmp_path, "", **given, select__heads=1, data__crop=1)
@@ -483,6 +496,7 @@ def test_lite0_that_is_trained_gets_pixels_as_it_is_used_to(tmp_path):
     assert job.frozen is None and job.about["mean"] == (127 / 255,)
 
 
+@pytest.mark.slow
 def test_lite0_is_saved_with_its_weights(tmp_path, monkeypatch):
     cfg = quick(tmp_path, "", model__name=installed("lite0"), model__dropout=0.0)
     data = small_set()

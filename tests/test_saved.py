@@ -100,7 +100,7 @@ def test_no_mutated_network_is_believed(trained: Path, tmp_path: Path) -> None:
         (None, weights),
         ({}, weights),
     ]
-    cases += [({k: v for k, v in about.items() if k != key}, weights) for key in about]
+    cases += [({k: v for k, v in about.items() if k != key}, weights) for key in about if key != "heads"]
     for key in about:
         cases += [
             ({**about, key: value}, weights)

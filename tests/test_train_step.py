@@ -184,6 +184,9 @@ class Deep(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         return self.layers(x)
 
+    def members(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        return self(x, keys)[None]
+
 
 def test_plan_step(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)

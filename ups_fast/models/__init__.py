@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
-from ups_fast.models.frozen import Frozen
+from ups_fast.models.frozen import LARGEST_INPUT, Frozen
 from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
@@ -76,6 +76,10 @@ def build(
     if weights and library not in LIBRARIES:
         raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
 
+    if widths_of(head) is None:
+        raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-128, got {head!r}")
+    if not 0 <= input_size <= LARGEST_INPUT:
+        raise ValueError(f"input_size must be in [0, {LARGEST_INPUT}], got {input_size}")
     pretrained = library in LIBRARIES or name in LITE
     if freeze and (not pretrained or columns):
         raise ValueError(f"freeze is for lite0, torchvision:NAME and timm:NAME on images alone, got {name}")

@@ -13,7 +13,7 @@ from ups_fast.models.backbone import Backbone, pixel_scale
 from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
 
-_LARGEST = 4096  # side of images
+LARGEST_INPUT = 4096  # side of images
 
 
 class Frozen(Network):
@@ -51,10 +51,7 @@ class Frozen(Network):
     ) -> None:
         super().__init__()
         widths = widths_of(head)
-        if widths is None:
-            raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-256, got {head!r}")
-        if not 0 <= input_size <= _LARGEST:
-            raise ValueError(f"input_size must be in [0, {_LARGEST}], got {input_size}")
+        assert widths is not None, head
         self.input_size, self.channels, self.min_size, self.heads = input_size, channels, 1, heads
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "weights: ")  # its classifier is not needed

@@ -8,8 +8,6 @@ ImageNet weights, which are computed once and kept in runs/.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 import warnings
@@ -107,13 +105,11 @@ def main() -> None:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+    return record.lines(RECORD)
 
 
 def add(line: dict[str, Any]) -> None:
-    about = {key: value for key, value in record.about().items() if key != "kernels"}
-    with RECORD.open("a") as file:
-        file.write(json.dumps({**line, **about}) + "\n")
+    record.append(RECORD, line)
     print(
         *(line[key] for key in ("set", "labels", "method", "seed")),
         f"{line['unlabeled_acc']:.4f}",
@@ -292,5 +288,4 @@ def _by_kappa(lines: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

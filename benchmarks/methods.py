@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -69,13 +68,11 @@ def same(line: dict[str, Any], name: str, method: str, seed: int) -> bool:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+    return record.lines(RECORD)
 
 
 def add(line: dict[str, Any]) -> None:
-    about = {key: value for key, value in record.about().items() if key != "kernels"}
-    with RECORD.open("a") as file:
-        file.write(json.dumps({**line, **about}) + "\n")
+    record.append(RECORD, line)
     print(
         line["set"],
         line["method"],

@@ -205,6 +205,18 @@ def duration(row: dict[str, Any]) -> str:
     return f"{middle} {unit} [{low}, {high}]"
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record that grows run by run."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more of them, with machine and commit."""
+    made = {key: value for key, value in about().items() if key != "kernels"}
+    with path.open("a") as file:
+        file.write(json.dumps({**line, **made}) + "\n")
+
+
 def grid(head: list[str], lines: list[list[str]]) -> str:
     """A Markdown table that can be read as it is, too."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]

@@ -141,8 +141,14 @@ def test_images():
     model = model.set_params(model="wrn-10-1", settings=settings).fit(images, y)
     assert (model.predict(images)[200:] == digits.target[200:400]).mean() > 0.8
     assert model.n_features_in_ == 64
-    with pytest.raises(ValueError, match=r"X must be uint8 images as in fit, got float64 \[400, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"X must be images as in fit, uint8 \[n, 8, 8, 1\], got float64 \[400, 64\]"
+    ):
         model.predict(digits.data[:400])
+    with pytest.raises(ValueError, match=r"X must be images as in fit, .* got uint8 \[400, 4, 16\]"):
+        model.predict(images.reshape(400, 4, 16))
+    with pytest.raises(ValueError, match=r"X must be images as in fit, .* got uint8 \[400, 8, 8, 3\]"):
+        model.predict(images[..., None].repeat(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -216,5 +222,5 @@ def test_it_beats_labels_alone_on_digits():
     assert found > alone.score(digits.data[hidden], digits.target[hidden]) + 0.02
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
+def test_the_readme_shows_it():
     assert "UPSClassifier" in (Path(__file__).parents[1] / "README.md").read_text()

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from ups_fast import config, report, rounds, train
 from ups_fast.data import load_set
+from ups_fast.report import comparison, to_review
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -74,3 +75,23 @@ def test_what_fails_costs_no_run(run, monkeypatch):
 
     monkeypatch.setattr(report, "write_review", broken)
     assert write(run) == "there is no table of what to label next: no room"
+
+
+def test_features_of_images_are_computed_once_for_baselines_and_tables(tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "configs/digits.yaml"
+    cfg = config.load(path, [f"run_dir={tmp_path / 'run'}", "train.rounds=1", "train.round0_epochs=2"])
+    data = load_set("digits", "")
+    result = rounds.run(cfg, data, console=Console(file=io.StringIO()))
+    samples, sizes, real = train._samples(data, result), [], comparison.features_of
+
+    def counted(network, images, index, **how):
+        sizes.append(len(index))
+        return real(network, images, index, **how)
+
+    monkeypatch.setattr(comparison, "features_of", counted)
+    monkeypatch.setattr(to_review, "features_of", counted)
+    train._baselines(cfg, data, result, samples)
+    assert train._review(data, result, samples, 0).startswith("worth a label next")
+    assert sizes == [40, 1397, 360], "labeled, unlabeled, test"
+    place = [int(row["index"]) for row in table(result.folder / "next_to_label.csv")]
+    assert set(place) <= set(result.pseudo_labels.index.tolist()) and len(place) == 20

@@ -51,8 +51,9 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         dropout: in [0, 1).
         tau_p, kappa_p: a label is kept where confidence is at least tau_p and std at most kappa_p.
         tau_n, kappa_n: a class is excluded where probability and std are at most these.
-        settings: other keys of a config, such as ``{"data.noise": 0.1}``; docs/recipes.md explains them. With
-            ``{"model.freeze": True}`` images become features of a pretrained network, ``model="lite0"``.
+        settings: other keys of a config, such as ``{"data.noise": 0.1}``; ``python -m ups_fast.train --help``
+            explains them. With ``{"model.freeze": True}`` images become features of a pretrained network,
+            ``model="lite0"``.
         run_dir: a folder for checkpoints and metrics, from which the same call goes on after it was stopped. None:
             nothing is written.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -175,7 +176,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if len(images) != len(y):
                 raise ValueError(f"y must have a label or -1 for each of {len(images)} images, got {len(y)}")
             X = np.ascontiguousarray(images if images.ndim == 4 else images[..., None])
-            self.n_features_in_ = int(np.prod(X.shape[1:]))
+            self.n_features_in_, self._image_shape = int(np.prod(X.shape[1:])), X.shape[1:]
         if y.ndim != 1:
             raise ValueError(f"y must be one-dimensional, got {list(y.shape)}")
         if not _is_unlabeled(y).all():
@@ -238,7 +239,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 np.ascontiguousarray(validate_data(self, X, dtype=np.float32, reset=False))
             )
         else:
-            rows = _pixels(X)
+            rows = _pixels(X, self._image_shape)
         shape = [-1, *[1] * (rows.ndim - 2)]
         mean, std = self._mean.view(shape), self._std.view(shape)
         found = []
@@ -260,11 +261,12 @@ def _data(X: torch.Tensor, target: torch.Tensor, classes: list[str]) -> ImageSet
     return ImageSet("features", classes, X, target, X[:0], target[:0], mean, std, labeled=labeled)
 
 
-def _pixels(X: Any) -> torch.Tensor:  # float32 [n, C, H, W] in [0, 1]
-    images = np.asarray(X)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"X must be uint8 images as in fit, got {images.dtype} {list(images.shape)}")
-    images = images if images.ndim == 4 else images[..., None]
+def _pixels(X: Any, shape: tuple[int, ...]) -> torch.Tensor:  # float32 [n, C, H, W] in [0, 1]
+    given = np.asarray(X)
+    images = given[..., None] if given.ndim == 3 else given
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        fits = f"uint8 [n, {', '.join(map(str, shape))}]"
+        raise ValueError(f"X must be images as in fit, {fits}, got {given.dtype} {list(given.shape)}")
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -111,10 +111,8 @@ def first_not_finite(rows: Tensor) -> tuple[int, int, int] | None:  # [N, d]
     if not len(rows):
         return None
     d = rows.shape[1]
-    count, first = 0, -1
-    for at, part in zip(
-        range(0, len(rows), max(1, (1 << 24) // d)), rows.split(max(1, (1 << 24) // d)), strict=True
-    ):
+    count, first, chunk = 0, -1, max(1, (1 << 24) // d)
+    for at, part in zip(range(0, len(rows), chunk), rows.split(chunk), strict=True):
         # A sum is finite where all are, or nearly always: so the whole is read once, and no mask is made.
         if math.isfinite(float(part.sum(dtype=torch.float64))):
             continue

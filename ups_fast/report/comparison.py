@@ -20,6 +20,7 @@ from ups_fast.config import Config
 from ups_fast.data import Images
 from ups_fast.data.features import column_moments
 from ups_fast.files import RunFolderError, read_bytes, write_atomic
+from ups_fast.models import Network
 from ups_fast.models.saved import load_model
 from ups_fast.report.baselines import Part, Rival, compare
 from ups_fast.report.sentences import Rows, one_training, percent
@@ -57,6 +58,7 @@ class Samples:
     index: Mapping[str, Tensor]  # of labeled, unlabeled and val, int64, into the training set
     labels: Tensor  # int64 [N], of the training set, -1 where unknown
     test_labels: Tensor  # int64 [M]
+    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # results of `features`
 
     def readable(self, name: str) -> tuple[Images, Tensor]:
         """The images of a part and the ids of those that are there."""
@@ -64,6 +66,18 @@ class Samples:
         index = torch.arange(len(images)) if name == "test" else self.index[name]
         gone = torch.tensor(sorted(images.unreadable), dtype=torch.int64)
         return images, index[~torch.isin(index, gone)]
+
+    def features(self, network: Network, name: str) -> tuple[Tensor, Tensor]:  # int64 [n], float32 [n, D]
+        """The ids of a part's images that are there and what the network's classifier gets, on the host, once."""
+        if name not in self.seen:
+            images, ids = self.readable(name)
+            rows = labeling_rows(images.device, images.shape)
+            found = (
+                features_of(network, images, ids, batch_size=rows).cpu() if len(ids) else torch.zeros(0, 0)
+            )
+            there = ~torch.isin(ids, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
+            self.seen[name] = ids[there], found[there]  # a file may be gone only now
+        return self.seen[name]
 
     def truth(self, name: str, index: Tensor) -> Tensor:
         return (self.test_labels if name == "test" else self.labels)[index]
@@ -115,17 +129,14 @@ def _given(samples: Samples) -> dict[str, Part]:
 
 def _of_network(folder: Path, samples: Samples) -> dict[str, Part]:
     """What the trained network's classifier gets, standardized on the labeled and unlabeled images."""
-    device = samples.images.device
-    network, rows = load_model(folder, device), labeling_rows(device, samples.images.shape)
+    network = load_model(folder, samples.images.device)
     index: dict[str, Tensor] = {}
     features: dict[str, Tensor] = {}
     for name in PARTS:
-        images, ids = samples.readable(name)
-        if name == "labeled" and not len(ids):
+        index[name], found = samples.features(network, name)
+        if name == "labeled" and not len(found):
             raise ValueError("no labeled image can be read any more")
-        found = features_of(network, images, ids, batch_size=rows) if len(ids) else features["labeled"][:0]
-        there = ~torch.isin(ids, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
-        index[name], features[name] = ids[there], found.cpu()[there]  # a file may be gone only now
+        features[name] = found if len(found) else features["labeled"][:0]
     mean, std = map(torch.tensor, column_moments(torch.cat([features["labeled"], features["unlabeled"]])))
     return {
         name: Part(((x - mean) / std).__getitem__, torch.arange(len(x)), samples.truth(name, index[name]))

@@ -18,7 +18,7 @@ from ups_fast.models.saved import load_model
 from ups_fast.modules import mc_dropout
 from ups_fast.report.comparison import MOST_IMAGES, Samples
 from ups_fast.review import next_to_label, suspects
-from ups_fast.selection import labeling_rows
+from ups_fast.selection import features_of, labeling_rows
 
 COUNT = 20  # samples to label next
 _TEXT = ("reason", "name", "likely_name", "path")
@@ -44,11 +44,7 @@ def write_review(
     network = load_model(folder, samples.images.device)
     if isinstance(network, Frozen) and len(samples.images.shape) == 1:
         network = network.head  # the run has seen features only
-    ids = samples.readable("unlabeled")[1]
-    if len(ids) > MOST_IMAGES:
-        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES]
-        ids = ids[some.sort().values]
-    features, p = _seen(network, samples, ids)
+    ids, features, p = _seen(network, samples, "unlabeled")
     found = next_to_label(features, p, COUNT)
     place = ids[torch.from_numpy(found.place)].tolist()
     rows = []
@@ -66,8 +62,7 @@ def write_review(
 def _write_suspects(
     path: Path, network: Network, samples: Samples, classes: Sequence[str], names: Sequence[str] | None
 ) -> Path:
-    ids = samples.readable("labeled")[1]
-    features, _ = _seen(network, samples, ids)
+    ids, features, _ = _seen(network, samples, "labeled")
     found = suspects(features, samples.truth("labeled", ids).numpy())
     rows = []
     for rank, i in enumerate(ids[torch.from_numpy(found.place)].tolist()):
@@ -82,17 +77,24 @@ def _write_suspects(
 
 
 @torch.no_grad()
-def _seen(network: Network, samples: Samples, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, D] and probabilities [n, C] of clean training samples. Given features are taken as they are."""
-    images, given = samples.images, len(samples.images.shape) == 1
-    features, answers = [], []
+def _seen(network: Network, samples: Samples, name: str) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Ids [n], features [n, D] and probabilities [n, C] of clean training samples. Given features stay as they are."""
+    images, ids = samples.readable(name)
+    given, rows = len(images.shape) == 1, labeling_rows(images.device, images.shape)
+    if len(ids) > MOST_IMAGES:
+        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES]
+        ids = ids[some.sort().values]
+        features = None if given else features_of(network, images, ids, batch_size=rows)
+    else:
+        ids, features = (ids, None) if given else samples.features(network, name)
     with mc_dropout(network, active=False):
-        for batch in images.clean_batches(ids.to(images.device), labeling_rows(images.device, images.shape)):
-            hidden = batch if given else network.embed(network.prefix(batch), None)
-            logits = network(batch) if given else network.classify(hidden)
-            features.append(hidden.float().cpu())
-            answers.append(logits.double().softmax(1).cpu())
-    return torch.cat(features).numpy(), torch.cat(answers).numpy()
+        if features is None:
+            parts = [(x.cpu(), network(x)) for x in images.clean_batches(ids.to(images.device), rows)]
+            features = torch.cat([x for x, _ in parts])
+            logits = torch.cat([each for _, each in parts])
+        else:
+            logits = torch.cat([network.classify(x.to(images.device)) for x in features.split(rows)])
+    return ids, features.cpu().numpy(), logits.double().softmax(1).cpu().numpy()
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

@@ -234,8 +234,8 @@ def frozen_copy(network: Network) -> Network:
 
 
 @torch.no_grad()
-def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
-    """ema <- decay * ema + (1 - decay) * weights, in place; statistics of normalization are copied."""
+def average_weights(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in place."""
     theirs: list[Tensor] = list(ema.parameters())
     ours: list[Tensor] = list(network.parameters())
     if isinstance(decay, Tensor):
@@ -243,6 +243,12 @@ def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
             mean.lerp_(weight, 1 - decay)
     else:
         torch._foreach_lerp_(theirs, ours, 1 - decay)
+
+
+@torch.no_grad()
+def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
+    """The same, and statistics of normalization are copied."""
+    average_weights(ema, network, decay)
     for old, new in zip(ema.buffers(), network.buffers(), strict=True):
         old.copy_(new)
 

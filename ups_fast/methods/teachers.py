@@ -19,7 +19,7 @@ from ups_fast.methods.method import (
     Method,
     Options,
     Setting,
-    average,
+    average_weights,
     frozen_copy,
     labeled_and_unlabeled,
 )
@@ -71,12 +71,22 @@ class MeanTeacher(Method):
         readable = self.split(batch.rows["readable"])[1]
         return ups_loss(labeled, target, target >= 0) + self.options.weight * ramp * (apart * readable).mean()
 
+    def train(self, mode: bool = True) -> MeanTeacher:
+        """The teacher normalizes by its batch, as published, and has statistics of its own: of the weak view.
+
+        By the student's, which are of the strong view, it is so wrong that the student ends below labels alone.
+        """
+        super().train(mode)
+        assert self.ema is not None
+        self.ema.train(mode)
+        return self
+
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         """decay is at most 1 - 1 / (steps + 1), so that the first weights are soon forgotten."""
         assert self.ema is not None
         self.steps += 1
-        average(self.ema, self.network, (1 - 1 / (self.steps + 1)).clamp(max=self.decay))
+        average_weights(self.ema, self.network, (1 - 1 / (self.steps + 1)).clamp(max=self.decay))
 
 
 @dataclass

@@ -7,7 +7,6 @@ are written, conflicts or not; 2 for what the user can mend (one sentence, and n
 
 from __future__ import annotations
 
-import re
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
@@ -85,16 +84,19 @@ def merging(args: Namespace) -> str:
     write_new(out, merged.table.write())
     if merged.findings:
         _list(merged.findings)
-    parts = [many(merged.new, "new label"), f"{merged.same:,} that the table had"]
-    kinds = Counter(re.split(r" by | \(", each.what)[0] for each in merged.findings)
-    parts += [f"{n:,} {what}" for what, n in kinds.items()]
-    parts += [f"{many(given.without, 'task')} without annotation"] if given.without else []
-    return f"{', '.join(parts)}: {args.out}"
+    kinds = Counter(each.what for each in merged.findings)
+    said = f"{many(merged.new, 'new label')}, {merged.same:,} that the table had"
+    said += "; not merged: " + ", ".join(f"{what} {n:,}" for what, n in kinds.items()) if kinds else ""
+    said += f"; {many(given.without, 'task')} without annotation" if given.without else ""
+    return f"{args.out}: {said}"
 
 
 def _list(findings: Sequence[Finding]) -> None:
     """A table of findings on standard output."""
-    lines = [("path", "table", "annotation", "what"), *findings]
+    lines = [
+        ("path", "table", "annotation", "what"),
+        *((*each[:3], each.what + each.remark) for each in findings),
+    ]
     cells = [[shown(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     console = open_console()

@@ -55,7 +55,8 @@ class Finding(NamedTuple):
     path: str
     table: str  # the class that the table has, or ""
     annotation: str
-    what: str  # one of the words above, perhaps with a remark
+    what: str  # one of the words above
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def merge(table: Table, annotations: Sequence[Annotation], prefix: str) -> Merge
         for each in some:
             if each.skipped or not each.classes:
                 what = SKIPPED if each.skipped else NO_CLASS
-                findings.append(Finding(path, had[path], "", f"{what} by {each.by}" if each.by else what))
+                findings.append(Finding(path, had[path], "", what, f" by {each.by}" if each.by else ""))
         votes = dict.fromkeys(
             tuple(spelling.get(in_form(name), name) for name in sorted(each.classes))
             for each in some
@@ -196,7 +197,9 @@ def merge(table: Table, annotations: Sequence[Annotation], prefix: str) -> Merge
             continue
         name = next(iter(votes))[0]
         if what := _objection(list(votes), had[path], spelling):
-            findings.append(Finding(path, had[path], " or ".join(" + ".join(vote) for vote in votes), what))
+            near = did_you_mean(name, spelling.values(), said) if what == UNKNOWN_CLASS else ""
+            votes_said = " or ".join(" + ".join(vote) for vote in votes)
+            findings.append(Finding(path, had[path], votes_said, what, near))
         elif had[path]:
             same += 1
         else:
@@ -217,5 +220,5 @@ def _objection(votes: list[tuple[str, ...]], had: str, spelling: dict[str, str])
         return SEVERAL
     name = votes[0][0]
     if "\0" in name or (spelling and in_form(name) not in spelling):
-        return UNKNOWN_CLASS + did_you_mean(name, spelling.values(), said)
+        return UNKNOWN_CLASS
     return DIFFERS if had and had != name else ""

@@ -7,6 +7,7 @@ so its `LabelInterface` and `Converter` are no part of the tests.
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from ups_fast import label_studio, train
-from ups_fast.data import scan
+from ups_fast.data import merging, scan
 from ups_fast.data.annotations import read_annotations
 from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.data.merging import image_url, merge, open_table
@@ -104,7 +105,9 @@ def merged(
     export = read_annotations(write(tmp_path / "export.json", tasks))
     found = merge(open_table(table), export.annotations, prefix)
     labels = {
-        name: found.table.given(row) for name, row in zip(found.table.names, found.table.rows, strict=True)
+        name: found.table.given(row)
+        for name, row in zip(found.table.names, found.table.rows, strict=True)
+        if name
     }
     return labels, [tuple(each) for each in found.findings]
 
@@ -154,6 +157,7 @@ def test_options_of_tasks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [each["data"]["image"] for each in tasks] == [
         image_url(PATHS[i], "https://host/?id=") for i in (2, 5)
     ]
+    assert doctest.testmod(merging).attempted and not doctest.testmod(merging).failed
     assert image_url("a b#.png", "s3://bucket/") == "s3://bucket/a b#.png"
     before = (tmp_path / "a.xml").read_bytes()
     for words in (["a.json"], ["b.json", "--next", "0"], ["b.csv"], ["no/b.json"]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ups_fast
-from ups_fast import config, predict
+from ups_fast import config, label_studio, predict
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS
 from ups_fast.models import build
@@ -143,14 +143,21 @@ def test_pages_show_the_commands():
 
 
 @each_page
-def test_options_of_predict_exist(page, capsys):
-    with pytest.raises(SystemExit):
-        predict.main(["--help"])
-    known = re.findall(r"--[a-z]+", capsys.readouterr().out)
-    for words in commands(page, "python -m ups_fast.predict"):
-        assert len(words) >= 2 and all(word in known for word in words if word.startswith("--"))
+def test_options_exist(page, capsys):
+    every = set()
+    for program, main, verb in [
+        ("predict", predict.main, []),
+        ("label_studio tasks", label_studio.main, ["tasks"]),
+        ("label_studio merge", label_studio.main, ["merge"]),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*verb, "--help"])
+        known = re.findall(r"--[a-z]+", capsys.readouterr().out)
+        every.update(known)
+        for words in commands(page, f"python -m ups_fast.{program}"):
+            assert len(words) >= 2 and all(word in known for word in words if word.startswith("--"))
     for span in spans(page):
-        assert not re.fullmatch(r"--[a-z]+", span) or span in known, span
+        assert not re.fullmatch(r"--[a-z]+", span) or span in every, span
 
 
 @each_page

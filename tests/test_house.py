@@ -47,6 +47,7 @@ ORDER = [
     "command",
     "train",
     "predict",
+    "label_studio",
 ]
 BASE = {
     "seeds",

@@ -98,6 +98,28 @@ def write_atomic(path: Path, *content: bytes | memoryview) -> None:
     _sync_folder(path.parent)
 
 
+def check_new(path: Path) -> None:
+    """Raises RunFolderError where there is something at `path`, if only a link to nothing."""
+    if os.path.lexists(path):
+        raise RunFolderError(f"{path} is there already: choose another name, or delete it")
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a file that was not there before. Raises RunFolderError where it was, or cannot be written."""
+    with writing(path):
+        try:
+            file = _new(path)
+        except FileExistsError:
+            check_new(path)
+            raise
+        try:
+            with file:
+                file.write(content)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def _new(path: Path) -> IO[bytes]:
     """A file that was not there before, with the rights that the process gives to new files."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _BINARY

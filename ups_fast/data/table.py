@@ -92,6 +92,17 @@ def read_labels(file: Path, n: int, of: str) -> list[Row]:
     return rows
 
 
+def read_cells(file: Path, wanted: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+    """The line of column names, and all lines behind it, with their cells as they are written.
+
+    Raises ValueError with one sentence where a column of `wanted` is missing, or the file is no table.
+    """
+    with _csv_file(repr(str(file))):
+        _opened(file, wanted)
+        table, _ = _reader(_text(file), wanted)
+        return next(table), list(table)
+
+
 @contextmanager
 def _csv_file(where: str) -> Iterator[None]:
     try:

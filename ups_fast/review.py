@@ -18,6 +18,7 @@ SHARE, LEAST, MOST = (
 )  # of the samples a quarter are candidates: the least certain, of such numbers
 FOLDS = 5
 FAMILIAR = 0.95  # of the labeled samples are familiar by definition
+PRODUCTS = 10**11  # of numbers in all distances: what still takes seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Unfamiliar:
     nearest: np.ndarray  # int64 [n], which of the labeled samples it is; -1 where unknown
 
 
-def unfamiliar(labeled: np.ndarray, features: np.ndarray) -> Unfamiliar:
+def unfamiliar(labeled: np.ndarray, features: np.ndarray, seed: int = 0) -> Unfamiliar:
     """Compares the distance to the nearest labeled sample with a threshold that the labeled samples give.
 
     The threshold is what 95 % of the labeled samples keep, each beside all others: nearest neighbors in the features of
@@ -130,7 +131,7 @@ def unfamiliar(labeled: np.ndarray, features: np.ndarray) -> Unfamiliar:
     scaling of rows to length 1 is left out, so that a row far out in a known direction is unlike the others, too.
 
     Samples that are not finite are unknown. All are where fewer than two labeled ones are finite, or nearly all of
-    these are equal.
+    these are equal. Of very many labeled samples a random part is compared.
 
     labeled   [L, d]
     features  [n, d]
@@ -143,21 +144,31 @@ def unfamiliar(labeled: np.ndarray, features: np.ndarray) -> Unfamiliar:
 
     ratio, nearest = np.full(len(features), np.nan), np.full(len(features), -1)
     known, finite = (np.flatnonzero(np.isfinite(x).all(1)) for x in (labeled, features))
+    if len(known) > (most := max(2, PRODUCTS // max(1, features.size))):
+        known = np.sort(np.random.default_rng(seed).permutation(known)[:most])
     if len(known) < 2 or not len(finite):
         return Unfamiliar(ratio, nearest)
-    both = _standardized(np.concatenate([labeled[known], features[finite]]))
-    model = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(both[: len(known)])
+    seen = features[finite[:: 1 + len(finite) // MOST]]  # of very many samples a part has the same moments
+    mean, scale = _moments(np.concatenate([labeled[known], seen]))
+    model = NearestNeighbors(n_neighbors=1, algorithm="brute").fit((labeled[known] - mean) / scale)
     threshold = np.quantile(model.kneighbors()[0], FAMILIAR)  # without an argument none is its own neighbor
     if threshold > 0:
-        distance, place = model.kneighbors(both[len(known) :])
-        ratio[finite], nearest[finite] = distance[:, 0] / threshold, known[place[:, 0]]
+        for part in np.array_split(finite, 1 + len(finite) // MOST):
+            distance, place = model.kneighbors((features[part] - mean) / scale)
+            ratio[part], nearest[part] = distance[:, 0] / threshold, known[place[:, 0]]
     return Unfamiliar(ratio, nearest)
 
 
 def _standardized(x: np.ndarray) -> np.ndarray:
+    mean, scale = _moments(x)
+    return (x.astype(np.float32) - mean) / scale
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, d] -> float32 [d], float32 [d]
+    """Mean and standard deviation of each column; 1 where that is 0."""
     x = x.astype(np.float32)
     std = x.std(0)
-    return (x - x.mean(0)) / np.where(std > 0, std, 1)
+    return x.mean(0), np.where(std > 0, std, np.float32(1))
 
 
 def _groups(labels: np.ndarray) -> list[np.ndarray]:

@@ -194,7 +194,7 @@ def _review(data: ImageSet, result: Result, samples: Samples, first: int) -> tup
 def _examples(
     data: ImageSet, result: Result, review: Review | None, first: int, threads: int, console: Console
 ) -> str:
-    """The pictures of the report; without them where they fail, and that is said."""
+    """The examples of the report; without them where they fail, and that is said."""
     from ups_fast import report
 
     found, truth = result.pseudo_labels, result.truth
@@ -202,8 +202,8 @@ def _examples(
         return report.examples(
             data, result.images, found, truth, review, first=first, threads=threads or None
         )
-    except Exception as error:  # the report is worth more than its pictures
-        console.print(f"the report has no pictures: {line_of(error)}")
+    except Exception as error:  # the report is worth more than its examples
+        console.print(f"the report has no examples: {line_of(error)}")
         return ""
 
 

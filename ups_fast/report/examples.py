@@ -135,7 +135,7 @@ def _by_class(labels: _Labels, most: Most) -> Iterator[Section]:
         len(groups) < len(known)
     )
     wrong = (
-        " A wrong label is framed and followed by the true class." if bool((labels.truth >= 0).any()) else ""
+        " Where a label is wrong, the true class stands beside it." if bool((labels.truth >= 0).any()) else ""
     )
     yield Section("Positive labels, by class", f"A random sample.{wrong}{rest}", groups)
 
@@ -144,7 +144,7 @@ def _least_certain(labels: _Labels, most: Most) -> Iterator[Section]:
     found = labels.found
     place = _places(found.positive, found.std, -found.confidence)[: most.samples]
     if place:
-        about = "The passes disagree most about these. Where many are wrong, stricter limits (select) trust fewer."
+        about = "The passes disagree most about these. Where many are wrong, set stricter limits."
         yield Section("The least certain positive labels", about, [Group("", "", labels.all_shown(place))])
 
 
@@ -159,9 +159,7 @@ def _rejected(labels: _Labels, most: Most) -> Iterator[Section]:
         if balanced
         else ""
     )
-    about = (
-        f"They do not pass the limits. Where nearly all are right, looser limits (select) trust more.{also}"
-    )
+    about = f"They do not pass the limits. Where nearly all are right, looser limits would trust more.{also}"
     some = labels.all_shown(place[: most.samples])
     yield Section("The most confident labels that were rejected", about, [Group("", "", some)])
 
@@ -206,8 +204,8 @@ def _suspects(labels: _Labels, most: Most) -> Iterator[Section]:
         note = f"or {labels.name(likely)}, {p_likely:.2f}"
         some.append(Shown(i, labels.title(i), labels.name(given), f"{p_given:.2f}", "", note, ""))
     about = (
-        "Below each given label is the class that a classifier expects which learned from the other labels. "
-        f"It differs for {len(review.suspects):,}; suspects.csv has all of them."
+        "A classifier that learned from the other labels expects another class, which stands below the given one. "
+        f"So it is for {many(len(review.suspects), 'label')}, all in suspects.csv."
     )
     yield Section(title, about, [Group("", "", some)], note="expected")
 

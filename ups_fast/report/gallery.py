@@ -144,10 +144,10 @@ def confusion_table(
     lines = []
     for a, row in enumerate(counts):
         total = max(1, sum(row))
-        cells = "".join(
-            f'<td{" class=right" if a == b else ""} style="--p:{100 * math.sqrt(n / total):.0f}">{f"{n:,}" if n else ""}</td>'
-            for b, n in enumerate(row)
-        )
+        cells = ""
+        for b, n in enumerate(row):
+            right, share = " class=right" if a == b else "", 100 * math.sqrt(n / total)
+            cells += f'<td{right} style="--p:{share:.0f}">{f"{n:,}" if n else ""}</td>'
         lines.append(f'<tr><th title="{escape(classes[a])}">{escape(classes[a])}</th>{cells}</tr>')
     body = "\n".join(lines)
     return (

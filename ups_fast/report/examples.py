@@ -204,8 +204,8 @@ def _suspects(labels: _Labels, most: Most) -> Iterator[Section]:
         note = f"or {labels.name(likely)}, {p_likely:.2f}"
         some.append(Shown(i, labels.title(i), labels.name(given), f"{p_given:.2f}", "", note, ""))
     about = (
-        "A classifier that learned from the other labels expects another class, which stands below the given one. "
-        f"So it is for {many(len(review.suspects), 'label')}, all in suspects.csv."
+        "A classifier that learned from the other labels expects another class for "
+        f"{many(len(review.suspects), 'label')}. It stands below the given one; suspects.csv lists all."
     )
     yield Section(title, about, [Group("", "", some)], note="expected")
 

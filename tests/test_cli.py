@@ -181,6 +181,8 @@ def test_a_run_from_start_to_report_and_again(tmp_path, capsys, alone):
         assert f"{100 * row['test_acc']:.1f}%" in out
     assert set(FILES) <= {path.name for path in folder.iterdir()}
     assert all(str(folder / name) in out for name in ("report.html", "report.png", "pseudo_labels.csv"))
+    page = (folder / "report.html").read_text()
+    assert "Positive labels, by class" in page and "Taken for another class" in page and len(page) < 5_000_000
 
     # Once more: nothing is trained, what reports the run is made anew, and the rest is not touched.
     kept = {name: (folder / name).read_bytes() for name in FILES}

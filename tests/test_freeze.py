@@ -406,6 +406,8 @@ def test_from_files_to_labels_of_files(tmp_path, weights, pictures, loader, monk
     words = [f"{name}={str(x).lower() if isinstance(x, bool) else x}" for name, x in given.items()]
     assert train.main([str(plain), *words]) == 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    page = (tmp_path / "run/report.html").read_text()
+    assert '<img alt="unlabeled/' in page, "the images themselves, not their features"
     own.unlink()
     (tmp_path / "cache").rename(tmp_path / "gone")
     table = tmp_path / "labels.csv"

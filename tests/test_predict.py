@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ from PIL import Image
 
 from ups_fast import predict, train
 from ups_fast.checkpoint import read_config
-from ups_fast.data import read_image
+from ups_fast.data import read_image, resize_crop
 from ups_fast.files import load_arrays
 from ups_fast.predict import HEAD, Predictor, find
 
@@ -75,6 +79,13 @@ def test_a_folder_becomes_a_run(folder: Path, images: Path) -> None:
     (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert row["test_acc"] == 1.0 and row["positive_acc"] is None
     assert f"The same thresholds select {row['test_positives']} of 6 test images" in page
+    assert "Taken for another class" not in page, "the truth is not known"
+    assert all(float(row["unfamiliar"]) >= 0 for row in rows)
+    shown = re.findall(r'<img alt="(unlabeled/[^"]*)"[^>]* src="data:image/png;base64,([^"]*)"', page)
+    assert len({name for name, _ in shown}) == len(rows), "every image is small, and somewhere"
+    for name, encoded in shown:
+        want = resize_crop(read_image(images / html.unescape(name), 1), 8)[..., 0]
+        assert np.array_equal(np.asarray(Image.open(BytesIO(b64decode(encoded)))), want)
 
 
 def test_the_same_command_again_changes_nothing(folder: Path, images: Path, capsys) -> None:

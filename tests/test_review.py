@@ -1,6 +1,8 @@
-"""What a person should look at: worth a label next, and labels that look wrong."""
+"""What a person should look at: worth a label next, labels that look wrong, and what is unlike all labeled samples."""
 
 from __future__ import annotations
+
+import doctest
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ups_fast.review import LEAST, next_to_label, suspects, suspicion
+from ups_fast import review
+from ups_fast.review import LEAST, next_to_label, suspects, suspicion, unfamiliar
 
 
 def fit(x, y):
@@ -80,3 +83,57 @@ def test_classes_of_one_sample_are_not_judged():
     assert 20 not in suspects(x, labels).place
     assert len(suspects(x[:11], np.array([0] * 10 + [1])).place) == 0, "one class alone tells nothing"
     assert (suspicion(x, labels).p_given[:20] > 0.5).all()
+
+
+# Unlike all labeled samples ---------------------------------------------------------------------------------
+
+
+def test_the_example_runs():
+    assert doctest.testmod(review) == doctest.TestResults(0, 2)
+
+
+@pytest.mark.parametrize(("n_labeled", "n", "d"), [(2, 1, 1), (3, 7, 5), (40, 300, 33)])
+def test_unfamiliar_is_the_ratio_that_it_says(n_labeled, n, d, monkeypatch):
+    """Against all distances, one by one, in float64."""
+    monkeypatch.setattr(review, "MOST", 64)  # several parts
+    draw = np.random.default_rng(d)
+    scale, shift = 10.0 ** draw.integers(-3, 4, d), draw.normal(size=d)
+    labeled, x = (draw.normal(size=(k, d)) * scale + shift for k in (n_labeled, n))
+    found = unfamiliar(labeled.astype(np.float32), x.astype(np.float32))
+    both = np.concatenate([labeled, x[:: 1 + n // 64]])
+    a, b = ((each - both.mean(0)) / both.std(0) for each in (labeled, x))
+    among = np.linalg.norm(a[:, None] - a[None], axis=2)
+    np.fill_diagonal(among, np.inf)
+    apart = np.linalg.norm(b[:, None] - a[None], axis=2)
+    np.testing.assert_allclose(found.ratio, apart.min(1) / np.quantile(among.min(1), 0.95), rtol=1e-3)
+    assert (found.nearest == apart.argmin(1)).all()
+
+
+def test_foreign_samples_are_unfamiliar_and_others_are_not():
+    x, truth = load_digits(return_X_y=True)
+    order = np.random.default_rng(1).permutation(len(x))  # the data set is sorted by writers
+    x, truth = x[order], truth[order]
+    labeled, rest = x[:100], x[100:]
+    found = unfamiliar(labeled, rest)
+    assert 0.01 < (found.ratio > 1).mean() < 0.25, "about as many as of the labeled"
+    assert (truth[:100][found.nearest] == truth[100:]).mean() > 0.75
+    noise = np.random.default_rng(0).uniform(0, 16, (50, 64))
+    foreign = unfamiliar(labeled, np.concatenate([rest, noise, 16 - rest[:50]])).ratio
+    assert (foreign[-100:] > 1).all() and foreign[-100:].min() > np.quantile(foreign[:-100], 0.99)
+
+
+def test_where_nothing_is_known_nothing_is_unfamiliar(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    bad = x.copy()
+    bad[1, 2], bad[4, 0] = np.nan, np.inf
+    found = unfamiliar(bad, bad)
+    assert np.isnan(found.ratio[[1, 4]]).all() and (found.nearest[[1, 4]] == -1).all()
+    good = [0, 2, 3, 5]
+    assert (found.ratio[good] < 1e-3).all() and found.nearest[good].tolist() == good
+    for few in (x[:0], x[:1], np.full((5, 3), 7.0), bad[[1, 4]]):
+        found = unfamiliar(few, x)
+        assert np.isnan(found.ratio).all() and (found.nearest == -1).all()
+    assert len(unfamiliar(x, x[:0]).ratio) == 0
+    monkeypatch.setattr(review, "PRODUCTS", 3 * 18)
+    some = unfamiliar(x, x).nearest
+    assert len(set(some)) == 3, "a part of the labeled"

@@ -115,7 +115,8 @@ def test_a_file_that_vanishes_does_not_stop_the_run(
     assert train.main(words(mine, tmp_path / "run", "data.loader=plain", "train.rounds=1")) == 0
     said = capfd.readouterr().out
     assert "1 file cannot be read any more and is no longer trained on, such as" in said and "NaN" not in said
-    assert "dark 0.png" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "dark 0.png" in page and '<img alt="unlabeled/dark 1.jpg"' in page
     labels = {row["path"]: row for row in table(tmp_path / "run" / "pseudo_labels.csv")}
     gone = labels.pop(os.path.join("unlabeled", "dark 0.png"))
     assert [gone[key] for key in ("label", "confidence", "positive", "negative", "name")] == [

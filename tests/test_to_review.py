@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 def write(run):
     _, data, result, _ = run
-    return train._review(data, result, train._samples(data, result), len(data.labeled))
+    return train._review(data, result, train._samples(data, result), len(data.labeled))[1]
 
 
 def test_samples_to_label_next(run):
@@ -91,7 +91,21 @@ def test_features_of_images_are_computed_once_for_baselines_and_tables(tmp_path,
     monkeypatch.setattr(comparison, "features_of", counted)
     monkeypatch.setattr(to_review, "features_of", counted)
     train._baselines(cfg, data, result, samples)
-    assert train._review(data, result, samples, 0).startswith("worth a label next")
+    review, said = train._review(data, result, samples, 0)
+    assert said.startswith("worth a label next")
+    assert set(review.unfamiliar) == set(result.pseudo_labels.index.tolist()), "of all unlabeled images"
+    assert set(review.nearest.values()) <= set(result.labeled.tolist())
     assert sizes == [40, 1397, 360], "labeled, unlabeled, test"
     place = [int(row["index"]) for row in table(result.folder / "next_to_label.csv")]
     assert set(place) <= set(result.pseudo_labels.index.tolist()) and len(place) == 20
+
+
+def test_examples_of_a_run_on_features_are_rows(run):
+    _, data, result, _ = run
+    first = len(data.labeled)
+    review, _ = train._review(data, result, train._samples(data, result), first)
+    text = train._examples(data, result, review, first, 1, Console(file=io.StringIO()))
+    assert "<img" not in text and "nearest labeled row" in text and "Positive labels, by class" in text
+    assert "expects another class" in text and f"for {len(review.suspects)} labels" in text
+    for suspect in review.suspects[:10]:
+        assert f"<td>index {suspect.id}</td>" in text

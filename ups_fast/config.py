@@ -238,8 +238,8 @@ class ReportConfig:
     )
     review: bool = key(
         True,
-        "Whether the run writes next_to_label.csv, samples that are worth a person's label, and suspects.csv, given "
-        "labels that look wrong.",
+        "Whether the run writes next_to_label.csv, samples that are worth a person's label, suspects.csv, given labels "
+        "that look wrong, and how unfamiliar each unlabeled sample is.",
     )
 
 

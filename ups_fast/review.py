@@ -1,6 +1,7 @@
-"""What a person should look at: samples that are worth a label next, and given labels that look wrong.
+"""What a person should look at: samples that are worth a label next, given labels that look wrong, and samples that
+are unlike all labeled ones.
 
-Both work on features, with scikit-learn, in seconds.
+All work on features, with scikit-learn, in seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ SHARE, LEAST, MOST = (
     20_000,
 )  # of the samples a quarter are candidates: the least certain, of such numbers
 FOLDS = 5
+FAMILIAR = 0.95  # of the labeled samples are familiar by definition
+PRODUCTS = 10**11  # of numbers in all distances: what still takes seconds
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,62 @@ def suspicion(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> Suspec
     return Suspects(place, labels, likely, p_given, p_likely)
 
 
+@dataclass(frozen=True)
+class Unfamiliar:
+    """How far samples are from the nearest labeled one."""
+
+    ratio: (
+        np.ndarray
+    )  # float64 [n], above 1: farther than labeled samples are from each other; NaN where unknown
+    nearest: np.ndarray  # int64 [n], which of the labeled samples it is; -1 where unknown
+
+
+def unfamiliar(labeled: np.ndarray, features: np.ndarray, seed: int = 0) -> Unfamiliar:
+    """Compares the distance to the nearest labeled sample with a threshold that the labeled samples give.
+
+    The threshold is what 95 % of the labeled samples keep, each beside all others: nearest neighbors in the features of
+    a network, after Sun et al. (ICML 2022). Distances are Euclidean, with columns standardized over all samples. Their
+    scaling of rows to length 1 is left out, so that a row far out in a known direction is unlike the others, too.
+
+    Samples that are not finite are unknown. All are where fewer than two labeled ones are finite, or nearly all of
+    these are equal. Of very many labeled samples a random part is compared.
+
+    labeled   [L, d]
+    features  [n, d]
+
+    >>> found = unfamiliar(np.array([[0.0], [1.0], [2.0]]), np.array([[1.2], [7.0]]))
+    >>> found.ratio.round(1).tolist(), found.nearest.tolist()
+    ([0.2, 5.0], [1, 2])
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    ratio, nearest = np.full(len(features), np.nan), np.full(len(features), -1)
+    known, finite = (np.flatnonzero(np.isfinite(x).all(1)) for x in (labeled, features))
+    if len(known) > (most := max(2, PRODUCTS // max(1, features.size))):
+        known = np.sort(np.random.default_rng(seed).permutation(known)[:most])
+    if len(known) < 2 or not len(finite):
+        return Unfamiliar(ratio, nearest)
+    seen = features[finite[:: 1 + len(finite) // MOST]]  # of very many samples a part has the same moments
+    mean, scale = _moments(np.concatenate([labeled[known], seen]))
+    model = NearestNeighbors(n_neighbors=1, algorithm="brute").fit((labeled[known] - mean) / scale)
+    threshold = np.quantile(model.kneighbors()[0], FAMILIAR)  # without an argument none is its own neighbor
+    if threshold > 0:
+        for part in np.array_split(finite, 1 + len(finite) // MOST):
+            distance, place = model.kneighbors((features[part] - mean) / scale)
+            ratio[part], nearest[part] = distance[:, 0] / threshold, known[place[:, 0]]
+    return Unfamiliar(ratio, nearest)
+
+
 def _standardized(x: np.ndarray) -> np.ndarray:
+    mean, scale = _moments(x)
+    return (x.astype(np.float32) - mean) / scale
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, d] -> float32 [d], float32 [d]
+    """Mean and standard deviation of each column; 1 where that is 0."""
     x = x.astype(np.float32)
     std = x.std(0)
-    return (x - x.mean(0)) / np.where(std > 0, std, 1)
+    return x.mean(0), np.where(std > 0, std, np.float32(1))
 
 
 def _groups(labels: np.ndarray) -> list[np.ndarray]:

@@ -21,8 +21,10 @@ from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_thr
 from ups_fast.words import line_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ups_fast.data import ImageSet
-    from ups_fast.report import Comparison, Samples
+    from ups_fast.report import Comparison, Review, Samples
     from ups_fast.rounds import Result
 
 try:
@@ -120,10 +122,18 @@ def _train(cfg: config.Config) -> None:
     try:
         # Of one's own arrays the labeled images come first in the training set.
         first = 0 if data.labeled is None else len(data.labeled)
-        report.write_pseudo_labels(table, result.pseudo_labels, data.classes, first=first, names=data.names)
         labels, val = data.train_labels[result.labeled], result.val
         samples = _samples(data, result)
         baselines = _baselines(cfg, data, result, samples) if cfg.report.baselines else None
+        review, said = _review(data, result, samples, first) if cfg.report.review else (None, "")
+        report.write_pseudo_labels(
+            table,
+            result.pseudo_labels,
+            data.classes,
+            first=first,
+            names=data.names,
+            unfamiliar=review.unfamiliar if review else None,
+        )
         png, page = report.write_report(
             result.folder,
             result.rows,
@@ -137,6 +147,7 @@ def _train(cfg: config.Config) -> None:
             class_vals=class_counts(data.train_labels[val], len(data.classes)) if len(val) else None,
             notes=[*data.notes, *data.damaged, *unreadable],
             baselines=baselines,
+            examples=_examples(data, result, review, first, cfg.threads, console),
         )
     except (ValueError, OSError) as error:
         again = "fix that, and the same command makes the report without training again"
@@ -154,8 +165,8 @@ def _train(cfg: config.Config) -> None:
         console.print(advice)
     if baselines and (better := report.verdict(baselines, result.rows, cfg)):
         console.print(better)
-    if cfg.report.review:
-        console.print(_review(data, result, samples, first))
+    if said:
+        console.print(said)
     console.print(f"report: {page} (its picture alone: {png}); pseudo-labels: {table}")
 
 
@@ -166,19 +177,34 @@ def _samples(data: ImageSet, result: Result) -> Samples:
     return report.Samples(result.images, result.test_images, index, data.train_labels, data.test_labels)
 
 
-def _review(data: ImageSet, result: Result, samples: Samples, first: int) -> str:
+def _review(data: ImageSet, result: Result, samples: Samples, first: int) -> tuple[Review | None, str]:
     """Writes the tables for a person, and says so in a sentence, or why they are not there."""
     from ups_fast import report
 
     found = result.pseudo_labels
     std = dict(zip(found.index.tolist(), found.std.tolist(), strict=True))
     try:
-        to_label, wrong = report.write_review(
-            result.folder, samples, data.classes, std, first=first, names=data.names
-        )
+        review = report.write_review(result.folder, samples, data.classes, std, first=first, names=data.names)
     except Exception as error:  # the run is worth more than these tables
-        return f"there is no table of what to label next: {line_of(error)}"
-    return f"worth a label next: {to_label}; given labels that look wrong: {wrong}"
+        return None, f"there is no table of what to label next: {line_of(error)}"
+    said = f"worth a label next: {review.to_label}; given labels that look wrong: {review.wrong}"
+    return review, said
+
+
+def _examples(
+    data: ImageSet, result: Result, review: Review | None, first: int, threads: int, console: Console
+) -> str:
+    """The examples of the report; without them where they fail, and that is said."""
+    from ups_fast import report
+
+    found, truth = result.pseudo_labels, result.truth
+    try:
+        return report.examples(
+            data, result.images, found, truth, review, first=first, threads=threads or None
+        )
+    except Exception as error:  # the report is worth more than its examples
+        console.print(f"the report has no examples: {line_of(error)}")
+        return ""
 
 
 def _baselines(cfg: config.Config, data: ImageSet, result: Result, samples: Samples) -> Comparison:

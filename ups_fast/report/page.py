@@ -20,6 +20,7 @@ from ups_fast.files import write_atomic
 from ups_fast.report import comparison
 from ups_fast.report.comparison import Comparison
 from ups_fast.report.figure import draw
+from ups_fast.report.gallery import STYLE, text_table
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
 from ups_fast.selection import PseudoLabels
 from ups_fast.state import Row
@@ -38,7 +39,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p, li { max-width: 46rem; }
 .muted { color: var(--muted); }
-img { display: block; width: 100%; margin: 1.5rem 0; border-radius: 8px; background: #ffffff; }
+main > img { display: block; width: 100%; margin: 1.5rem 0; border-radius: 8px; background: #ffffff; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
@@ -85,6 +86,7 @@ def write_report(
     class_vals: Sequence[int] | None = None,  # [C] validation images likewise
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
     baselines: Comparison | None = None,
+    examples: str = "",  # HTML, as of `examples`
 ) -> tuple[Path, Path]:
     """Writes report.png and report.html into `run_dir`, replacing earlier ones, and returns their paths."""
     truth = torch.full_like(pseudo_labels.label, -1) if truth is None else truth
@@ -97,7 +99,9 @@ def write_report(
     table = _class_table(rows[-1], pseudo_labels, truth, classes, counts)
     if class_labels and (note := uneven(classes, class_labels)):
         notes = [note, *notes]
-    text = _page(rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table, baselines)
+    text = _page(
+        rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table, baselines, examples
+    )
     write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
@@ -112,6 +116,7 @@ def _page(
     image: bytes,
     class_table: tuple[list[str], list[list[str]]],
     baselines: Comparison | None,
+    examples: str,
 ) -> str:
     """The whole of report.html: one file without links to others."""
     title = html.escape(headline(rows, cfg))
@@ -121,7 +126,7 @@ def _page(
     wrong = rows[-1].get("test_mistakes") or []
     pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
     confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
-    confused += _table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
+    confused += text_table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
     better, rivals = _baselines(baselines, rows, cfg) if baselines else ("", "")
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return f"""<!doctype html>
@@ -130,7 +135,7 @@ def _page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{STYLE}</style>
 </head>
 <body>
 <main>
@@ -141,11 +146,11 @@ def _page(
 <h2>How to read the charts</h2>
 <ul>{_FIRST_POINT[one_training(cfg)]}{_READING}{_CORNER[one_training(cfg)]}</ul>
 <h2>Rounds</h2>
-{_table(*_round_table(rows))}
-{rivals}<h2>Classes, last round</h2>
+{text_table(*_round_table(rows))}
+{rivals}{examples}<h2>Classes, last round</h2>
 <p class="muted">Recall is the share of a class's images that get its label. Correct is the share of a class's
  positive pseudo-labels that are right.</p>
-{_table(*class_table)}
+{text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
 <pre>{settings}</pre>
 </main>
@@ -159,7 +164,7 @@ def _baselines(found: Comparison, rows: Rows, cfg: Config) -> tuple[str, str]:
     said = comparison.verdict(found, rows, cfg)
     better = f"<p><b>{html.escape(said)}</b></p>\n" if said else ""
     about = html.escape(comparison.source(found, cfg))
-    table = _table(*comparison.table(found, rows, cfg))
+    table = text_table(*comparison.table(found, rows, cfg))
     return better, f'<h2>Baselines</h2>\n<p class="muted">{about}</p>\n{table}\n'
 
 
@@ -223,15 +228,6 @@ def _class_table(
         percent(float((each == c).double().mean()) if len(each) else None) for c, each in enumerate(judged)
     ]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = "\n".join(line("td", cells) for cells in body)
-    head_line = line("th", head)
-    return f'<div class="wide"><table>\n<thead>{head_line}</thead>\n<tbody>\n{lines}\n</tbody></table></div>'
 
 
 def _decimals(value: float | None) -> str:

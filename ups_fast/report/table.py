@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,8 @@ def write_pseudo_labels(
     *,
     first: int = 0,  # the training set's index that counts as 0
     names: Sequence[str] | None = None,  # [N] the file of each training image
+    unfamiliar: Mapping[int, float]
+    | None = None,  # by index into the training set; None: without that column
 ) -> None:
     """Writes one line per unlabeled sample, in columns:
 
@@ -31,16 +34,19 @@ def write_pseudo_labels(
     std         standard deviation of that probability; nan for label -1
     positive    1 if the label is trusted, else 0
     negative    numbers of the classes that it surely is not, separated by spaces
+    unfamiliar  how far it is from the nearest labeled sample, see `ups_fast.review.unfamiliar`; nan where unknown
     name        the label's class name
     path        the image's file, where it has one, as in the folder or table that was read
 
     A name or path that a spreadsheet would run as a formula begins with an apostrophe more; `scan` takes it away again.
     """
     table = io.StringIO(newline="")
-    columns = ["index", "label", "confidence", "std", "positive", "negative", "name"]
-    write = label_table(table, [*columns, "path"] if names else columns)
+    columns = ["index", "label", "confidence", "std", "positive", "negative"]
+    columns += [*(["unfamiliar"] if unfamiliar is not None else []), "name", *(["path"] if names else [])]
+    write = label_table(table, columns)
     for index, row in zip(pseudo_labels.index.tolist(), label_rows(pseudo_labels, classes), strict=True):
-        write({**row, "index": str(index - first), "path": names[index] if names else ""})
+        row |= {"index": str(index - first), "path": names[index] if names else ""}
+        write(row | {"unfamiliar": f"{(unfamiliar or {}).get(index, math.nan):.3f}"})
     # A file's name may be no text.
     write_atomic(Path(path), table.getvalue().encode("utf-8", "surrogateescape"))
 

@@ -1,10 +1,13 @@
-"""Tables for a person: which samples to label next, and which given labels look wrong."""
+"""What a person should look at: tables of samples to label next and of given labels that look wrong, and what is unlike
+all labeled samples."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +20,32 @@ from ups_fast.models import Frozen, Network
 from ups_fast.models.saved import load_model
 from ups_fast.modules import mc_dropout
 from ups_fast.report.comparison import MOST_IMAGES, Samples
-from ups_fast.review import next_to_label, suspects
+from ups_fast.review import next_to_label, suspects, unfamiliar
 from ups_fast.selection import features_of, labeling_rows
 
 COUNT = 20  # samples to label next
 _TEXT = ("reason", "name", "likely_name", "path")
+
+
+class Suspect(NamedTuple):
+    """A given label that looks wrong."""
+
+    id: int
+    given: int
+    likely: int
+    p_given: float
+    p_likely: float
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a person should look at, by sample id of the training set."""
+
+    to_label: Path  # next_to_label.csv
+    wrong: Path  # suspects.csv
+    suspects: list[Suspect]  # the most suspicious first
+    unfamiliar: Mapping[int, float]  # of unlabeled samples that were looked at, where it is known
+    nearest: Mapping[int, int]  # likewise the labeled sample that is nearest
 
 
 def write_review(
@@ -32,8 +56,8 @@ def write_review(
     *,
     first: int = 0,  # the training set's index that counts as 0 among the unlabeled
     names: Sequence[str] | None = None,  # [N] the file of each training image
-) -> tuple[Path, Path]:
-    """Writes next_to_label.csv and suspects.csv by the network of the run's last round, and returns their paths.
+) -> Review:
+    """Writes next_to_label.csv and suspects.csv by the network of the run's last round, and returns what they say.
 
     next_to_label.csv  rank, index (as in pseudo_labels.csv), reason, path where there are files
     suspects.csv       rank, index (among all training samples), label, name, likely, likely_name, p_label and p_likely,
@@ -56,24 +80,35 @@ def write_review(
         rows.append({"rank": str(rank + 1), "index": str(i - first), "reason": reason, **path})
     columns = ["rank", "index", "reason", *(["path"] if names else [])]
     _write(folder / NEXT, columns, rows)
-    return folder / NEXT, _write_suspects(folder / SUSPECTS, network, samples, classes, names)
+    labeled, known, _ = _seen(network, samples, "labeled")
+    wrong = _suspects(labeled, known, samples)
+    _write_suspects(folder / SUSPECTS, wrong, classes, names)
+    far = unfamiliar(known, features)
+    there = np.flatnonzero(far.nearest >= 0)
+    at = ids[torch.from_numpy(there)].tolist()
+    ratio = dict(zip(at, far.ratio[there].tolist(), strict=True))
+    nearest = dict(zip(at, labeled[torch.from_numpy(far.nearest[there])].tolist(), strict=True))
+    return Review(folder / NEXT, folder / SUSPECTS, wrong, ratio, nearest)
+
+
+def _suspects(ids: Tensor, features: np.ndarray, samples: Samples) -> list[Suspect]:
+    found = suspects(features, samples.truth("labeled", ids).numpy())
+    place = ids[torch.from_numpy(found.place)].tolist()
+    columns = (found.given.tolist(), found.likely.tolist(), found.p_given.tolist(), found.p_likely.tolist())
+    return [Suspect(*row) for row in zip(place, *columns, strict=True)]
 
 
 def _write_suspects(
-    path: Path, network: Network, samples: Samples, classes: Sequence[str], names: Sequence[str] | None
-) -> Path:
-    ids, features, _ = _seen(network, samples, "labeled")
-    found = suspects(features, samples.truth("labeled", ids).numpy())
+    path: Path, found: Sequence[Suspect], classes: Sequence[str], names: Sequence[str] | None
+) -> None:
     rows = []
-    for rank, i in enumerate(ids[torch.from_numpy(found.place)].tolist()):
-        given, likely = int(found.given[rank]), int(found.likely[rank])
+    for rank, (i, given, likely, p_given, p_likely) in enumerate(found):
         row = {"rank": str(rank + 1), "index": str(i), "label": str(given), "name": classes[given]}
         row |= {"likely": str(likely), "likely_name": classes[likely]}
-        row |= {"p_label": f"{found.p_given[rank]:.3f}", "p_likely": f"{found.p_likely[rank]:.3f}"}
+        row |= {"p_label": f"{p_given:.3f}", "p_likely": f"{p_likely:.3f}"}
         rows.append({**row, "path": names[i]} if names else row)
     columns = ["rank", "index", "label", "name", "likely", "likely_name", "p_label", "p_likely"]
     _write(path, [*columns, *(["path"] if names else [])], rows)
-    return path
 
 
 @torch.no_grad()

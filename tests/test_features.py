@@ -631,10 +631,7 @@ def test_networks_that_do_not_fit() -> None:
         ({"name": "mlp-0"}, "got 'mlp-0' for features"),
         ({"name": "mlp"}, "got 'mlp' for features"),
         ({"name": "mlp-6", "columns": 0, "channels": 1, "size": 8}, "got 'mlp-6' for images"),
-        (
-            {"name": "cnn13", "columns": 0, "channels": 1, "size": 16, "heads": 2},
-            "features alone, got 2 for cnn13",
-        ),
+        ({"name": "mlp-6", "heads": 0}, "heads must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=said):
             build(**{"n_classes": 4, "columns": D, "dropout": 0.1, **changes})
@@ -698,14 +695,6 @@ def test_runs_that_are_refused(data: ImageSet, here: Path, changes: dict[str, An
     with pytest.raises(ValueError, match=said) as caught:
         run(settings("run", **changes), data)
     assert "\n" not in str(caught.value) and not os.path.exists("run")
-
-
-def test_heads_are_for_features_alone() -> None:
-    images, labels = torch.zeros(12, 8, 8, 1, dtype=torch.uint8), torch.arange(12) % 2
-    made = ImageSet("npz", ["a", "b"], images, labels, images, labels, (0.5,), (0.2,), torch.arange(6))
-    cfg = settings(recipe="none", data__name="npz", model__name="wrn-10-1")
-    with pytest.raises(ValueError, match="heads are for networks on features alone, got 3 for wrn-10-1"):
-        run(cfg, made)
 
 
 def test_later_rounds_are_better(finished: tuple[Path, rounds.Result]) -> None:

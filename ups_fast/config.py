@@ -214,8 +214,8 @@ class SelectConfig:
     )
     heads: int = key(
         1,
-        "For networks on features: that many with other initial weights are trained side by side, and the passes are "
-        "spread over them.",
+        "That many networks with other initial weights are trained side by side, and the passes are spread over them. "
+        "On features, frozen ones too, they are cheap: one batched product.",
         within="[1, 1000]",
     )
     balance_rounds: int = key(

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.ensemble import Ensemble
 from ups_fast.models.frozen import LARGEST_INPUT, Frozen
 from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Frozen", "Network", "WideResNet", "build"]
+__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
 
 
 def build(
@@ -43,8 +45,7 @@ def build(
                  "lite2", see `Backbone`; for features "linear" or "mlp-w[-w...]" with hidden layers of these widths
                  (such as "mlp-256")
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
-    heads        of networks on features, frozen ones too: that many side by side, each with weights of its own, see
-                 `MLP`
+    heads        that many networks side by side, each with weights of its own: see `MLP`, and on images `Ensemble`
     channels     1 or 3
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
@@ -87,12 +88,26 @@ def build(
     if (widths is not None) != bool(columns):
         fits = "linear or mlp-WIDTH, such as mlp-256" if columns else "another: this one is for features"
         raise ValueError(f"name must be {fits}, got {name!r} for {'features' if columns else 'images'}")
-    if heads != 1 and widths is None and not freeze:
-        raise ValueError(f"heads are for networks on features alone, got {heads} for {name}")
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
     if widths is not None:
         return MLP(widths, columns, n_classes, dropout=dropout, heads=heads)
 
     height, width = (size, size) if isinstance(size, int) else size
+    if heads > 1 and not freeze:
+        one = partial(
+            build,
+            name,
+            n_classes=n_classes,
+            channels=channels,
+            size=(height, width),
+            dropout=dropout,
+            preact=preact,
+            activation=activation,
+            bn_momentum=bn_momentum,
+            weights=weights,
+        )
+        return Ensemble(one, heads)
     model: Network
     if freeze:
         return Frozen(

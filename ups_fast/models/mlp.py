@@ -9,8 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network
-from ups_fast.reference import dropout_keys
+from ups_fast.models.network import Dropout, Network, keys_by_head, mean_answer
 
 # So that one learning rate serves all features: a standardized value is cut off here, and rows of more columns than
 # this are scaled down to the length of such rows.
@@ -113,12 +112,4 @@ class MLP(Network):
         """Of each head its own. One head has those that are given."""
         if keys is None or self.heads == 1:
             return keys
-        head = torch.arange(self.heads, device=keys.device).repeat_interleave(len(keys))
-        return dropout_keys(keys.long().repeat(self.heads) & 0xFFFFFFFF, seed=0, draw=head)
-
-
-def mean_answer(logits: Tensor) -> Tensor:  # [H, B, C] -> [B, C]
-    """The logarithm of the heads' mean probability."""
-    if len(logits) == 1:
-        return logits[0]
-    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+        return keys_by_head(keys, self.heads)

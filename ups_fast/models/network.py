@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from ups_fast.modules import CounterDropout as Dropout
+from ups_fast.reference import dropout_keys
 
 
 class Chain(nn.Sequential):
@@ -63,6 +65,11 @@ class Network(nn.Module, ABC):
                 f"images must be at least {self.min_size}x{self.min_size}, got {tuple(images.shape)}"
             )
 
+    @property
+    def dropouts(self) -> int:
+        """How many layers of dropout an image passes."""
+        return sum(isinstance(module, Dropout) for module in self.modules())
+
     def members(self, images: Tensor, keys: Tensor | None) -> Tensor:  # [H, B, n_classes]
         """The logits of each head, of which `forward` is the mean answer."""
         return self(images, keys)[None]
@@ -96,3 +103,16 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
         """The last linear layer."""
+
+
+def keys_by_head(keys: Tensor, heads: int) -> Tensor:  # int32 [B] -> [H * B]
+    """Of each head its own."""
+    head = torch.arange(heads, device=keys.device).repeat_interleave(len(keys))
+    return dropout_keys(keys.long().repeat(heads) & 0xFFFFFFFF, seed=0, draw=head)
+
+
+def mean_answer(logits: Tensor) -> Tensor:  # [H, B, C] -> [B, C]
+    """The logarithm of the heads' mean probability."""
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))

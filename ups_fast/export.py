@@ -90,7 +90,14 @@ class Check(NamedTuple):
     equal: float  # share of equal labels
 
 
-def export(run_dir: str | Path, out: str | Path, files: Sequence[str] = (), *, best: bool = False) -> Check:
+def export(
+    run_dir: str | Path,
+    out: str | Path,
+    files: Sequence[str] = (),
+    *,
+    best: bool = False,
+    tell: Callable[[str], object] = lambda sentence: None,
+) -> Check:
     """Writes the network of a run as the new file `out`, after its answers were compared with the network's own.
 
     Args:
@@ -98,6 +105,7 @@ def export(run_dir: str | Path, out: str | Path, files: Sequence[str] = (), *, b
         out: a file that is not there yet. Its suffix says the kind: .onnx, or .pt2 for `torch.export.load`.
         files: files, folders or patterns of images, or of rows, to check it on. None: the run's own test data.
         best: the network of the round with the highest validation accuracy.
+        tell: hears a sentence where the run is not finished.
 
     Returns:
         How the answers differ.
@@ -115,12 +123,14 @@ def export(run_dir: str | Path, out: str | Path, files: Sequence[str] = (), *, b
     path = home(out)
     write = _writer(path)
     predictor = Predictor(run_dir, "cpu", best=best)
+    if predictor.unfinished:
+        tell(f"{run_dir} is not finished: its network has {predictor.unfinished}")
     answer, samples = Answer(predictor.model), _samples(run_dir, predictor, files)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporters, to their own developers
         try:
+            example = torch.zeros_like(samples[:1].expand(2, *samples.shape[1:]))  # a .pt2 file keeps it
             shapes = ({0: torch.export.Dim("batch")},)
-            example = samples[:1].expand(2, *samples.shape[1:]).contiguous()  # one row would be a special case
             program = torch.export.export(answer, (example,), dynamic_shapes=shapes)
             content, read_again = write(program, _about(predictor))
         except Exception as error:  # each network and exporter has its own way to say so
@@ -173,10 +183,16 @@ def _onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> tuple
 
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size > _LARGEST:
-        raise ValueError(f"its weights have {size / 2**30:.1f} GiB, and such a file holds 2; .pt2 has no limit")
-    names: Any = {"input_names": [about["input_name"]], "output_names": [about["output_name"]]}
-    made = torch.onnx.export(program, **names, dynamo=True, external_data=False, verbose=False)
-    assert made is not None
+        raise ValueError(f"its weights have {size / 2**30:.1f} GiB, and such a file holds 2: choose .pt2")
+    made: Any = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["samples"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        external_data=False,
+        verbose=False,
+    )
     ClearMetadataAndDocStringPass()(made.model)  # paths and code of this machine
     proto = made.model_proto
     for key, value in about.items():
@@ -185,8 +201,7 @@ def _onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> tuple
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return content, lambda samples: torch.from_numpy(session.run(None, {name: samples.numpy()})[0])
+    return content, lambda samples: torch.from_numpy(session.run(None, {"samples": samples.numpy()})[0])
 
 
 def _pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> tuple[bytes, Function]:
@@ -201,21 +216,26 @@ def _pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> tuple[
 
 
 def _about(predictor: Predictor) -> dict[str, str]:
-    """The metadata, each value as JSON or plain text."""
-    images = not predictor.columns
-    shape = [predictor.channels, predictor.height, predictor.width] if images else [predictor.columns]
+    """The metadata; lists and tables as JSON."""
+    taken = "float32 [batch, columns], features as they are, not standardized"
+    if not predictor.columns:
+        colors = "gray" if predictor.channels == 1 else "red, green, blue"
+        taken = f"uint8 [batch, channels, height, width], {colors}, 0 to 255"
     limits = {key: x if math.isfinite(x) else str(x) for key, x in predictor.thresholds.items()}
-    taken = "pixels from 0 to 255, in the order red, green, blue" if images else "features, not standardized"
     return {
         "ups_fast": ups_fast.__version__,
+        "samples": taken,
+        "size": json.dumps(_size(predictor)),
         "classes": json.dumps(predictor.classes),
         "thresholds": json.dumps(limits),
-        "input_name": "images" if images else "features",
-        "input_shape": json.dumps(shape),
-        "input_type": "uint8" if images else "float32",
-        "input": taken,
-        "output_name": "probabilities",
     }
+
+
+def _size(predictor: Predictor) -> list[int]:
+    """[d], or [channels, H, W]."""
+    if predictor.columns:
+        return [predictor.columns]
+    return [predictor.channels, predictor.height, predictor.width]
 
 
 # The check ---------------------------------------------------------------------------------------------------
@@ -223,7 +243,8 @@ def _about(predictor: Predictor) -> dict[str, str]:
 
 def _compare(answer: Function, other: Function, samples: Tensor) -> Check:
     """The first sample is a batch alone, so that batches of several sizes are tried."""
-    pairs = [(answer(x), other(x)) for part in (samples[:1], samples[1:]) for x in part.split(_ROWS) if len(x)]
+    batches = [samples[:1], *(x for x in samples[1:].split(_ROWS) if len(x))]
+    pairs = [(answer(x), other(x)) for x in batches]
     ours, theirs = (torch.cat(each) for each in zip(*pairs, strict=True))
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return Check(len(samples), math.nan, 0.0)
@@ -240,10 +261,10 @@ def _samples(run_dir: str | Path, predictor: Predictor, files: Sequence[str]) ->
     else:
         try:
             found = _own(home(run_dir), predictor)
-        except (ValueError, OSError, KeyError) as error:
-            why = f"{error} is not in its config.yaml" if isinstance(error, KeyError) else line_of(error)
+        except Exception as error:  # whatever a stranger's bytes may cause
             raise ValueError(
-                f"{run_dir} has no test data to check the file on ({why}): give images or rows after the run"
+                f"the test data of {run_dir}, to check the file on, cannot be read: {line_of(error)}; "
+                "give images or rows after RUN"
             ) from error
     samples = torch.from_numpy(found)
     return samples if predictor.columns else samples.permute(0, 3, 1, 2).contiguous()
@@ -259,9 +280,9 @@ def _own(folder: Path, predictor: Predictor) -> np.ndarray:
         return _read(predictor, [str(base / path) for path in manifest.paths[manifest.train :]])
     part = load_set(data["name"], root, test_share=data["test_share"], seed=config["seed"]).test_images
     rows = part[_spread(len(part))]
-    shape = [predictor.columns] if predictor.columns else [predictor.height, predictor.width, predictor.channels]
-    if list(rows.shape[1:]) != shape:
-        raise ValueError(f"data.root has samples {list(rows.shape[1:])} now, and the network takes {shape}")
+    there, shape = list(rows.shape[1:]), _size(predictor)
+    if there != (shape if predictor.columns else [*shape[1:], shape[0]]):
+        raise ValueError(f"data.root={root} has samples {there} now, and the network takes {shape}")
     return (rows.float() if predictor.columns else rows).numpy()
 
 
@@ -280,7 +301,7 @@ def _read(predictor: Predictor, paths: Sequence[str]) -> np.ndarray:  # uint8 [n
 
     found = list(islice(good(), MOST))
     if not found:
-        raise ValueError(f"nothing to check the file on can be read: {wrong[0]}")
+        raise ValueError(f"none of {many(len(wrong), 'sample')} can be read, the first: {wrong[0]}")
     return np.stack(found)
 
 
@@ -314,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ctrl_c_raises()
         args = _words(argv)
         command.check_kernels(torch.device("cpu"))
-        check = export(args.run, args.out, args.files, best=args.best)
+        console = open_console()
+        check = export(args.run, args.out, args.files, best=args.best, tell=console.print)
     except KeyboardInterrupt:
         complain("stopped")
         return 130
@@ -324,7 +346,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {sentence}")
         return 2
-    console = open_console()
     console.print(f"checked: on {_said(check)}")
     console.print(f"the network is in {args.out}")
     return 0

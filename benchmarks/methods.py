@@ -38,8 +38,8 @@ RECORD = record.RESULTS / "methods.jsonl"
 # then learns from 40 to 230 thousand images, and a run takes minutes.
 SETS: dict[str, tuple[str, int, str]] = {
     "digits": ("configs/digits.yaml", 0, "train.epochs=30"),
-    "fashion_mnist": ("benchmarks/gray14.yaml", 400, "train.round0_epochs=30"),
-    "animals": ("benchmarks/gray14.yaml", 100, "train.round0_epochs=120"),
+    "fashion_mnist": ("benchmarks/gray14.yaml", 400, "train.round0_epochs=50"),
+    "animals": ("benchmarks/gray14.yaml", 100, "train.round0_epochs=200"),
 }
 SPREADING = "label_spreading"
 NAMES = [SPREADING, *METHODS]

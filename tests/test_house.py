@@ -47,6 +47,7 @@ ORDER = [
     "command",
     "train",
     "predict",
+    "export",
     "label_studio",
 ]
 BASE = {

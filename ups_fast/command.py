@@ -1,4 +1,4 @@
-"""What both command lines share: how they start, and the one sentence with which they end where a user can help."""
+"""What all command lines share: how they start, and the one sentence with which they end where a user can help."""
 
 from __future__ import annotations
 

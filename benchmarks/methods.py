@@ -104,7 +104,10 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
 def trained(cfg: config.Config, name: str, seed: int) -> dict[str, Any]:
     images = load_set(cfg.data.name, cfg.data.root)
     if cfg.method.name != "ups":
-        cfg.train.epochs = epochs_for(prepare(cfg, images), budget(name, seed))
+        run = prepare(cfg, images)
+        if run.method.continues:  # its rounds are one training: the budget says how long
+            cfg.train.min_steps = 0
+        cfg.train.epochs = epochs_for(run, budget(name, seed))
     with Counted() as count:
         found = rounds.run(cfg, images, console=Console(file=io.StringIO()))
     row = found.rows[-1]

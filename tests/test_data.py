@@ -609,6 +609,22 @@ def test_npz(tmp_path):
     assert data.mean == pytest.approx(mean) and data.std == pytest.approx(std)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_into_one_array(save, tmp_path, monkeypatch):
+    """So a million rows take the memory of a million rows; arrays in Fortran's order are copied instead."""
+    arrays = npz_arrays(**validation())
+    want = np.concatenate([arrays["x_labeled"], arrays["x_unlabeled"], arrays["x_val"]])
+    save(tmp_path / "mine.npz", **arrays)
+    joined = torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda parts: joined(parts) if parts[0].ndim == 1 else pytest.fail("copied")
+    )
+    assert np.array_equal(load_set("npz", str(tmp_path / "mine.npz")).train_images, want)
+    monkeypatch.undo()
+    save(tmp_path / "f.npz", **{**arrays, "x_unlabeled": np.asfortranarray(arrays["x_unlabeled"])})
+    assert np.array_equal(load_set("npz", str(tmp_path / "f.npz")).train_images, want)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, ">i8", np.uint64])
 def test_npz_labels_of_any_integer_type(dtype, tmp_path):
     data = load_npz(

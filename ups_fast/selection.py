@@ -104,15 +104,20 @@ def pseudo_label(
     skip, forward = skipped(model, mc_layers), forward or passes_over
     salt = torch.full((), seed, dtype=torch.int64, device=index.device)
     rows = max(1, min(batch_size // passes, len(index)))
-    parts = []
+    found, done = None, 0
     # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
         for chunk, batch in zip(index.split(rows), images.clean_batches(index, rows), strict=True):
             whole = torch.arange(rows, device=index.device).clamp(max=len(chunk) - 1) if len(chunk) else chunk
             logits = forward(model, batch[whole], chunk[whole], passes, salt, skip)[:, : len(chunk)]
-            parts.append(mc_select(logits, **thresholds, packed=True))
+            part = mc_select(logits, **thresholds, packed=True)
+            # Made once: results kept between the batches would break the freed memory up, and it would grow.
+            found = found or Selection(*(each.new_empty((len(index), *each.shape[1:])) for each in part))
+            for whole_of, each in zip(found, part, strict=True):
+                whole_of[done : done + len(chunk)] = each
+            done += len(chunk)
             progress(len(chunk))
-    found = Selection(*map(torch.cat, zip(*parts, strict=True)))
+    assert found is not None
     if images.unreadable:
         found = _without(found, torch.isin(index, torch.tensor(list(images.unreadable), device=index.device)))
     kept = keep(
@@ -169,7 +174,7 @@ def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
 
 def skipped(model: nn.Module, mc_layers: int) -> int:
     """How many of the network's first Dropouts are off where its last `mc_layers` act; 0 means that all do."""
-    count = model.dropouts if isinstance(model, Network) else 0
+    count = model.n_dropouts if isinstance(model, Network) else 0
     if not 0 <= mc_layers <= count:
         raise ValueError(f"mc_layers must be in 0 .. {count}, as many as the network has, got {mc_layers}")
     return count - mc_layers if mc_layers else 0

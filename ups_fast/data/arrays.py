@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 from ups_fast.data.features import column_moments, constant_columns, must_be_finite
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.labeled_rows import read_labeled_rows
-from ups_fast.data.npy import member_header, members_of
+from ups_fast.data.npy import Header, member_header, members_of, one_kind, read_into
 from ups_fast.data.row_files import SUFFIXES, either, is_row_file
 from ups_fast.machine import memory_bytes
 from ups_fast.words import line_of, many
 
 _ARRAYS = ("x_labeled", "y_labeled", "x_unlabeled", "x_test", "y_test")
 _OPTIONAL = ("y_unlabeled", "x_val", "y_val")
+_TRAIN = ("x_labeled", "x_unlabeled", "x_val")  # they become one array
 
 
 def read_arrays(path: Path) -> ImageSet:
@@ -58,7 +60,7 @@ def read_features(path: Path, *, test_share: float = 0.2, seed: int = 0) -> Imag
 def _read(
     path: Path, name: str, samples: Callable[[dict[str, np.ndarray], str], Tensor], alike: str
 ) -> ImageSet:
-    arrays = _checked(path)
+    arrays, whole = _checked(path)
     x_labeled, x_unlabeled, x_test = (samples(arrays, key) for key in ("x_labeled", "x_unlabeled", "x_test"))
     x_val = samples(arrays, "x_val") if "x_val" in arrays else x_labeled[:0]
     for key, images in (("x_unlabeled", x_unlabeled), ("x_test", x_test), ("x_val", x_val)):
@@ -84,7 +86,11 @@ def _read(
             some = ", ".join(map(str, strange[:5]))
             raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
 
-    train_images, n = torch.cat([x_labeled, x_unlabeled, x_val]), len(x_labeled) + len(x_unlabeled)
+    n = len(x_labeled) + len(x_unlabeled)
+    if whole is None:
+        train_images = torch.cat([x_labeled, x_unlabeled, x_val])
+    else:
+        train_images = torch.from_numpy(whole).view(-1, *x_labeled.shape[1:])
     return ImageSet(
         name,
         [str(c) for c in range(n_classes)],
@@ -99,13 +105,17 @@ def _read(
     )
 
 
-def _checked(path: Path) -> dict[str, np.ndarray]:
+def _checked(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """The file's arrays by name, the expected ones and no others. Nothing is ever unpickled.
+
+    The second result is the one array in whose memory those of `_TRAIN` lie, one behind the other; None where they
+    are not of one kind.
 
     What the archive and the arrays' headers claim is held against the file, and against memory, before an array is
     made.
     """
     arrays: dict[str, np.ndarray] = {}
+    whole: np.ndarray | None = None
     place = ""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r} (data.root)")
@@ -118,28 +128,32 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             members = members_of(archive)
             if lacking := [key for key in _ARRAYS if key not in members]:
-                return _refused(path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}")
+                _refused(path, f"lacks {', '.join(lacking)}; it has {', '.join(members) or 'nothing'}")
             known = (*_ARRAYS, *_OPTIONAL)
             if unknown := [key for key in members if key not in known]:
                 said = f"{', '.join(known[:-1])} and {known[-1]}"
-                return _refused(path, f"has {', '.join(unknown)}; known arrays are {said}")
+                _refused(path, f"has {', '.join(unknown)}; known arrays are {said}")
             if ("x_val" in members) != ("y_val" in members):
                 got, other = ("x_val", "y_val") if "x_val" in members else ("y_val", "x_val")
-                return _refused(path, f"has {got} but lacks {other}: give both or neither")
-            sizes = {}
+                _refused(path, f"has {got} but lacks {other}: give both or neither")
+            headers = {}
             for key, member in members.items():
                 place = f" at {key}"
-                sizes[key] = member_header(archive, member).nbytes
-            # These become one array.
-            needed = sum(sizes.values()) + sum(
-                sizes.get(key, 0) for key in ("x_labeled", "x_unlabeled", "x_val")
-            )
+                headers[key] = member_header(archive, member)
+            place, train = "", {key: headers[key] for key in _TRAIN if key in headers}
+            alike = one_kind(list(train.values()))
+            needed = sum(each.nbytes for each in (*headers.values(), *(() if alike else train.values())))
             if needed > memory_bytes():
                 raise MemoryError
+            if alike:
+                whole, arrays = _one_array(train)
             for key, member in members.items():
                 place = f" at {key}"
-                with archive.open(member) as file:
-                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+                if key in arrays:
+                    read_into(archive, member, arrays[key])
+                else:
+                    with archive.open(member) as file:
+                        arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
     except MemoryError:
         raise ValueError(
             f"the arrays of {str(path)!r} (data.root) take {needed / 2**30:,.1f} GiB to read, and this machine has "
@@ -152,14 +166,21 @@ def _checked(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"data.root must be an .npz file of plain arrays, got {str(path)!r}{place}: {line_of(error)}"
         ) from error
-    return arrays
+    return arrays, whole
+
+
+def _one_array(headers: dict[str, Header]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """An array for all of them, and the part of each."""
+    lengths, first = [each.shape[0] for each in headers.values()], next(iter(headers.values()))
+    whole = np.empty((sum(lengths), *first.shape[1:]), first.dtype)
+    return whole, dict(zip(headers, np.split(whole, np.cumsum(lengths)[:-1]), strict=True))
 
 
 class _Refused(ValueError):
     """The archive is sound, and is not what is asked for."""
 
 
-def _refused(path: Path, why: str) -> dict[str, np.ndarray]:
+def _refused(path: Path, why: str) -> NoReturn:
     raise _Refused(f"{str(path)!r} (data.root) {why}")
 
 

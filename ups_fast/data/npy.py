@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
+
+_CHUNK = 1 << 20  # bytes that are unpacked at once
 
 
 class Header(NamedTuple):
@@ -15,6 +18,7 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    fortran: bool  # its first index runs fastest
 
     @property
     def nbytes(self) -> int:
@@ -33,9 +37,9 @@ def header_of(file: IO[bytes], size: int) -> Header:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its format {version[0]}.{version[1]} is not one of plain arrays")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     follows = size - file.tell()
-    found = Header(shape, dtype)
+    found = Header(shape, dtype, fortran)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     if dtype.kind not in "biuf" or dtype.subdtype:
@@ -66,3 +70,20 @@ def member_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
         raise ValueError("its size cannot be right: no data shrink so far")
     with archive.open(member) as file:
         return header_of(file, member.file_size)
+
+
+def one_kind(headers: Sequence[Header]) -> bool:
+    """Whether such arrays, in C order, can lie one behind the other in the memory of one."""
+    kinds = {(each.shape[1:], each.dtype, len(each.shape), each.fortran) for each in headers}
+    return len(kinds) == 1 and headers[0].shape != () and not headers[0].fortran
+
+
+def read_into(archive: zipfile.ZipFile, member: zipfile.ZipInfo, array: np.ndarray) -> None:
+    """The numbers of a member, whose `member_header` is that of `array`, in C order."""
+    place = memoryview(array.reshape(-1).view(np.uint8))
+    with archive.open(member) as file:
+        header_of(file, member.file_size)
+        for at in range(0, len(place), _CHUNK):
+            part = file.read(min(_CHUNK, len(place) - at))
+            place[at : at + len(part)] = part
+        file.read(1)  # its checksum is compared at the end

@@ -182,8 +182,8 @@ class RuntimeConfig:
     )
     precision: str = key(
         "auto",
-        "Precision of convolutions and matrix products in training. auto: bfloat16 where the device has it. Labeling "
-        "always runs in float32.",
+        "Precision of convolutions and matrix products in training, and of features by model.freeze on a GPU. auto: "
+        "bfloat16 where the device has it. Labeling always runs in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
 

@@ -67,10 +67,10 @@ class ResidentFeatures:
         return len(self.features)
 
     def clean(self, index: Tensor) -> Tensor:  # int64 [B] -> float32 [B, d]
-        return self._standardized(index)
+        return self._standardized(self.features[index])
 
-    def _standardized(self, rows: Tensor) -> Tensor:  # int64 [B], places in `seen`
-        return (self.seen[rows].float() - self.mean) * self.scale
+    def _standardized(self, rows: Tensor) -> Tensor:  # [B, d] -> float32 [B, d]
+        return (rows.float() - self.mean) * self.scale
 
     def clean_batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
         return map(self.clean, index.split(batch_size))
@@ -91,7 +91,7 @@ class ResidentFeatures:
             keys = dropout_keys(place, seed=view.seed(seed), draw=draw[rows])
             if policy.views > 1:
                 place = place + len(self) * drawn_views(keys, policy.views)
-            out[rows] = policy(self._standardized(place), keys)
+            out[rows] = policy(self._standardized(self.seen[place]), keys)
 
 
 def drawn_views(keys: Tensor, views: int) -> Tensor:  # int32 [B] -> int64 [B]

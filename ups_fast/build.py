@@ -219,7 +219,7 @@ def _check_method(
     if method.two_views and isinstance(strong, Noise) and strong == policies["weak"]:
         raise ValueError(
             f"{name} compares a weak view of each row with a strong one, but data.noise and data.drop_columns are 0: "
-            "raise one of them"
+            f"raise one of them{', or data.views' if cfg.model.freeze else ''}"
         )
     if cfg.select.heads > 1 and not method.many_heads:
         able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))

@@ -105,6 +105,12 @@ class DataConfig:
     drop_columns: float = key(
         0.0, "For features: the share of the columns that each training row lacks. 0 is off.", within="[0, 1)"
     )
+    views: int = key(
+        1,
+        "With model.freeze, features of so many views of each training image are kept: the image itself and augmented "
+        "ones. Each epoch draws one of them.",
+        within="[1, 64]",
+    )
     cache: str = key(
         "~/.cache/ups_fast",
         "With model.freeze, the folder that keeps features for later runs. It may be deleted. Empty: none is kept.",
@@ -176,8 +182,8 @@ class RuntimeConfig:
     )
     precision: str = key(
         "auto",
-        "Precision of convolutions and matrix products in training. auto: bfloat16 where the device has it. Labeling "
-        "always runs in float32.",
+        "Precision of convolutions and matrix products in training, and of features by model.freeze on a GPU. auto: "
+        "bfloat16 where the device has it. Labeling always runs in float32.",
         choices=("auto", "float32", "bfloat16"),
     )
 
@@ -441,9 +447,12 @@ def validate(cfg: Config) -> None:
         )
     if features:
         done = ("flip", "crop", "ops", "jitter", "cutout", "resized_crop")
-        if image := [f"data.{each}={getattr(data, each)}" for each in done if getattr(data, each)]:
+        image = [f"data.{each}={getattr(data, each)}" for each in done if getattr(data, each)]
+        if image and data.views == 1:
+            views = ", and data.views=4 is for augmented images" if cfg.model.freeze else ""
             raise ValueError(
                 f"{image[0]} is for images that a network is trained on, got {features}: data.noise is for features"
+                f"{views}"
             )
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
@@ -464,7 +473,18 @@ def validate(cfg: Config) -> None:
 
 
 def _validate_freeze(cfg: Config) -> None:
-    model = cfg.model
+    model, data = cfg.model, cfg.data
+    if data.views > 1 and not model.freeze:
+        raise ValueError(
+            f"data.views is for model.freeze=true, got {data.views}: other networks get new views in every epoch"
+        )
+    if data.views > 1 and not (
+        (data.ops and data.n_ops) or data.flip or data.crop or data.jitter or data.cutout or data.resized_crop
+    ):
+        raise ValueError(
+            f"data.views={data.views} needs views that differ, but data.flip, crop, ops, jitter, cutout and "
+            "resized_crop change nothing: set one of them, such as data.flip=true"
+        )
     if model.name in LITE and model.weights:
         raise ValueError(
             f"model.weights must be empty for {model.name}, which has its own, got {said(model.weights)}"

@@ -235,14 +235,21 @@ def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     """What is done to training images: all that the config says, or in the weak view mirroring and shifts alone.
 
     Where the config has no shifts, the weak view has those of FixMatch: by up to an eighth of the side. Features have
-    noise in the strong view, and none in the weak one.
+    noise and augmented views in the strong view, and none in the weak one.
     """
     data = cfg.data
     if len(shape) == 1:
-        return {"strong": Noise(data.noise, data.drop_columns), "weak": Noise()}
+        return {"strong": Noise(data.noise, data.drop_columns, data.views), "weak": Noise()}
+    weak = Policy(flip=data.flip, crop=data.crop or min(shape[1:]) // 8)
+    return {"strong": image_policy(cfg), "weak": weak}
+
+
+def image_policy(cfg: Config) -> Policy:
+    """All that the config says about the augmentation of images."""
+    data = cfg.data
     with naming_key("data.ops"):
         ops = parse_ops(data.ops)
-    strong = Policy(
+    return Policy(
         ops=ops,
         n_ops=data.n_ops if ops else 0,
         flip=data.flip,
@@ -250,7 +257,6 @@ def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
         jitter=(data.jitter,) * 3,
         cutout=data.cutout,
     )
-    return {"strong": strong, "weak": Policy(flip=data.flip, crop=data.crop or min(shape[1:]) // 8)}
 
 
 def split_of(cfg: Config, data: ImageSet) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ class Noise:
 
     std: float = 0.0  # of the Gaussian that is added
     drop: float = 0.0  # share of the columns that are set to 0, their mean, and the others scaled up
+    views: int = 1  # of each row, of which one is drawn; 1: the clean one
 
     def __call__(self, x: Tensor, keys: Tensor) -> Tensor:  # float32 [B, d], int32 [B] -> float32 [B, d]
         if self.drop:
@@ -37,7 +38,8 @@ class Noise:
 class ResidentFeatures:
     """Features in memory, standardized column by column, with noise that each sample draws by its own number.
 
-    features float32 or float16 [N, d]. They are kept as they are: a batch is standardized when it is read
+    features float32 or float16 [N, d], or [V, N, d]: V views of each row, the first of which is the clean one. They
+             are kept as they are: a batch is standardized when it is read
     mean, std of each column, d numbers each; std above 0
 
     See `Images` for the rest.
@@ -55,8 +57,9 @@ class ResidentFeatures:
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
         self.device, self.unreadable = torch.device(device), dict(unreadable or {})
-        self.features = features.to(self.device).contiguous()
-        self.shape: tuple[int, ...] = (features.shape[1],)
+        self.seen = features.to(self.device).contiguous().view(-1, features.shape[-1])  # [V * N, d]
+        self.features = self.seen[: features.shape[-2]]  # [N, d], the clean ones
+        self.shape: tuple[int, ...] = (features.shape[-1],)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=self.device)
 
@@ -64,7 +67,10 @@ class ResidentFeatures:
         return len(self.features)
 
     def clean(self, index: Tensor) -> Tensor:  # int64 [B] -> float32 [B, d]
-        return (self.features[index].float() - self.mean) * self.scale
+        return self._standardized(self.features[index])
+
+    def _standardized(self, rows: Tensor) -> Tensor:  # [B, d] -> float32 [B, d]
+        return (rows.float() - self.mean) * self.scale
 
     def clean_batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
         return map(self.clean, index.split(batch_size))
@@ -77,11 +83,20 @@ class ResidentFeatures:
 
     def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
         for view in views:
-            rows = slice(view.first, view.last)
-            x = self.clean(index[rows])
-            if view.policy.std or view.policy.drop:
-                x = view.policy(x, dropout_keys(index[rows], seed=view.seed(seed), draw=draw[rows]))
-            out[rows] = x
+            rows, policy = slice(view.first, view.last), view.policy
+            place = index[rows]
+            if policy == Noise():
+                out[rows] = self.clean(place)
+                continue
+            keys = dropout_keys(place, seed=view.seed(seed), draw=draw[rows])
+            if policy.views > 1:
+                place = place + len(self) * drawn_views(keys, policy.views)
+            out[rows] = policy(self._standardized(self.seen[place]), keys)
+
+
+def drawn_views(keys: Tensor, views: int) -> Tensor:  # int32 [B] -> int64 [B]
+    """Which of so many views of its row each key draws, all alike likely."""
+    return (keys.long() & 0xFFFFFFFF) * views >> 32
 
 
 @torch.no_grad()

@@ -80,10 +80,10 @@ def one_kind(headers: Sequence[Header]) -> bool:
 
 def read_into(archive: zipfile.ZipFile, member: zipfile.ZipInfo, array: np.ndarray) -> None:
     """The numbers of a member, whose `member_header` is that of `array`, in C order."""
-    place = memoryview(array.reshape(-1).view(np.uint8))
+    place = array.reshape(-1).view(np.uint8)
     with archive.open(member) as file:
         header_of(file, member.file_size)
         for at in range(0, len(place), _CHUNK):
             part = file.read(min(_CHUNK, len(place) - at))
-            place[at : at + len(part)] = part
+            place[at : at + len(part)] = np.frombuffer(part, np.uint8)
         file.read(1)  # its checksum is compared at the end

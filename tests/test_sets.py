@@ -242,9 +242,15 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
 
 
 def test_arrays_that_do_not_fit_into_memory_get_advice_before_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "memory_bytes", lambda: 2015)  # less than the images, joined
-    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("it was read"))
-    said = refusal("npz", write(tmp_path / "a.npz"))
+    path = write(tmp_path / "a.npz")
+    with np.load(path) as arrays:
+        needed = sum(arrays[key].nbytes for key in arrays)
+    monkeypatch.setattr(npz, "memory_bytes", lambda: needed)
+    load_set("npz", str(path))
+    monkeypatch.setattr(npz, "memory_bytes", lambda: needed - 1)
+    for reader in ("read_into", "_one_array"):
+        monkeypatch.setattr(npz, reader, lambda *_, **__: pytest.fail("it was read"))
+    said = refusal("npz", path)
     assert "(data.root) take 0.0 GiB to read, and this machine has 0.0: keep fewer" in said
     assert "data.name=folder" in said
 

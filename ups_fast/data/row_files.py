@@ -79,11 +79,8 @@ def look_at(paths: Iterable[str], columns: int) -> list[RowFile]:
     return files
 
 
-def row_file(path: str, copies: int = 1) -> RowFile:
-    """What the file says that it holds. Raises ValueError or OSError with one sentence that names it.
-
-    copies  in memory, for which there must be room
-    """
+def row_file(path: str) -> RowFile:
+    """What the file says that it holds. Raises ValueError or OSError with one sentence that names it."""
     try:
         found = _looked_at(path)
     except (_Refused, OSError):
@@ -94,7 +91,9 @@ def row_file(path: str, copies: int = 1) -> RowFile:
         raise ValueError(
             f"{path!r} must not be empty, got {many(found.n, 'row')} of {many(found.d, 'column')}"
         )
-    if (needed := copies * found.n * found.d * found.dtype.itemsize) > memory_bytes():
+    width = found.dtype.itemsize
+    # While float64 becomes float32, there are both.
+    if (needed := found.n * found.d * (width + 4 * (width == 8))) > memory_bytes():
         have = memory_bytes() / 2**30
         raise ValueError(
             f"{path!r} takes {needed / 2**30:,.1f} GiB to read, and this machine has {have:,.1f}: split it"

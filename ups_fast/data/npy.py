@@ -80,7 +80,7 @@ def one_kind(headers: Sequence[Header]) -> bool:
 
 def read_into(archive: zipfile.ZipFile, member: zipfile.ZipInfo, array: np.ndarray) -> None:
     """The numbers of a member, whose `member_header` is that of `array`, in C order."""
-    place = memoryview(array.reshape(-1).view(np.uint8))
+    place = array.reshape(-1).view(np.uint8).data
     with archive.open(member) as file:
         header_of(file, member.file_size)
         for at in range(0, len(place), _CHUNK):

@@ -93,6 +93,15 @@ def test_labels_of_any_type(names):
     assert (model.predict(x) == names[truth]).mean() > 0.97
 
 
+def test_minus_one_is_no_class_among_string_objects():
+    """So pandas gives a column of text."""
+    x, y, truth = blobs()
+    labels = np.array(["-1", "a", "b", "c"], object)[y + 1]
+    model = UPSClassifier(**SMALL).fit(x, labels)
+    assert model.classes_.tolist() == ["a", "b", "c"]
+    assert (model.transduction_ == np.array(["a", "b", "c"])[truth]).mean() > 0.97
+
+
 def test_all_labeled_is_plain_training():
     x, _, truth = blobs()
     model = UPSClassifier(**SMALL).fit(x, truth)
@@ -171,6 +180,12 @@ def test_wrong_settings_are_said(changes, why):
         UPSClassifier(**{**SMALL, **changes}).fit(x, y)
 
 
+def objects(y: np.ndarray, first: object) -> np.ndarray:
+    found = y.astype(object)
+    found[0] = first
+    return found
+
+
 @pytest.mark.parametrize(
     ("labels", "why"),
     [
@@ -180,12 +195,28 @@ def test_wrong_settings_are_said(changes, why):
         (lambda y: y[:, None].repeat(2, 1), "should be a 1d array"),
         (lambda y: np.where(y == 0, 0.5, y), "Unknown label type"),
         (lambda y: np.where(y == 0, np.nan, y), "NaN"),
+        (lambda y: objects(y, None), "y must hold strings or numbers, and -1 .*, got None at place 0"),
+        (lambda y: objects(y, float("nan")), "y must hold strings or numbers, .*, got nan at place 0"),
+        (lambda y: objects(y, (0, 1)), r"y must hold strings or numbers, .*, got \(0, 1\) at place 0"),
+        (lambda y: objects(y, "a"), "y must hold labels of one kind, .*, got 'a' and [0-9]"),
     ],
 )
 def test_wrong_labels_are_said(labels, why):
     x, y, _ = blobs()
     with pytest.raises(ValueError, match=why):
         UPSClassifier(**SMALL).fit(x, labels(y))
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "why"),
+    [
+        ((6, 8, 8, 4), 6, r"X must be images \[n, H, W\] or \[n, H, W, 3\], got \[6, 8, 8, 4\]"),
+        ((6, 8, 8), 5, r"y must have a label or -1 for each of 6 images, got \[5\]"),
+    ],
+)
+def test_wrong_images_are_said(shape, labels, why):
+    with pytest.raises(ValueError, match=why):
+        UPSClassifier(**SMALL).fit(np.zeros(shape, np.uint8), np.arange(labels) % 2)
 
 
 @pytest.mark.parametrize(

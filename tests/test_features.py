@@ -106,6 +106,13 @@ def resident(rows: torch.Tensor, **changes: Any) -> ResidentFeatures:
     return ResidentFeatures(rows, **{"mean": mean, "std": std, "device": "cpu", **changes})
 
 
+def test_a_column_whose_spread_is_0_in_float32_counts_as_constant():
+    rows = torch.tensor([[0.0, 1e-45, 1e-30], [1e-44, 0.0, 3e-30]])
+    _, std = column_moments(rows)
+    assert std == (1.0, 1.0, pytest.approx(1e-30))
+    assert torch.isfinite(resident(rows).scale).all()
+
+
 def read(
     images: ResidentFeatures, index: torch.Tensor, noise: Noise, *, seed: int = 3, draw: Any = 0, **view: Any
 ):

@@ -329,6 +329,10 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg, blank):
     )
     said.select = replace(cfg.select, balance_rounds=100)
     assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
+    rowwise = replace(cfg, data=replace(cfg.data, name="features"))
+    frozen = replace(cfg, model=replace(cfg.model, freeze=True))
+    assert "data.ops" not in report.advice(rows, rowwise) and "data.noise" in report.advice(rows, rowwise)
+    assert "data.views=4 with" in report.advice(rows, frozen)
     _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
     for accuracies in ((None, None), (0.8, None), (None, 0.8)):

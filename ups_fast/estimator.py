@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from ups_fast.models import Network
 from ups_fast.reference import unpack_mask
 from ups_fast.rounds import rounds
 from ups_fast.selection import PseudoLabels
+from ups_fast.words import said
 
 _ROWS = 256  # of a batch that is predicted: always so many, so that an answer depends on its row alone
 _NONE = -1  # stands for no label
@@ -139,7 +141,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             X: float [n, d], features; or uint8 [n, H, W] or [n, H, W, 3], images.
-            y: [n], labels of any type that sorts; -1 (or "-1" among strings) for samples without one.
+            y: [n], labels, all strings or all numbers; -1 (or "-1" among strings) for samples without one.
 
         Returns:
             The estimator.
@@ -168,17 +170,21 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         images = X if isinstance(X, np.ndarray) and X.dtype == np.uint8 and X.ndim in (3, 4) else None
+        if y is not None:
+            y = np.asarray(y)
+            _check_objects(y)
         if images is None:
             X, y = validate_data(self, X, y, dtype=np.float32, ensure_min_samples=2)
             X = np.ascontiguousarray(X)
         else:
-            y = np.asarray(y)
-            if len(images) != len(y):
-                raise ValueError(f"y must have a label or -1 for each of {len(images)} images, got {len(y)}")
+            if images.ndim == 4 and images.shape[3] not in (1, 3):
+                raise ValueError(f"X must be images [n, H, W] or [n, H, W, 3], got {list(images.shape)}")
+            if np.shape(y) != images.shape[:1]:
+                raise ValueError(
+                    f"y must have a label or -1 for each of {len(images)} images, got {list(np.shape(y))}"
+                )
             X = np.ascontiguousarray(images if images.ndim == 4 else images[..., None])
             self.n_features_in_, self._image_shape = int(np.prod(X.shape[1:])), X.shape[1:]
-        if y.ndim != 1:
-            raise ValueError(f"y must be one-dimensional, got {list(y.shape)}")
         if not _is_unlabeled(y).all():
             check_classification_targets(_plain(y[~_is_unlabeled(y)]))
         return X, y
@@ -274,8 +280,24 @@ def _is_unlabeled(y: np.ndarray) -> np.ndarray:  # bool [n]
     if y.dtype.kind in "US":
         return y == np.array("-1", y.dtype)
     if y.dtype == object:
-        return np.array([isinstance(each, (int, float, np.number)) and each == _NONE for each in y], bool)
+        return np.array([each == (str(_NONE) if isinstance(each, str) else _NONE) for each in y], bool)
     return y == _NONE
+
+
+def _check_objects(y: np.ndarray) -> None:
+    """Objects may be strings or numbers, and labels are of one of these kinds. Raises ValueError."""
+    kinds: dict[bool, Any] = {}
+    for i, each in enumerate(y.flat if y.dtype == object else ()):
+        if not isinstance(each, (str, numbers.Real, np.bool_)) or each != each:
+            raise ValueError(
+                f"y must hold strings or numbers, and -1 for a sample without a label, got {said(each)} at place {i}"
+            )
+        if each not in (_NONE, str(_NONE)):
+            kinds.setdefault(isinstance(each, str), each)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"y must hold labels of one kind, strings or numbers, got {said(kinds[True])} and {said(kinds[False])}"
+        )
 
 
 def _plain(y: np.ndarray) -> np.ndarray:

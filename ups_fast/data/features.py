@@ -101,7 +101,7 @@ def drawn_views(keys: Tensor, views: int) -> Tensor:  # int32 [B] -> int64 [B]
 
 @torch.no_grad()
 def column_moments(rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, d]
-    """Mean and std of each column, in float64. A constant column gets std 1."""
+    """Mean and std of each column, in float64. A constant column gets std 1, and so does one that is 0 in float32."""
     n, d = rows.shape
     total, squares = (torch.zeros(d, dtype=torch.float64) for _ in range(2))
     chunk = max(1, (1 << 22) // d)
@@ -112,7 +112,7 @@ def column_moments(rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         squares += (part.double() - mean).square().sum(0)
     std = (squares / n).sqrt()
     # What rounding leaves of a constant column is not its spread.
-    constant = std <= 1e-7 * mean.abs()
+    constant = std <= (1e-7 * mean.abs()).clamp(min=torch.finfo(torch.float32).tiny)
     return tuple(mean.tolist()), tuple(torch.where(constant, 1.0, std).tolist())
 
 

@@ -89,12 +89,21 @@ def advice(rows: Rows, cfg: Config) -> str:
         "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
         "a higher train.labeled_repeats": train.labeled_repeats == 1,
         f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,
-        "augmentation (data.ops)": not cfg.data.ops,
+        **_augmentation(cfg),
     }
     help_ = [words for words, open_ in settings.items() if open_]
     if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0) or one_training(cfg):
         return ""
     return f"The last round is worse than round 0 on the test images. What may help: {', '.join(help_)}."
+
+
+def _augmentation(cfg: Config) -> dict[str, bool]:
+    """What augmentation this run could have, and whether it lacks it."""
+    if cfg.model.freeze:
+        return {"data.views=4 with data.flip, data.crop or data.ops": cfg.data.views == 1}
+    if cfg.data.name == "features":
+        return {"data.noise or data.drop_columns": not (cfg.data.noise or cfg.data.drop_columns)}
+    return {"augmentation (data.ops)": not cfg.data.ops}
 
 
 def test_guess(row: Row) -> str:

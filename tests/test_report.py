@@ -328,7 +328,10 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg, blank):
         cfg, train=replace(cfg.train, warm_start=True, labeled_repeats=4), data=replace(cfg.data, ops="ups")
     )
     said.select = replace(cfg.select, balance_rounds=100)
-    assert report.advice(rows, said).endswith("What may help: more train.epochs, a higher select.tau_p.")
+    assert report.advice(rows, said).endswith(
+        "What may help: more train.epochs, a higher select.tau_p, select.balance_rounds=0 where classes are of "
+        "unequal size."
+    )
     rowwise = replace(cfg, data=replace(cfg.data, name="features"))
     frozen = replace(cfg, model=replace(cfg.model, freeze=True))
     assert "data.ops" not in report.advice(rows, rowwise) and "data.noise" in report.advice(rows, rowwise)

@@ -227,7 +227,8 @@ def source(found: Comparison, cfg: Config) -> str:
         f"neighbors and alpha = 0.2. Self-training trusts what logistic regression gives at least {found.tau_p:g}."
     )
     if found.given:
-        return f"The baselines learn from the given features. {settings} Seconds of a round include those before it."
+        which = "features of the pretrained network" if cfg.model.freeze else "given features"
+        return f"The baselines learn from the {which}. {settings} Seconds of a round include those before it."
     return (
         "The baselines learn from features of the trained network on clean images, in the state of the last round. "
         f"That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look better "

@@ -89,6 +89,7 @@ def advice(rows: Rows, cfg: Config) -> str:
         "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
         "a higher train.labeled_repeats": train.labeled_repeats == 1,
         f"select.balance_rounds={train.rounds}": select.balance_rounds < train.rounds,
+        "select.balance_rounds=0 where classes are of unequal size": select.balance_rounds > 0,
         **_augmentation(cfg),
     }
     help_ = [words for words, open_ in settings.items() if open_]

@@ -55,7 +55,7 @@ def test_a_pass_is_by_one_of_them(name: str, mc_layers: int) -> None:
     """Pass p is what network p mod H says with the keys of pass p."""
     model, passes = network(name), 2 * H
     skip, first = skipped(model, mc_layers), model.networks[0]
-    assert skip == (first.dropouts - 1 if mc_layers else 0) and first.dropouts > 1
+    assert skip == (first.n_dropouts - 1 if mc_layers else 0) and first.n_dropouts > 1
     with mc_dropout(model, active=False), torch.no_grad():
         found = passes_over(model, X, torch.arange(B), passes, 7, skip)
         assert found.shape == (passes, B, C)

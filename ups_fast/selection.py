@@ -169,7 +169,7 @@ def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
 
 def skipped(model: nn.Module, mc_layers: int) -> int:
     """How many of the network's first Dropouts are off where its last `mc_layers` act; 0 means that all do."""
-    count = model.dropouts if isinstance(model, Network) else 0
+    count = model.n_dropouts if isinstance(model, Network) else 0
     if not 0 <= mc_layers <= count:
         raise ValueError(f"mc_layers must be in 0 .. {count}, as many as the network has, got {mc_layers}")
     return count - mc_layers if mc_layers else 0

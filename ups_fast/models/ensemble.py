@@ -22,8 +22,8 @@ class Ensemble(Network):
         self.heads, self.min_size = count, self.networks[0].min_size
 
     @property
-    def dropouts(self) -> int:
-        return self.networks[0].dropouts
+    def n_dropouts(self) -> int:
+        return self.networks[0].n_dropouts
 
     def check(self, images: Tensor) -> None:
         self.networks[0].check(images)

@@ -66,7 +66,7 @@ class Network(nn.Module, ABC):
             )
 
     @property
-    def dropouts(self) -> int:
+    def n_dropouts(self) -> int:
         """How many layers of dropout an image passes."""
         return sum(isinstance(module, Dropout) for module in self.modules())
 

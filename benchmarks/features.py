@@ -1,8 +1,9 @@
 """UPS on features against scikit-learn, on real data: `python -m benchmarks.features digits animals ...`.
 
 Each fit is a line of results/features.jsonl. A line that is there is not run again, so the command can be stopped.
-`--table` prints the tables of docs/results.md from that file. Images become features of EfficientNet-Lite0 with its
-ImageNet weights, which are computed once and kept in runs/.
+`--table` prints the tables of docs/results.md from that file, and `--figure` draws its picture. `doubt` asks of solar
+cells which labels are worth a second look. Images become features of EfficientNet-Lite0 with its ImageNet weights,
+which are computed once and kept in runs/.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
-from benchmarks import data, record
+from benchmarks import curves, data, doubt, record
 from ups_fast import config
 from ups_fast.build import prepare
 from ups_fast.calibration import ece, or_none, reliability
@@ -36,7 +39,6 @@ from ups_fast.selection import PseudoLabels
 
 RECORD = record.RESULTS / "features.jsonl"
 ROOT = Path(__file__).parents[1]
-KAPPAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, float("inf"))
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # features and labels to train, and to test
 
 
@@ -67,9 +69,9 @@ def fashion() -> Rows:
 
 
 def elpv() -> Rows:
-    """2,624 x 1,280: lite0 on photographs of solar cells at 160 pixels; defect or not, the experts' doubt rounded."""
-    images, p = data.elpv()
-    return _shared_out(_of_lite0("elpv", images, 160), (p > 0.5).astype(np.int64), test=524)
+    """2,624 x 1,280: lite0 on photographs of solar cells; defect or not, the experts' doubt rounded."""
+    x, p = _cells()
+    return _shared_out(x, (p > 0.5).astype(np.int64), test=524)
 
 
 SETS: dict[str, tuple[Callable[[], Rows], tuple[int, ...]]] = {
@@ -79,29 +81,45 @@ SETS: dict[str, tuple[Callable[[], Rows], tuple[int, ...]]] = {
     "fashion": (fashion, (4, 10, 40)),
     "elpv": (elpv, (10, 40, 160)),
 }
+FEWEST = {name: counts[0] for name, (_, counts) in SETS.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="which data")
+    parser.add_argument("sets", nargs="*", choices=[*SETS, "doubt", []], help="which data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the picture and run nothing")
     args = parser.parse_args()
     if args.table:
         print("\n\n".join(tables(read())))
+    if args.figure:
+        curves.draw(curves.means(read(), FEWEST), args.figure)
+    if args.table or args.figure:
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in args.sets:
-        rows = SETS[name][0]()
-        for seed in args.seeds:
-            for per_class in SETS[name][1]:
-                for method, fit in METHODS.items():
-                    key = {"set": name, "labels": per_class, "method": method, "seed": seed}
-                    if not any(key.items() <= line.items() for line in read()):
-                        start = time.monotonic()
-                        found = fit(Split(rows, per_class, seed))
-                        add({**key, **found, "seconds": round(time.monotonic() - start, 2)})
+        for key, fit in fits(name, args.seeds):
+            if not any(key.items() <= line.items() for line in read()):
+                start = time.monotonic()
+                found = fit()
+                add({**key, **found, "seconds": round(time.monotonic() - start, 2)})
+
+
+def fits(name: str, seeds: list[int]) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """What tells each fit from all others, and the fit."""
+    counts, methods = (doubt.COUNTS, doubt.SCORES) if name == "doubt" else (SETS[name][1], METHODS)
+    rows: Any = _cells() if name == "doubt" else SETS[name][0]()
+
+    def fit(count: int, method: str, seed: int) -> dict[str, Any]:
+        if name == "doubt":
+            return doubt.measure(*rows, count, method, seed)
+        return METHODS[method](Split(rows, count, seed))
+
+    for seed, count, method in product(seeds, counts, methods):
+        key = {"set": name, "labels": count, "method": method, "seed": seed}
+        yield key, partial(fit, count, method, seed)
 
 
 def read() -> list[dict[str, Any]]:
@@ -112,7 +130,7 @@ def add(line: dict[str, Any]) -> None:
     record.append(RECORD, line)
     print(
         *(line[key] for key in ("set", "labels", "method", "seed")),
-        f"{line['unlabeled_acc']:.4f}",
+        f"{line.get('unlabeled_acc', line.get('average_precision')):.4f}",
         flush=True,
     )
 
@@ -148,6 +166,12 @@ class Split:
 def _shared_out(x: np.ndarray, y: np.ndarray, test: int) -> Rows:
     order = np.random.default_rng(0).permutation(len(y))
     return x[order[test:]], y[order[test:]], x[order[:test]], y[order[:test]]
+
+
+def _cells() -> tuple[np.ndarray, np.ndarray]:  # -> float32 [2624, 1280], float64 [2624]
+    """Features of the photographs at 160 pixels, and the experts' probability of a defect."""
+    images, p = data.elpv()
+    return _of_lite0("elpv", images, 160), p
 
 
 def _of_lite0(name: str, images: np.ndarray, size: int) -> np.ndarray:  # uint8 [N, H, W] -> float32 [N, 1280]
@@ -217,7 +241,7 @@ def ups(split: Split, **keys: Any) -> dict[str, Any]:
         "positives": made[-1]["positives"],
         "positive_acc": made[-1]["positive_acc"],
         "unlabeled": len(right),
-        "by_kappa": [by_kappa(found, right, kappa, cfg.select.tau_p) for kappa in KAPPAS],
+        "by_kappa": [by_kappa(found, right, kappa, cfg.select.tau_p) for kappa in curves.KAPPAS],
     }
 
 
@@ -235,6 +259,7 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "UPS": ups,
     "UPS, confidence only": lambda split: ups(split, **{"select.kappa_p": 1.0, "select.kappa_n": 1.0}),
     "UPS, one head": lambda split: ups(split, **{"select.heads": 1}),
+    "UPS, not balanced": lambda split: ups(split, **{"select.balance_rounds": 0}),
 }
 
 
@@ -245,8 +270,10 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
     for name, (_, counts) in SETS.items():
         if mine := [line for line in lines if line["set"] == name]:
             yield f"### {name}\n\n{_table(mine, counts)}"
-    if kappas := [line for line in lines if line["method"] == "UPS"]:
-        yield f"### By kappa\n\n{_by_kappa(kappas)}"
+    if means := curves.means(lines, FEWEST):
+        yield f"### By kappa\n\n{curves.table(means)}"
+    if mine := [line for line in lines if line["set"] == "doubt"]:
+        yield f"### Doubt\n\n{doubt.table(mine)}"
 
 
 def _table(lines: list[dict[str, Any]], counts: tuple[int, ...]) -> str:
@@ -266,25 +293,6 @@ def _cell(runs: list[dict[str, Any]]) -> str:
         return ""
     acc = [100 * run["unlabeled_acc"] for run in runs]
     return f"{statistics.mean(acc):.1f}" + (f" ± {statistics.stdev(acc):.1f}" if len(acc) > 1 else "")
-
-
-def _by_kappa(lines: list[dict[str, Any]]) -> str:
-    """Of each set, with the fewest labels: share kept, share right and ECE of what is kept, in %."""
-    body = []
-    for name, (_, counts) in SETS.items():
-        runs = [line for line in lines if line["set"] == name and line["labels"] == counts[0]]
-        if runs:
-            cells = []
-            for at in range(len(KAPPAS)):
-                kept = statistics.mean(100 * run["by_kappa"][at][0] / run["unlabeled"] for run in runs)
-                known = [run["by_kappa"][at] for run in runs if run["by_kappa"][at][1] is not None]
-                right, error = (
-                    f"{100 * statistics.mean(each[i] for each in known):.1f}" if known else "-"
-                    for i in (1, 2)
-                )
-                cells.append(f"{kept:.0f} / {right} / {error}")
-            body.append([name, *cells])
-    return record.grid(["kappa", *(f"{kappa:g}" for kappa in KAPPAS)], body)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,20 @@ def test_features():
 
 
 @pytest.mark.slow
+def test_image_features():
+    alone, found, trusted = numbers(run("image_features.py"))
+    assert found > alone > 0.7 and trusted > 0.95
+
+
+@pytest.mark.slow
+def test_text():
+    """It says that UPS does not win. Where that changes, its words must."""
+    found, trusted, alone, surest = numbers(run("text.py"))
+    assert found > 0.75 and trusted > 0.9
+    assert alone > found - 0.03 and surest > trusted
+
+
+@pytest.mark.slow
 def test_dataset_workers():
     lines = run("dataset_workers.py").splitlines()
     assert [line.split(":")[0] for line in lines] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,10 @@ def home(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
 
 
-def test_the_tables_of_the_docs_are_those_of_the_record():
-    from benchmarks import features
-
-    text = (ROOT / "docs/results.md").read_text()
-    for part in features.tables(features.read()):
+@pytest.mark.parametrize("name", ["features", "methods"])
+def test_the_tables_of_the_docs_are_those_of_the_record(name):
+    made, text = import_module(f"benchmarks.{name}"), (ROOT / "docs/results.md").read_text()
+    for part in made.tables(made.read()):
         title, _, table = part.partition("\n\n")
         assert f"\n{table}\n" in text, title
 

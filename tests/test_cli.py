@@ -145,6 +145,12 @@ def test_ctrl_c_while_torch_is_imported():
     assert (process.returncode, out, err) == (130, "", "stopped\n")
 
 
+def test_every_command_can_be_stopped_while_torch_is_imported():
+    modules = Path(ups_fast.__file__).parent.glob("*.py")
+    commands = {f"ups_fast.{path.stem}" for path in modules if "sys.exit(ended(main()))" in path.read_text()}
+    assert commands == ups_fast._COMMANDS and len(commands) > 3
+
+
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

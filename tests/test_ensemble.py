@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def settings(run_dir: Path, **changes: object) -> config.Config:
 def test_a_run_of_two_networks(tmp_path: Path) -> None:
     """Without dropout the passes are the networks. The folder's network says what the run's said."""
     data = load_set("digits", "")
+    data = replace(
+        data,
+        train_images=data.train_images[:240],
+        train_labels=data.train_labels[:240],
+        test_images=data.test_images[:20],
+        test_labels=data.test_labels[:20],
+    )
     result = rounds.run(settings(tmp_path / "run"), data, console=Console(quiet=True))
     model = load_model(tmp_path / "run")
     assert isinstance(model, Ensemble) and model.heads == 2

@@ -190,7 +190,7 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """A row for each method, the best first: means over seeds, the standard deviation of the accuracy, median seconds."""
+    """A row for each method, the best first: means over seeds, spread of the accuracy, median seconds."""
     groups = {method: [line for line in lines if line["method"] == method] for method in NAMES}
     rows = []
     for method, runs in groups.items():

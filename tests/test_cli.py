@@ -20,6 +20,7 @@ from ups_fast import inputs, rounds, train
 from ups_fast.config import KEYS
 from ups_fast.files import RunFolderError
 from ups_fast.report import page
+from ups_fast.terminal import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -148,7 +149,7 @@ def test_ctrl_c_while_torch_is_imported():
 def test_every_command_can_be_stopped_while_torch_is_imported():
     modules = Path(ups_fast.__file__).parent.glob("*.py")
     commands = {f"ups_fast.{path.stem}" for path in modules if "sys.exit(ended(main()))" in path.read_text()}
-    assert commands == ups_fast._COMMANDS and len(commands) > 3
+    assert commands == COMMANDS and len(commands) > 3
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):

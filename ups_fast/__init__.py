@@ -12,10 +12,9 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .terminal import stop_at_ctrl_c
+from .terminal import COMMANDS, stop_at_ctrl_c
 
-_COMMANDS = {f"ups_fast.{name}" for name in ("train", "predict", "export", "label_studio")}
-if sys.argv[:1] == ["-m"] and _COMMANDS & set(sys.orig_argv):
+if sys.argv[:1] == ["-m"] and COMMANDS & set(sys.orig_argv):
     stop_at_ctrl_c()  # a command is on its way, and torch takes its time
 
 from . import reference

@@ -120,6 +120,9 @@ def hold_the_first_three() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
+COMMANDS = {f"ups_fast.{name}" for name in ("train", "predict", "export", "label_studio")}
+
+
 def stop_at_ctrl_c() -> None:
     """Until `ctrl_c_raises`, Ctrl-C ends the process by itself: amid imports a KeyboardInterrupt may be swallowed, and
     leave half a library behind. One that the parent has ignored, as nohup does, stays ignored."""

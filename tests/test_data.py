@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import struct
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -623,6 +625,20 @@ def test_npz_is_read_into_one_array(save, tmp_path, monkeypatch):
     monkeypatch.undo()
     save(tmp_path / "f.npz", **{**arrays, "x_unlabeled": np.asfortranarray(arrays["x_unlabeled"])})
     assert np.array_equal(load_set("npz", str(tmp_path / "f.npz")).train_images, want)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_npz_whose_directory_claims_more_than_there_is(kind, tmp_path):
+    """Its check sum is that of what is there. What memory held before must not become an image."""
+    path = tmp_path / "mine.npz"
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for key, array in npz_arrays().items():
+            file = io.BytesIO()
+            np.save(file, array)
+            archive.writestr(f"{key}.npy", file.getvalue()[: -300 if key == "x_unlabeled" else None])
+        archive.getinfo("x_unlabeled.npy").file_size += 300
+    with pytest.raises(ValueError, match=r"mine.npz' at x_unlabeled: it ends 300 bytes early"):
+        load_set("npz", str(path))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, ">i8", np.uint64])

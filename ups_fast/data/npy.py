@@ -79,11 +79,17 @@ def one_kind(headers: Sequence[Header]) -> bool:
 
 
 def read_into(archive: zipfile.ZipFile, member: zipfile.ZipInfo, array: np.ndarray) -> None:
-    """The numbers of a member, whose `member_header` is that of `array`, in C order."""
-    place = memoryview(array.reshape(-1).view(np.uint8))
+    """The numbers of a member, whose `member_header` is that of `array`, in C order.
+
+    Raises ValueError where some are missing.
+    """
+    place = array.reshape(-1).view(np.uint8).data
     with archive.open(member) as file:
         header_of(file, member.file_size)
         for at in range(0, len(place), _CHUNK):
-            part = file.read(min(_CHUNK, len(place) - at))
-            place[at : at + len(part)] = part
+            wanted = min(_CHUNK, len(place) - at)
+            part = file.read(wanted)
+            if len(part) != wanted:  # the archive's directory may claim more than there is
+                raise ValueError(f"it ends {len(place) - at - len(part):,} bytes early")
+            place[at : at + wanted] = part
         file.read(1)  # its checksum is compared at the end

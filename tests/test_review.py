@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from ups_fast import review
@@ -137,3 +138,14 @@ def test_where_nothing_is_known_nothing_is_unfamiliar(monkeypatch):
     monkeypatch.setattr(review, "PRODUCTS", 3 * 18)
     some = unfamiliar(x, x).nearest
     assert len(set(some)) == 3, "a part of the labeled"
+
+
+def test_many_labeled_samples_take_seconds_however_few_are_not(monkeypatch):
+    """All are compared with each other, too."""
+    monkeypatch.setattr(review, "PRODUCTS", 5 * 400)
+    seen, fit = [], NearestNeighbors.fit
+    monkeypatch.setattr(NearestNeighbors, "fit", lambda self, x: (seen.append(len(x)), fit(self, x))[1])
+    x = np.random.default_rng(0).normal(size=(50, 5))
+    for n in (1, 20, 40):
+        unfamiliar(x, x[:n])
+    assert seen == [20, 20, 10]

@@ -6,6 +6,7 @@ All work on features, with scikit-learn, in seconds.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ SHARE, LEAST, MOST = (
 )  # of the samples a quarter are candidates: the least certain, of such numbers
 FOLDS = 5
 FAMILIAR = 0.95  # of the labeled samples are familiar by definition
-PRODUCTS = 10**11  # of numbers in all distances: what still takes seconds
+PRODUCTS = 10**11  # of numbers in distances: what still takes seconds
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def unfamiliar(labeled: np.ndarray, features: np.ndarray, seed: int = 0) -> Unfa
 
     ratio, nearest = np.full(len(features), np.nan), np.full(len(features), -1)
     known, finite = (np.flatnonzero(np.isfinite(x).all(1)) for x in (labeled, features))
-    if len(known) > (most := max(2, PRODUCTS // max(1, features.size))):
+    columns = max(1, features.shape[1])
+    most = min(PRODUCTS // (columns * max(1, len(features))), math.isqrt(PRODUCTS // columns))
+    if len(known) > (most := max(2, most)):  # among each other, and with all others
         known = np.sort(np.random.default_rng(seed).permutation(known)[:most])
     if len(known) < 2 or not len(finite):
         return Unfamiliar(ratio, nearest)

@@ -27,6 +27,7 @@ from ups_fast.data.merging import image_url, merge, open_table
 from ups_fast.models import build
 from ups_fast.models.saved import save_model
 from ups_fast.report.table import write_pseudo_labels
+from ups_fast.report.tasks import write_tasks
 from ups_fast.selection import PseudoLabels
 
 CLASSES = ['"q" & <x>', "=1+1", "a, b", "gr\u00f6\u00dfe\nzwei"]
@@ -41,7 +42,7 @@ PATHS = [
 
 
 def write(path: Path, value: Any) -> Path:
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    path.write_text(value if isinstance(value, str) else json.dumps(value), errors="surrogateescape")
     return path
 
 
@@ -285,6 +286,21 @@ def test_conflicts_keep_the_label_of_the_table(tmp_path: Path) -> None:
         table, [task(a4.replace("\u00fc", "u\u0308"), ["cat"])], tmp_path
     )  # as a Mac writes it
     assert labels[a4] == "cat" and not found
+
+
+def test_choices_in_many_lists_are_choices(tmp_path: Path) -> None:
+    text = '[{"path": "a/3.png", "label": ' + "[" * 700 + '"cat"' + "]" * 700 + "}]"
+    (found,) = read_annotations(write(tmp_path / "export.json", text)).annotations
+    assert found.classes == ("cat",)
+
+
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path: Path) -> None:
+    odd = "a/\udcff.png"
+    table, url = make_table(tmp_path, [*ROWS, (odd, "")]), image_url(odd, "s3://bucket/")
+    written = json.loads(write_tasks([{"data": {"image": url, "text": "\udcff"}}]))
+    assert written[0]["data"] == {"image": "s3://bucket/a/%FF.png", "text": "?"}
+    labels, found = merged(table, [task({"image": url}, ["cat"])], tmp_path, "s3://bucket/")
+    assert labels[odd] == "cat" and not found
 
 
 def test_urls_lead_to_one_file_or_to_none(tmp_path: Path) -> None:

@@ -107,13 +107,18 @@ def _annotation(
 
 def _choices(value: Any, place: str) -> list[str]:
     """The classes of a choice, in any of the forms in which the two exports write it."""
-    if isinstance(value, dict):
-        value = value.get("choices")
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [name for each in value for name in _choices(each, place)]
-    raise ValueError(f"{place} must have a list of choices, got {_kind(value)}")
+    todo, found = [value], []
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            each = each.get("choices")
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, list):
+            todo += reversed(each)
+        else:
+            raise ValueError(f"{place} must have a list of choices, got {_kind(each)}")
+    return found
 
 
 def _text(value: Any, place: str, errors: str = "strict") -> str:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
@@ -122,7 +123,12 @@ def image_url(path: str, prefix: str) -> str:
     'https://host/cats/a%20b.jpg'
     """
     path = path.lstrip("/")
-    return prefix + (path if _AS_THEY_ARE.match(prefix) else quote(os.fsencode(path)))
+    return prefix + (path if _AS_THEY_ARE.match(prefix) and is_text(path) else quote(os.fsencode(path)))
+
+
+def is_text(path: str) -> bool:
+    """Whether a file's name can be written in UTF-8: it may be any bytes."""
+    return path.encode(errors="replace").decode() == path
 
 
 class Places:
@@ -181,6 +187,7 @@ def merge(table: Table, annotations: Sequence[Annotation], prefix: str) -> Merge
         else:
             what = AMBIGUOUS if found else UNKNOWN_PATH
             findings.append(Finding(each.task, "", " + ".join(each.classes), what))
+    meant = cache(lambda name: did_you_mean(name, spelling.values(), said))
     new: dict[str, str] = {}
     same = 0
     for path, some in by_path.items():
@@ -197,7 +204,7 @@ def merge(table: Table, annotations: Sequence[Annotation], prefix: str) -> Merge
             continue
         name = next(iter(votes))[0]
         if what := _objection(list(votes), had[path], spelling):
-            near = did_you_mean(name, spelling.values(), said) if what == UNKNOWN_CLASS else ""
+            near = meant(name) if what == UNKNOWN_CLASS else ""
             votes_said = " or ".join(" + ".join(vote) for vote in votes)
             findings.append(Finding(path, had[path], votes_said, what, near))
         elif had[path]:

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from ups_fast.checkpoint import CONFIG, NEXT, read_config
 from ups_fast.data.annotations import CONTROL
 from ups_fast.data.cells import read_cell
-from ups_fast.data.merging import default_prefix, image_url
+from ups_fast.data.merging import default_prefix, image_url, is_text
 from ups_fast.data.row_files import is_row_file
 from ups_fast.data.table import read_cells
 from ups_fast.files import RunFolderError, home, read_bytes
@@ -55,7 +55,7 @@ def tasks_of(run: Path, classes: Sequence[str], prefix: str | None, most: int = 
     version = f"{run.resolve().name}, round {max(0, rounds - 1)}"
     tasks = []
     for row in rows:
-        data = {"path": row["path"]} if _is_text(row["path"]) else {}
+        data = {"path": row["path"]} if is_text(row["path"]) else {}
         if what == "image":
             cell = row["path"] if shown is None else shown.get(row["path"], "")
             data["image"] = cell if _URL.match(cell) or not cell else image_url(cell, prefix)
@@ -157,7 +157,8 @@ def config(classes: Sequence[str], what: str) -> str:
 
 
 def write_tasks(tasks: Sequence[dict]) -> bytes:
-    return (json.dumps(tasks, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+    text = json.dumps(tasks, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return text.encode(errors="replace")  # a cell, or the name of the run's folder, may be no text
 
 
 def _number(text: str, otherwise: Any) -> Any:
@@ -166,7 +167,3 @@ def _number(text: str, otherwise: Any) -> Any:
     except ValueError:
         return otherwise
     return value if math.isfinite(value) else otherwise
-
-
-def _is_text(path: str) -> bool:
-    return path.encode(errors="replace").decode() == path

@@ -145,6 +145,13 @@ def test_ctrl_c_while_torch_is_imported():
     assert (process.returncode, out, err) == (130, "", "stopped\n")
 
 
+def test_every_command_can_be_stopped_while_torch_is_imported():
+    package = Path(ups_fast.__file__)
+    modules = [path for path in package.parent.glob("*.py") if "sys.exit(ended(main()))" in path.read_text()]
+    known = package.read_text().partition("stop_at_ctrl_c()")[0]
+    assert len(modules) > 3 and all(f'"{path.stem}"' in known for path in modules)
+
+
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

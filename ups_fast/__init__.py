@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from .terminal import stop_at_ctrl_c
 
-if sys.argv[:1] == ["-m"] and {"ups_fast.train", "ups_fast.predict", "ups_fast.export"} & set(sys.orig_argv):
+if sys.argv[:1] == ["-m"] and any(
+    f"ups_fast.{name}" in sys.orig_argv for name in ("train", "predict", "export", "label_studio")
+):
     stop_at_ctrl_c()  # a command is on its way, and torch takes its time
 
 from . import reference

@@ -82,6 +82,7 @@ class Forward:
 
     def __init__(self, network: Frozen, half: bool, console: Console) -> None:
         self.network, self.half, self.console = network, half, console
+        self.wanted = half  # whatever the first batch decides: a part of the cache's keys
         self.checked = not half
 
     def __call__(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> float32 [B, D], not standardized
@@ -244,7 +245,7 @@ def _content(cfg: Config, data: ImageSet, forward: Forward, loader: str, *, test
     found = hashlib.blake2b(digest_size=16)
     scale = network.pixel_mean.flatten().tolist(), network.pixel_std.flatten().tolist()
     found.update(repr((1, str(network.body), network.input_size, scale)).encode())
-    if forward.half:
+    if forward.wanted:
         found.update(b"bfloat16")
     if data.in_files:
         found.update(loader.encode())  # DALI and Pillow differ in the last bits

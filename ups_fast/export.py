@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import sys
 import warnings
 from argparse import Namespace
@@ -34,7 +33,7 @@ try:
     from ups_fast.data.manifest import Manifest
     from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
     from ups_fast.display import open_console
-    from ups_fast.files import home, read_bytes, write_atomic
+    from ups_fast.files import check_new, home, read_bytes, write_atomic
     from ups_fast.inputs import FILES
     from ups_fast.models import Network
     from ups_fast.models.pretrained import imported
@@ -141,7 +140,7 @@ def export(
             f"--out {out} is not written, as its answers differ from the network's: on {_said(check)}, and "
             f"{TOLERANCE:g} is allowed"
         )
-    _check_new(path)  # it may have come meanwhile
+    check_new(path)  # it may have come meanwhile
     write_atomic(path, content)
     return check
 
@@ -163,18 +162,13 @@ def _writer(path: Path) -> Writer:
     """What makes a file of this kind: its content, and what that answers when it is read again."""
     if path.suffix not in KINDS:
         raise ValueError(f"--out must end in {' or '.join(KINDS)}, got {path.name!r}")
-    _check_new(path)
+    check_new(path)
     if not path.parent.is_dir():
         raise ValueError(f"--out {path} cannot be written: there is no folder {path.parent}")
     if path.suffix == ".onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             imported(module, "export")
     return {".onnx": _onnx, ".pt2": _pt2}[path.suffix]
-
-
-def _check_new(path: Path) -> None:
-    if os.path.lexists(path):
-        raise ValueError(f"--out {path} is there already: choose another name, or delete it")
 
 
 def _onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> tuple[bytes, Function]:

@@ -221,7 +221,12 @@ def _unfamiliar(labels: _Labels, most: Most) -> Iterator[Section]:
     trusted = int(labels.found.positive[torch.tensor([place for _, place in far], dtype=torch.int64)].sum())
     about = (
         f"{len(far):,} of {many(len(ratio), noun)} are farther from the nearest labeled one than 95 % of the labeled "
-        f"are from each other, and {trusted:,} of these have a positive label. They may be of no class at all. "
-        "The farthest are shown, with the factor; pseudo_labels.csv has it as unfamiliar."
+        "are from each other"
     )
+    if far:
+        about += (
+            f", and {trusted:,} of these have a positive label. They may be of no class at all. "
+            "The farthest are shown, with the factor; pseudo_labels.csv has it as unfamiliar"
+        )
+    about += "."
     yield Section(f"Unlike all labeled {noun}s", about, [Group("", "", some)], note="unfamiliar")

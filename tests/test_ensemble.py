@@ -103,7 +103,7 @@ def test_a_run_of_two_networks(tmp_path: Path) -> None:
     of_label = p.gather(-1, found.label.expand(2, -1)[..., None])[..., 0]
     assert_close(found.confidence, of_label.mean(0), rtol=1e-4, atol=1e-5)
     assert found.std.max() > 0.01
-    with pytest.raises(ValueError, match="select.heads=2 is for method.name="):
+    with pytest.raises(ValueError, match=r"select\.heads=2 is for method.name="):
         rounds.run(
             settings(tmp_path / "other", **{"method.name": "fixmatch"}), data, console=Console(quiet=True)
         )

@@ -102,6 +102,7 @@ def snippet() -> str:
     return re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0]
 
 
+@pytest.mark.slow
 def test_rows_become_probabilities(tmp_path: Path, capsys) -> None:
     pytest.importorskip("onnxscript")
     run = made(

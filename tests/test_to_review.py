@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     arrays = {"x_labeled": x[given], "y_labeled": y, "x_unlabeled": x[rest]}
     np.savez(folder / "rows.npz", **arrays, x_test=x[600:700], y_test=truth[600:700])
     values = {"recipe": "features", "data.name": "features", "data.root": str(folder / "rows.npz")}
-    short = {"train.rounds": 2, "train.min_steps": 60, "threads": 1, "run_dir": str(folder / "run")}
+    short = {"train.rounds": 1, "train.min_steps": 60, "threads": 1, "run_dir": str(folder / "run")}
     cfg = config.make({**values, **short})
     data = load_set("features", cfg.data.root)
     result = rounds.run(cfg, data, console=Console(file=io.StringIO()))

@@ -82,9 +82,7 @@ class Forward:
 
     def __init__(self, network: Frozen, half: bool, console: Console) -> None:
         self.network, self.half, self.console = network, half, console
-        self.wanted = (
-            half  # what the first batch decides is no part of it: all caches of a run have one kind of key
-        )
+        self.wanted = half  # whatever the first batch decides: a part of the cache's keys
         self.checked = not half
 
     def __call__(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> float32 [B, D], not standardized

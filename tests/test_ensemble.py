@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ def test_the_answer_is_the_mean_probability(name: str) -> None:
         assert_close(model.classify(model.embed(model.prefix(X), keys)), model(X, keys))
 
 
-@pytest.mark.parametrize("name, mc_layers", [*product(NAMES, (0, 1))])
+@pytest.mark.parametrize("name, mc_layers", [("wrn-10-1", 0), ("wrn-10-1", 1), ("cnn13", 1)])
 def test_a_pass_is_by_one_of_them(name: str, mc_layers: int) -> None:
     """Pass p is what network p mod H says with the keys of pass p."""
     model, passes = network(name), 2 * H

@@ -79,7 +79,9 @@ def test_what_fails_costs_no_run(run, monkeypatch):
 
 def test_features_of_images_are_computed_once_for_baselines_and_tables(tmp_path, monkeypatch):
     path = Path(__file__).parents[1] / "configs/digits.yaml"
-    cfg = config.load(path, [f"run_dir={tmp_path / 'run'}", "train.rounds=1", "train.round0_epochs=2"])
+    cfg = config.load(
+        path, [f"run_dir={tmp_path / 'run'}", "train.rounds=1", "train.round0_epochs=2", "select.passes=2"]
+    )
     data = load_set("digits", "")
     result = rounds.run(cfg, data, console=Console(file=io.StringIO()))
     samples, sizes, real = train._samples(data, result), [], comparison.features_of

@@ -238,6 +238,7 @@ LITE |= {"model__name": "lite0", "recipe": "features", "select__heads": 3, "sele
     [
         ((1, 8, 8), {}),
         ((3, 13, 17), {"model__name": "cnn13"}),
+        ((1, 8, 8), {"select__heads": 2}),
         ((1, 20, 14), LITE),
         ((3, 32, 32), {"model__name": "torchvision:resnet18"}),
         ((1, 32, 32), {"model__name": "timm:vit_tiny_patch16_224"}),

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ import torch
 
 import ups_fast
 from ups_fast.ops import has_kernels
-from ups_fast.terminal import Stream, complain, printable
+from ups_fast.terminal import Stream, complain, ctrl_c_raises, hold_the_first_three, printable
 
 # Packages of the extra `train`, as they are imported: what every run needs, and what only some data sets do.
 ALWAYS = ("yaml", "rich", "tensorboard", "matplotlib", "PIL", "safetensors")
@@ -48,6 +49,31 @@ def interrupted_early(error: BaseException) -> int:
         complain(f"error: {sentence}")
         return 2
     raise error
+
+
+def status_of(
+    work: Callable[[], object],
+    remedy: str,
+    stopped: Callable[[KeyboardInterrupt], object] = lambda _: complain("stopped"),
+) -> int:
+    """Does a command's work, and returns its exit status: 0; 2 after one sentence on a mistake; 130 after Ctrl-C.
+
+    remedy  as of `mistake_of`. An error that is no mistake is raised
+    """
+    hold_the_first_three()
+    try:
+        ctrl_c_raises()
+        work()
+    except KeyboardInterrupt as error:
+        stopped(error)
+        return 130
+    except Exception as error:
+        sentence = mistake_of(error, remedy)
+        if sentence is None:
+            raise
+        complain(f"error: {sentence}")
+        return 2
+    return 0
 
 
 def mistake_of(error: BaseException, remedy: str) -> str | None:

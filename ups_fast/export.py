@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 
 import ups_fast
 from ups_fast import command
-from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
+from ups_fast.terminal import ended
 
 try:
     from ups_fast.checkpoint import CONFIG, read_config
@@ -324,25 +324,16 @@ def _words(argv: Sequence[str] | None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
-    hold_the_first_three()
-    try:
-        ctrl_c_raises()
+
+    def work() -> None:
         args = _words(argv)
         command.check_kernels(torch.device("cpu"))
         console = open_console()
         check = export(args.run, args.out, args.files, best=args.best, tell=console.print)
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-    except Exception as error:
-        sentence = command.mistake_of(error, REMEDY)
-        if sentence is None:
-            raise
-        complain(f"error: {sentence}")
-        return 2
-    console.print(f"checked: on {_said(check)}")
-    console.print(f"the network is in {args.out}")
-    return 0
+        console.print(f"checked: on {_said(check)}")
+        console.print(f"the network is in {args.out}")
+
+    return command.status_of(work, REMEDY)
 
 
 if __name__ == "__main__":

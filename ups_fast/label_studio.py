@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ups_fast import command
-from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
+from ups_fast.terminal import complain, ended
 
 try:
     from ups_fast.data.annotations import CONTROL, read_annotations
@@ -140,21 +140,12 @@ def _words(argv: Sequence[str] | None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
-    hold_the_first_three()
-    try:
-        ctrl_c_raises()
+
+    def work() -> None:
         args = _words(argv)
         complain(args.act(args))
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-    except Exception as error:
-        sentence = command.mistake_of(error, "end other programs")
-        if sentence is None:
-            raise
-        complain(f"error: {sentence}")
-        return 2
-    return 0
+
+    return command.status_of(work, "end other programs")
 
 
 if __name__ == "__main__":

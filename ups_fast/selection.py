@@ -113,8 +113,8 @@ def pseudo_label(
             part = mc_select(logits, **thresholds, packed=True)
             # Made once: results kept between the batches would break the freed memory up, and it would grow.
             found = found or Selection(*(each.new_empty((len(index), *each.shape[1:])) for each in part))
-            for whole_of, each in zip(found, part, strict=True):
-                whole_of[done : done + len(chunk)] = each
+            for every, each in zip(found, part, strict=True):
+                every[done : done + len(chunk)] = each
             done += len(chunk)
             progress(len(chunk))
     assert found is not None

@@ -17,7 +17,7 @@ import torch
 
 import ups_fast
 from ups_fast import command, machine
-from ups_fast.terminal import complain, ctrl_c_raises, ended, hold_the_first_three
+from ups_fast.terminal import complain, ended
 from ups_fast.words import line_of
 
 if TYPE_CHECKING:
@@ -48,24 +48,15 @@ REMEDY = "lower train.batch_size or select.batch_size, or choose a smaller model
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    hold_the_first_three()
-    try:
-        ctrl_c_raises()
-        _train(_config(words))
-    except KeyboardInterrupt as stopped:
+
+    def stopped(error: KeyboardInterrupt) -> None:
         python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
         again = shlex.join([python, "-m", "ups_fast.train", *words])
         complain("")
-        complain(str(stopped) or "stopped")
+        complain(str(error) or "stopped")
         complain(f"to go on: {again}")
-        return 130
-    except Exception as error:
-        sentence = command.mistake_of(error, REMEDY)
-        if sentence is None:
-            raise
-        complain(f"error: {sentence}")
-        return 2
-    return 0
+
+    return command.status_of(lambda: _train(_config(words)), REMEDY, stopped)
 
 
 def _config(words: Sequence[str]) -> config.Config:

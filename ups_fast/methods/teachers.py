@@ -74,7 +74,8 @@ class MeanTeacher(Method):
     def train(self, mode: bool = True) -> MeanTeacher:
         """The teacher normalizes by its batch, as published, and has statistics of its own: of the weak view.
 
-        By the student's, which are of the strong view, it is so wrong that the student ends below labels alone.
+        By the student's, which are of the strong view, it is so wrong that on digits the student ended below labels
+        alone.
         """
         super().train(mode)
         assert self.ema is not None

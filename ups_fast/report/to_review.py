@@ -69,7 +69,10 @@ def write_review(
     if isinstance(network, Frozen) and len(samples.images.shape) == 1:
         network = network.head  # the run has seen features only
     ids, features, p = _seen(network, samples, "unlabeled")
+    labeled, known, _ = _seen(network, samples, "labeled")
+    # All that can fail comes before the first file.
     found = next_to_label(features, p, COUNT)
+    wrong, far = _suspects(labeled, known, samples), unfamiliar(known, features)
     place = ids[torch.from_numpy(found.place)].tolist()
     rows = []
     for rank, i in enumerate(place):
@@ -80,10 +83,7 @@ def write_review(
         rows.append({"rank": str(rank + 1), "index": str(i - first), "reason": reason, **path})
     columns = ["rank", "index", "reason", *(["path"] if names else [])]
     _write(folder / NEXT, columns, rows)
-    labeled, known, _ = _seen(network, samples, "labeled")
-    wrong = _suspects(labeled, known, samples)
     _write_suspects(folder / SUSPECTS, wrong, classes, names)
-    far = unfamiliar(known, features)
     there = np.flatnonzero(far.nearest >= 0)
     at = ids[torch.from_numpy(there)].tolist()
     ratio = dict(zip(at, far.ratio[there].tolist(), strict=True))

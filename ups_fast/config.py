@@ -530,7 +530,11 @@ def _key_lines(found: Iterable[Key], width: int) -> Iterator[str]:
         legal = " | ".join(each.choices) or f"{NOUN[each.type]} {interval(each.within)}".strip()
         yield f"  {each.name}={default}"
         yield from textwrap.wrap(
-            f"{each.help} [{legal}]", width, initial_indent=indent, subsequent_indent=indent
+            f"{each.help} [{legal}]",
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,  # many names have them
         )
 
 

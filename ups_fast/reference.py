@@ -346,12 +346,16 @@ def counter_dropout(x: Tensor, keys: Tensor, *, p: float, layer: int = 0) -> Ten
     return torch.where(dropped, 0.0, x * (1 / (1 - p))).to(x.dtype)
 
 
-def counter_normal(n: int, keys: Tensor, *, layer: int = 0) -> Tensor:  # int32 [B] -> float32 [B, n]
-    """Standard normal numbers that are a function of keys, layer and place: Box and Muller (1958) on hashed words."""
+def counter_uniform(n: int, keys: Tensor, *, layer: int = 0) -> Tensor:  # int32 [B] -> float32 [B, n]
+    """Numbers of (0, 1] that are a function of keys, layer and place: the hashed words of `counter_dropout`."""
     layer_keys = _mix(keys + _signed(plain(layer) * 0x9E3779B9))[:, None]
-    place = torch.arange(n, dtype=torch.int32, device=keys.device)
-    words = (_mix(layer_keys ^ (2 * place + i)) for i in range(2))
-    u, v = (((word >> 8 & 0xFFFFFF) + 0.5) * 2.0**-24 for word in words)
+    word = _mix(layer_keys ^ torch.arange(n, dtype=torch.int32, device=keys.device))
+    return ((word >> 8 & 0xFFFFFF) + 0.5) * 2.0**-24
+
+
+def counter_normal(n: int, keys: Tensor, *, layer: int = 0) -> Tensor:  # int32 [B] -> float32 [B, n]
+    """Standard normal numbers that are a function of keys, layer and place: Box and Muller (1958)."""
+    u, v = counter_uniform(2 * n, keys, layer=layer).view(len(keys), n, 2).unbind(-1)
     return (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
 
 

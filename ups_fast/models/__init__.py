@@ -16,9 +16,25 @@ from ups_fast.models.frozen import LARGEST_INPUT, Frozen
 from ups_fast.models.mlp import MLP, widths_of
 from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
+from ups_fast.models.resnext import ResNeXt
+from ups_fast.models.shake import ShakeShake
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
+__all__ = [
+    "CNN13",
+    "MLP",
+    "Backbone",
+    "Dropout",
+    "Ensemble",
+    "Frozen",
+    "Network",
+    "ResNeXt",
+    "ShakeShake",
+    "WideResNet",
+    "build",
+]
+
+_NUMBER = "([0-9]{1,9})"
 
 
 def build(
@@ -40,21 +56,23 @@ def build(
 ) -> Network:
     """A freshly initialized network, float32 [B, channels, H, W] -> logits float32 [B, n_classes].
 
-    name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
-                 images "torchvision:NAME" or "timm:NAME", an image classifier of that library, or "lite0", "lite1" or
-                 "lite2", see `Backbone`; for features "linear" or "mlp-w[-w...]" with hidden layers of these widths
-                 (such as "mlp-256")
+    name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; "shake-d-2xwd"
+                 with d = 6n + 2 (such as "shake-26-2x96d") or "resnext-d-cxwd" with d = 9n + 2 (such as
+                 "resnext-29-8x64d"), see `ShakeShake` and `ResNeXt`; for real images "torchvision:NAME" or
+                 "timm:NAME", an image classifier of that library, or "lite0", "lite1" or "lite2", see `Backbone`; for
+                 features "linear" or "mlp-w[-w...]" with hidden layers of these widths (such as "mlp-256")
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
     heads        that many networks side by side, each with weights of its own: see `MLP`, and on images `Ensemble`
     channels     1 or 3
-    size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
+    size         side of the images, or (height, width); at least 12 for CNN-13, and 8 for the others.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
     dropout      in [0, 1)
     preact       WRN only. "fixed": every conv1 is fed the activated input. "published": the first block of
                  stages 2 and 3 feeds conv1 the raw input, as the published UPS code does; its bn1 is dead.
-    activation   WRN only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1.
+    activation   WRN and ResNeXt only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1, and
+                 Shake-Shake ReLU.
     bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
-                 eval mode means anything, so short runs want the default. WRN and CNN-13 only.
+                 eval mode means anything, so short runs want the default. Not for a `Backbone`.
     weights      networks of torchvision and timm only: file of pretrained weights, "" for none
     freeze       these only, too: the network is never trained, but `head`, a network on its features, see `Frozen`
     input_size   with freeze: the length to which the shorter side of the images is scaled. 0: as they are
@@ -125,7 +143,19 @@ def build(
         model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
     elif name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
-    elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):
+    elif match := re.fullmatch(f"shake-{_NUMBER}-2x{_NUMBER}d", name):
+        depth, width = map(int, match.groups())
+        model = ShakeShake(depth, width, n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
+    elif match := re.fullmatch(f"resnext-{_NUMBER}-{_NUMBER}x{_NUMBER}d", name):
+        model = ResNeXt(
+            *map(int, match.groups()),
+            n_classes,
+            channels,
+            dropout=dropout,
+            activation=activation,
+            bn_momentum=bn_momentum,
+        )
+    elif match := re.fullmatch(f"wrn-{_NUMBER}-{_NUMBER}", name):
         model = WideResNet(
             int(match[1]),
             int(match[2]),
@@ -138,8 +168,9 @@ def build(
         )
     else:
         raise ValueError(
-            "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), or 'torchvision:NAME' or 'timm:NAME', "
-            f"or 'lite0', or for features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
+            "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), 'shake-d-2xwd' or 'resnext-d-cxwd' (such as "
+            "'shake-26-2x96d' or 'resnext-29-8x64d'), or 'torchvision:NAME' or 'timm:NAME', or 'lite0', or for "
+            f"features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
         )
 
     if min(height, width) < model.min_size:

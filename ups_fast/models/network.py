@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ups_fast.modules import CounterDropout as Dropout
+from ups_fast.modules import Mish
 from ups_fast.reference import dropout_keys
 
 
@@ -103,6 +104,31 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
         """The last linear layer."""
+
+
+def blocks_per_stage(kind: str, depth: int, convolutions: int, others: int) -> int:
+    """n of depth = convolutions * n + others. ValueError names the nearest depths."""
+    blocks, rest = divmod(depth - others, convolutions)
+    if rest or blocks < 1:
+        below, least = depth - rest, convolutions + others
+        near = f"{below} or {below + convolutions}" if below >= least else f"{least}"
+        raise ValueError(
+            f"depth of a {kind} must be {convolutions}n + {others} with n >= 1, got {depth}; nearest: {near}"
+        )
+    return blocks
+
+
+def activation_of(name: str) -> nn.Module:
+    return Mish() if name == "mish" else nn.LeakyReLU(0.1, inplace=True)
+
+
+def initialize(network: nn.Module, linear: nn.Linear) -> None:
+    """Convolutions by their fan out (He et al. 2015), the last layer by Glorot and Bengio (2010)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.xavier_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
 
 
 def keys_by_head(keys: Tensor, heads: int) -> Tensor:  # int32 [B] -> [H * B]

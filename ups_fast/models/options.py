@@ -11,9 +11,10 @@ from ups_fast.schema import key
 class ModelConfig:
     name: str = key(
         "wrn-28-2",
-        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
-        "timm:NAME, such as torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their "
-        "weights. For features linear or mlp-WIDTH, such as mlp-256.",
+        "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...), cnn13, shake-26-2x96d or resnext-29-8x64d with any "
+        "numbers that docs/data.md allows. For photographs torchvision:NAME or timm:NAME, such as "
+        "torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their weights. For "
+        "features linear or mlp-WIDTH, such as mlp-256.",
     )
     weights: str = key(
         "",
@@ -41,7 +42,9 @@ class ModelConfig:
         "activated.",
         choices=("published", "fixed"),
     )
-    activation: str = key("mish", "Activation of a WRN. cnn13 has its own.", choices=("mish", "leaky_relu"))
+    activation: str = key(
+        "mish", "Activation of a WRN or ResNeXt. The others have their own.", choices=("mish", "leaky_relu")
+    )
     bn_momentum: float = key(
         0.1,
         "Momentum of batch-norm's statistics. The published WRN has 0.001, which is too slow for short runs.",

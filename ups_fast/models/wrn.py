@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network
-from ups_fast.modules import Mish
+from ups_fast.models.network import Dropout, Network, activation_of, blocks_per_stage, initialize
 
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
@@ -17,10 +16,6 @@ def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
     bn = nn.BatchNorm2d(channels, momentum=momentum)
     nn.init.constant_(bn.bias, 0.1)
     return bn
-
-
-def _activation(name: str) -> nn.Module:
-    return Mish() if name == "mish" else nn.LeakyReLU(0.1, inplace=True)
 
 
 class _Block(nn.Module):
@@ -50,7 +45,7 @@ class _Block(nn.Module):
         self.dropout = dropout
         self.bn2 = _batch_norm(outputs, bn_momentum)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.activation = _activation(activation)
+        self.activation = activation_of(activation)
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
@@ -93,18 +88,14 @@ class WideResNet(Network):
             raise ValueError(
                 f"a WRN must have depth at most 1000 and width in [1, 100], got {depth} and {width}"
             )
-        blocks_per_stage, rest = divmod(depth - 4, 6)
-        if rest or blocks_per_stage < 1:
-            below, above = depth - rest, depth - rest + 6
-            near = f"{below} or {above}" if below >= 10 else f"{max(above, 10)}"
-            raise ValueError(f"depth of a WRN must be 6n + 4 with n >= 1, got {depth}; nearest: {near}")
+        n = blocks_per_stage("WRN", depth, 6, 4)
         super().__init__()
 
         blocks: list[nn.Module] = []
         inputs = 16
         for stage in range(3):
             outputs = 16 * width * 2**stage
-            for first in [True] + [False] * (blocks_per_stage - 1):
+            for first in [True] + [False] * (n - 1):
                 blocks.append(
                     _Block(
                         inputs,
@@ -122,15 +113,10 @@ class WideResNet(Network):
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Sequential(
-            _batch_norm(inputs, bn_momentum), _activation(activation), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            _batch_norm(inputs, bn_momentum), activation_of(activation), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
         self.linear = nn.Linear(inputs, n_classes)
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.xavier_normal_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        initialize(self, self.linear)
 
     def prefix(
         self,

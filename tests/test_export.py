@@ -238,6 +238,8 @@ LITE |= {"model__name": "lite0", "recipe": "features", "select__heads": 3, "sele
     [
         ((1, 8, 8), {}),
         ((3, 13, 17), {"model__name": "cnn13"}),
+        ((1, 9, 12), {"model__name": "shake-8-2x4d"}),
+        ((3, 8, 8), {"model__name": "resnext-11-2x2d"}),
         ((1, 8, 8), {"select__heads": 2}),
         ((1, 20, 14), LITE),
         ((3, 32, 32), {"model__name": "torchvision:resnet18"}),

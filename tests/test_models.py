@@ -43,6 +43,29 @@ def cnn13_parameters(n_classes: int, channels: int) -> int:
     return sum(i * o * k + o + o + 2 * o for i, o, k in convs) + linear
 
 
+def shake_parameters(depth: int, width: int, n_classes: int, channels: int) -> int:
+    """Two branches a block; where the shape changes 1x1 kernels, in two halves or one, and a batch-norm."""
+    total, inputs = 9 * channels * 16 + 2 * 16, 16
+    for outputs in (width, 2 * width, 4 * width):
+        for _ in range((depth - 2) // 6):
+            total += 2 * (9 * inputs * outputs + 9 * outputs * outputs + 4 * outputs)
+            total += inputs * outputs + 2 * outputs if inputs != outputs else 0
+            inputs = outputs
+    return total + inputs * n_classes + n_classes
+
+
+def resnext_parameters(depth: int, groups: int, width: int, n_classes: int, channels: int) -> int:
+    total, inputs = 9 * channels * 64 + 2 * 64, 64
+    for stage, outputs in enumerate((256, 512, 1024)):
+        each = width * 2**stage  # channels of a group
+        inner = groups * each
+        for _ in range((depth - 2) // 9):
+            total += inputs * inner + 9 * groups * each * each + inner * outputs + 4 * inner + 2 * outputs
+            total += inputs * outputs + 2 * outputs if inputs != outputs else 0
+            inputs = outputs
+    return total + inputs * n_classes + n_classes
+
+
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -59,6 +82,24 @@ def test_parameter_counts(name, published):
     assert float(f"{expected:.3g}") == published  # as printed, three digits
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "published"),
+    [
+        ("shake-26-2x96d", (26, 96), 26.2e6),
+        ("resnext-29-8x64d", (29, 8, 64), 34.4e6),
+        ("resnext-29-16x64d", (29, 16, 64), 68.1e6),
+        ("shake-26-2x32d", (26, 32), 2.9e6),
+        ("resnext-28-4x4d", (29, 4, 4), None),
+    ],
+)
+def test_parameter_counts_of_the_branched(name, shape, published):
+    with torch.device("meta"):
+        model = build(name, **DEFAULTS)
+    expected = (shake_parameters if name.startswith("shake") else resnext_parameters)(*shape, 10, 3)
+    assert count(model) == expected
+    assert published is None or abs(expected - published) < 0.1e6
+
+
 @pytest.mark.parametrize(("name", "mmac"), [("wrn-28-2", 214), ("wrn-28-8", 3360), ("cnn13", 731)])
 def test_multiplications(name, mmac):
     """Every stride, padding and pooling is where it belongs: the work per image is the published one."""
@@ -67,7 +108,9 @@ def test_multiplications(name, mmac):
     assert float(f"{counter.get_total_flops() / 2 / 2 / 1e6:.3g}") == mmac
 
 
-@pytest.mark.parametrize(("name", "least"), [("wrn-10-1", 8), ("cnn13", 12)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("wrn-10-1", 8), ("cnn13", 12), ("shake-8-2x3d", 8), ("resnext-11-2x1d", 8)]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_smallest_images(name, least, channels):
     model = build(name, n_classes=5, channels=channels, size=least, dropout=0.0)
@@ -95,7 +138,29 @@ def test_depth_names_the_nearest(depth, near):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet", "wrn", "wrn-28", "wrn-28-2x", "wrn--28-2", "WRN-28-2", "cnn-13", ""]
+    ("name", "said"),
+    [
+        ("shake-27-2x96d", "depth of a Shake-Shake must be 6n + 2 with n >= 1, got 27; nearest: 26 or 32"),
+        ("shake-2-2x96d", "got 2; nearest: 8"),
+        ("resnext-30-8x64d", "depth of a ResNeXt must be 9n + 2 with n >= 1, got 30; nearest: 29 or 38"),
+        ("resnext-0-8x64d", "got 0; nearest: 11"),
+        ("shake-26-2x0d", r"width in \[1, 1000\], got 26 and 0"),
+        ("shake-1000002-2x4d", "depth at most 1000 and width .*, got 1000002 and 4"),
+        ("resnext-29-0x64d", r"cardinality in \[1, 128\] and width in \[1, 1000\], got 29, 0 and 64"),
+        ("resnext-29-8x1001d", "got 29, 8 and 1001"),
+    ],
+)
+def test_bad_numbers_of_a_name_are_named(name, said):
+    with pytest.raises(ValueError, match=said):
+        build(name, **DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet", "wrn", "wrn-28", "wrn-28-2x", "wrn--28-2", "WRN-28-2", "cnn-13", ""),
+        *("shake-26-3x32d", "shake-26-2x32", "shake-26", "resnext-29-8-64d", "resnext-29-8x64"),
+    ],
 )
 def test_unknown_name_lists_what_there_is(name):
     with pytest.raises(ValueError, match=rf"'cnn13' or 'wrn-d-k'.*got '{name}'"):
@@ -269,7 +334,7 @@ def test_wrn_drops_between_conv1_and_bn2():
     assert sum(isinstance(m, nn.Dropout) for m in model.modules()) == 12
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13", "shake-8-2x3d", "resnext-11-2x1d"])
 def test_batch_norm_settings(name):
     for momentum in (0.1, 0.001):
         model = build(name, **DEFAULTS, bn_momentum=momentum)
@@ -292,7 +357,7 @@ def test_wrn_initialization():
     assert (model.linear.bias == 0).all()
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13", "shake-8-2x3d", "resnext-11-2x1d"])
 def test_weights_survive_files(name, tmp_path):
     torch.manual_seed(0)
     arguments = {"n_classes": 3, "channels": 1, "size": 12, "dropout": 0.3}
@@ -313,31 +378,33 @@ def test_weights_survive_files(name, tmp_path):
         assert torch.equal(fresh(x), expected)
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13", "shake-8-2x3d", "resnext-11-2x1d"])
 def test_channels_last(name):
     torch.manual_seed(0)
     model = build(name, n_classes=3, channels=3, size=12, dropout=0.0).double()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    expected = model(x)
+    keys = torch.arange(2, dtype=torch.int32)
+    expected = model(x, keys)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), next(model.parameters()))
     model.to(memory_format=torch.channels_last)
-    got = model(x.to(memory_format=torch.channels_last))
+    got = model(x.to(memory_format=torch.channels_last), keys)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     (grad,) = torch.autograd.grad(got.square().sum(), next(model.parameters()))
     torch.testing.assert_close(grad, expected_grad, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "cnn13", "shake-8-2x3d", "resnext-11-2x1d"])
 def test_compiles_without_a_graph_break(name):
     torch.manual_seed(0)
     model = build(name, n_classes=3, channels=1, size=12, dropout=0.0).double()
     again = build(name, n_classes=3, channels=1, size=12, dropout=0.0).double()
     again.load_state_dict(model.state_dict())
     x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
+    keys = torch.arange(2, dtype=torch.int32)
     compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
     for _ in range(2):  # the second batch sees the running statistics that the first one left
-        expected, got = model(x), compiled(x)
+        expected, got = model(x, keys), compiled(x, keys)
         torch.testing.assert_close(got, expected)
         expected.square().sum().backward()
         got.square().sum().backward()
@@ -356,7 +423,9 @@ def test_same_seed_same_weights():
     assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", pytest.param("cnn13", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["wrn-10-1", "shake-8-2x8d", "resnext-11-2x2d", pytest.param("cnn13", marks=pytest.mark.slow)]
+)
 def test_learns(name):
     """A few steps take the loss of a fixed batch down: nothing is detached or wired wrong."""
     torch.manual_seed(0)

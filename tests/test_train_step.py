@@ -118,7 +118,9 @@ def losses(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("wrn-10-1", 50), ("cnn13", 8)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("wrn-10-1", 50), ("cnn13", 8), ("shake-8-2x4d", 8), ("resnext-11-2x2d", 8)]
+)
 def test_compiled_steps_are_the_eager_ones(name: str, steps: int) -> None:
     """With the same dropout, so they drift apart by rounding alone.
 

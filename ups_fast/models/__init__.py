@@ -144,11 +144,14 @@ def build(
     elif name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
     elif match := re.fullmatch(f"shake-{_NUMBER}-2x{_NUMBER}d", name):
-        depth, width = map(int, match.groups())
-        model = ShakeShake(depth, width, n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
+        model = ShakeShake(
+            int(match[1]), int(match[2]), n_classes, channels, dropout=dropout, bn_momentum=bn_momentum
+        )
     elif match := re.fullmatch(f"resnext-{_NUMBER}-{_NUMBER}x{_NUMBER}d", name):
         model = ResNeXt(
-            *map(int, match.groups()),
+            int(match[1]),
+            int(match[2]),
+            int(match[3]),
             n_classes,
             channels,
             dropout=dropout,

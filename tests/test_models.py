@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -109,7 +110,13 @@ def test_multiplications(name, mmac):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("wrn-10-1", 8), ("cnn13", 12), ("shake-8-2x3d", 8), ("resnext-11-2x1d", 8)]
+    ("name", "least"),
+    [
+        ("wrn-10-1", 8),
+        ("cnn13", 12),
+        ("shake-8-2x3d", 8),
+        pytest.param("resnext-11-2x1d", 8, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_smallest_images(name, least, channels):
@@ -144,14 +151,14 @@ def test_depth_names_the_nearest(depth, near):
         ("shake-2-2x96d", "got 2; nearest: 8"),
         ("resnext-30-8x64d", "depth of a ResNeXt must be 9n + 2 with n >= 1, got 30; nearest: 29 or 38"),
         ("resnext-0-8x64d", "got 0; nearest: 11"),
-        ("shake-26-2x0d", r"width in \[1, 1000\], got 26 and 0"),
-        ("shake-1000002-2x4d", "depth at most 1000 and width .*, got 1000002 and 4"),
-        ("resnext-29-0x64d", r"cardinality in \[1, 128\] and width in \[1, 1000\], got 29, 0 and 64"),
+        ("shake-26-2x0d", "width in [1, 1000], got 26 and 0"),
+        ("shake-1000002-2x4d", "got 1000002 and 4"),
+        ("resnext-29-0x64d", "cardinality in [1, 128] and width in [1, 1000], got 29, 0 and 64"),
         ("resnext-29-8x1001d", "got 29, 8 and 1001"),
     ],
 )
 def test_bad_numbers_of_a_name_are_named(name, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         build(name, **DEFAULTS)
 
 

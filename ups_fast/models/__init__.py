@@ -11,6 +11,7 @@ from functools import partial
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.dropouts import KINDS, DropBlock, SpatialDropout, has_maps
 from ups_fast.models.ensemble import Ensemble
 from ups_fast.models.frozen import LARGEST_INPUT, Frozen
 from ups_fast.models.mlp import MLP, widths_of
@@ -18,7 +19,20 @@ from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
+__all__ = [
+    "CNN13",
+    "KINDS",
+    "MLP",
+    "Backbone",
+    "DropBlock",
+    "Dropout",
+    "Ensemble",
+    "Frozen",
+    "Network",
+    "SpatialDropout",
+    "WideResNet",
+    "build",
+]
 
 
 def build(
@@ -30,6 +44,7 @@ def build(
     columns: int = 0,
     heads: int = 1,
     dropout: float,
+    dropout_kind: str = "dropout",
     preact: str = "fixed",
     activation: str = "mish",
     bn_momentum: float = 0.1,
@@ -50,6 +65,7 @@ def build(
     size         side of the images, or (height, width); at least 8 for a WRN and 12 for CNN-13.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
     dropout      in [0, 1)
+    dropout_kind what a WRN or CNN-13 drops: "dropout", elements; "spatial", channels; "dropblock", squares of them
     preact       WRN only. "fixed": every conv1 is fed the activated input. "published": the first block of
                  stages 2 and 3 feeds conv1 the raw input, as the published UPS code does; its bn1 is dead.
     activation   WRN only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1.
@@ -67,6 +83,12 @@ def build(
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout_kind not in KINDS:
+        raise ValueError(f"dropout_kind must be one of {', '.join(KINDS)}, got {dropout_kind!r}")
+    if dropout_kind != "dropout" and not has_maps(name):
+        raise ValueError(
+            f"dropout_kind={dropout_kind} drops parts of feature maps, as wrn-d-k and cnn13 have, got {name}"
+        )
     if not 0.0 < bn_momentum <= 1.0:
         raise ValueError(f"bn_momentum must be in (0, 1], got {bn_momentum}")
     if preact not in ("published", "fixed"):
@@ -102,6 +124,7 @@ def build(
             channels=channels,
             size=(height, width),
             dropout=dropout,
+            dropout_kind=dropout_kind,
             preact=preact,
             activation=activation,
             bn_momentum=bn_momentum,
@@ -124,7 +147,7 @@ def build(
     if pretrained:
         model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
     elif name == "cnn13":
-        model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
+        model = CNN13(n_classes, channels, dropout=dropout, kind=KINDS[dropout_kind], bn_momentum=bn_momentum)
     elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):
         model = WideResNet(
             int(match[1]),
@@ -132,6 +155,7 @@ def build(
             n_classes,
             channels,
             dropout=dropout,
+            kind=KINDS[dropout_kind],
             published_preact=preact == "published",
             activation=activation,
             bn_momentum=bn_momentum,

@@ -30,6 +30,7 @@ from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_fi
 
 try:
     from ups_fast.checkpoint import CONFIG, read_config
+    from ups_fast.config import SOURCES
     from ups_fast.data.classes import suffixes
     from ups_fast.data.features import Noise
     from ups_fast.data.folder import seen_by_people
@@ -109,7 +110,9 @@ class Predictor:
             )
             self.uncertainty = str(select.get("uncertainty", "dropout"))
             self.policy = self._policy(config["data"]) if self.uncertainty == "augment" else None
-            if self.uncertainty == "heads" and self.passes != model.heads:
+            if self.uncertainty not in SOURCES or (
+                self.uncertainty == "heads" and self.passes not in (1, model.heads)
+            ):
                 raise ValueError
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
@@ -125,7 +128,10 @@ class Predictor:
     def _policy(self, data: dict[str, Any]) -> Policy | Noise:
         """What the passes of select.uncertainty=augment do, as `policies_of` has it."""
         if self.columns or isinstance(self.model, Frozen):
-            return Noise(float(data["noise"]), float(data["drop_columns"]))
+            noise = Noise(float(data["noise"]), float(data["drop_columns"]))
+            if not (0 <= noise.std <= 100 and 0 <= noise.drop < 1):
+                raise ValueError
+            return noise
         return weak_policy(bool(data["flip"]), int(data["crop"]), self.model.size)
 
     def count(self, paths: Sequence[str]) -> int:

@@ -71,7 +71,7 @@ class DropBlock(_MapDropout):
         begins = (counter_dropout(ones, keys, p=rate, layer=self.layer) == 0).float()
         kept = 1 - max_pool2d(pad(begins, [side - 1] * 4), side, 1)
         total = kept.sum((1, 2, 3), keepdim=True).clamp(min=1)
-        return kept * (kept[0].numel() / total)
+        return kept * (x.shape[1] * height * width / total)
 
 
 # By the names of select.uncertainty that are kinds of dropout.

@@ -126,7 +126,7 @@ def _check_about(about: Any) -> None:
     for name, highest in (("columns", 10**7), ("heads", 1000)):
         if name in about and not (type(about[name]) is int and 1 <= about[name] <= highest):
             raise ValueError(f"{name} in its metadata is no possible number")
-    if about.get("dropout_kind", "dropout") not in KINDS:
+    if about.get("dropout_kind", "dropout") not in tuple(KINDS):  # it may be a list
         raise ValueError("dropout_kind in its metadata is unknown")
     for name in ("classes", "mean", "std", *([] if columns else ["size"])):
         if type(about[name]) is not list:

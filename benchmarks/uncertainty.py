@@ -133,6 +133,7 @@ def table(name: str, lines: list[dict[str, Any]]) -> str:
     """A row for each source: mean and spread over seeds, in %."""
     head = [
         "source",
+        "seeds",
         "unlabeled",
         "selected",
         "right",
@@ -149,7 +150,7 @@ def table(name: str, lines: list[dict[str, Any]]) -> str:
             rest = [_cell([100 * run[key] for run in runs if run[key] is not None]) for key in keys]
             first = _cell([100 * run["unlabeled_acc"] for run in runs])
             seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
-            body.append([source, first, _cell(share), *rest, seconds])
+            body.append([source, str(len(runs)), first, _cell(share), *rest, seconds])
     return record.grid([*head, "seconds"], body)
 
 

@@ -29,7 +29,7 @@ from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
 from benchmarks import curves, data, doubt, record
 from ups_fast import config
-from ups_fast.build import prepare
+from ups_fast.build import Run, prepare
 from ups_fast.calibration import ece, or_none, reliability
 from ups_fast.data import ImageSet
 from ups_fast.data.features import column_moments
@@ -221,7 +221,8 @@ def spreading(split: Split) -> dict[str, Any]:
     return split.scores(p, np.nan_to_num(model.predict_proba(scale.transform(split.x_test))))
 
 
-def ups(split: Split, **keys: Any) -> dict[str, Any]:
+def prepared(split: Split, **keys: Any) -> Run:
+    """A run of the recipe with these keys."""
     x, x_test = torch.from_numpy(split.x), torch.from_numpy(split.x_test)
     mean, std = column_moments(x)
     classes = [str(c) for c in range(int(split.truth.max()) + 1)]
@@ -229,7 +230,12 @@ def ups(split: Split, **keys: Any) -> dict[str, Any]:
     rows = ImageSet("features", classes, x, truth, x_test, test_truth, mean, std)
     rows = replace(rows, labeled=torch.from_numpy(split.labeled))
     cfg = config.make({"recipe": "features", "data.name": "features", "seed": split.seed, **keys})
-    run = prepare(cfg, rows)
+    return prepare(cfg, rows)
+
+
+def ups(split: Split, **keys: Any) -> dict[str, Any]:
+    run = prepared(split, **keys)
+    cfg = run.cfg
     made = list(rounds(run, Console(quiet=True)))
     found = PseudoLabels(**run.state.pseudo_labels)  # type: ignore[arg-type]
     right = found.label == run.truth

@@ -17,7 +17,7 @@ def home(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
 
 
-@pytest.mark.parametrize("name", ["features", "methods"])
+@pytest.mark.parametrize("name", ["features", "methods", "uncertainty"])
 def test_the_tables_of_the_docs_are_those_of_the_record(name):
     made, text = import_module(f"benchmarks.{name}"), (ROOT / "docs/results.md").read_text()
     for part in made.tables(made.read()):

@@ -440,7 +440,7 @@ def test_learns(name):
     x, target = torch.randn(16, 1, 12, 12), torch.arange(16) % 4
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, nesterov=True)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         loss = F.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()

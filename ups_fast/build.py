@@ -22,7 +22,7 @@ from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import naming_key, open_images, policies_of, split_of, val_of
 from ups_fast.machine import pick_device
 from ups_fast.methods import METHODS, Method, Setting
-from ups_fast.models import Frozen, Network
+from ups_fast.models import KINDS, Frozen, Network
 from ups_fast.models.backbone import pixel_scale
 from ups_fast.models.pretrained import LITE, weights_file
 from ups_fast.models.saved import rebuild
@@ -198,6 +198,8 @@ def _about(cfg: Config, data: ImageSet) -> dict[str, Any]:
     elif cfg.model.name in LITE:
         mean, std = (each[: len(data.mean)] for each in pixel_scale(cfg.model.name))
     model = {"model": asdict(cfg.model), "heads": cfg.select.heads, "classes": data.classes}
+    if cfg.select.uncertainty in KINDS and cfg.select.uncertainty != "dropout":
+        model["dropout_kind"] = cfg.select.uncertainty
     return {**model, **shape, "mean": mean, "std": std}
 
 
@@ -236,6 +238,11 @@ def _check_method(
     if getattr(method.options, "uncertainty", "off") == "passes" and not cfg.model.dropout:
         raise ValueError(
             "method.uncertainty=passes needs model.dropout above 0, got 0: without it all passes are equal"
+        )
+    if cfg.select.uncertainty == "augment" and policies["passes"] in (Policy(), Noise()):
+        raise ValueError(
+            "select.uncertainty=augment mirrors and shifts images, but data.flip is false and data.crop 0, which for "
+            "images of fewer than 8 pixels is no shift: set one of them"
         )
     own = train.round0_batch_size and not method.continues
     for key in ("batch_size", *(["round0_batch_size"] if own else [])):

@@ -20,6 +20,8 @@ import yaml  # type: ignore[import-untyped]
 from ups_fast import config_file
 from ups_fast.machine import device_parts
 from ups_fast.methods import METHODS, Options
+from ups_fast.models import KINDS
+from ups_fast.models.dropouts import has_maps
 from ups_fast.models.mlp import widths_of
 from ups_fast.models.options import ModelConfig
 from ups_fast.models.pretrained import LITE
@@ -27,6 +29,7 @@ from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, type
 from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
+SOURCES = (*KINDS, "augment", "heads")
 RECIPES = Path(__file__).parent / "recipes"
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
 
@@ -207,9 +210,16 @@ class SelectConfig:
         "Softmax temperature of the probabilities that decide on negative classes.",
         within="[0.001, 1000]",
     )
+    uncertainty: str = key(
+        "dropout",
+        "Why the passes over an image differ. dropout: of elements. spatial, dropblock: of channels, or of squares in "
+        "them, in training too. augment: no dropout, but mirrored and shifted images, or noise on features. heads: no "
+        "dropout, each pass is another head's.",
+        choices=SOURCES,
+    )
     passes: int = key(
         10,
-        "Passes with dropout over each image. 1 turns uncertainty off: confidence alone decides.",
+        "Passes over each image. 1 turns uncertainty off: confidence alone decides.",
         within="[1, 10000]",
     )
     mc_layers: int = key(
@@ -417,7 +427,9 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"select.passes must be a multiple of select.heads={select.heads}, got {select.passes}"
         )
-    if select.passes > 1 and select.heads == 1 and cfg.model.dropout == 0:
+    _validate_uncertainty(cfg)
+    drops = select.uncertainty in KINDS
+    if drops and select.passes > 1 and select.heads == 1 and cfg.model.dropout == 0:
         raise ValueError(
             f"select.passes={select.passes} needs model.dropout above 0, got 0: without it all passes are "
             "equal (to do without uncertainty set select.passes=1)"
@@ -470,6 +482,39 @@ def validate(cfg: Config) -> None:
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
     device_parts(cfg.device)
+
+
+def _validate_uncertainty(cfg: Config) -> None:
+    select, source = cfg.select, f"select.uncertainty={cfg.select.uncertainty}"
+    if select.uncertainty == "dropout":
+        return
+    if select.uncertainty in KINDS:
+        if cfg.data.name == "features" or not has_maps(cfg.model.name):
+            raise ValueError(
+                f"{source} drops parts of feature maps, which model.name=wrn-DEPTH-WIDTH, cnn13, shake-26-2x96d and "
+                "resnext-29-8x64d have, got "
+                f"{said(cfg.model.name)}: use dropout, heads or augment"
+            )
+        if not cfg.model.dropout:
+            raise ValueError(f"{source} needs model.dropout above 0, got 0")
+        return
+    if select.mc_layers:
+        raise ValueError(f"{source} labels without dropout: set select.mc_layers=0, got {select.mc_layers}")
+    if select.uncertainty == "heads":
+        if select.heads == 1:
+            raise ValueError(f"{source} needs select.heads above 1, got 1")
+        if select.passes != select.heads:
+            raise ValueError(
+                f"{source} has one pass for each head: set select.passes={select.heads}, got {select.passes}"
+            )
+        return
+    if select.passes == 1:
+        raise ValueError(f"{source} needs select.passes above 1, got 1")
+    rows = cfg.data.name == "features" or cfg.model.freeze
+    if rows and not cfg.data.noise and not cfg.data.drop_columns:
+        raise ValueError(
+            f"{source} changes features by data.noise and data.drop_columns, but both are 0: set one of them"
+        )
 
 
 def _validate_freeze(cfg: Config) -> None:

@@ -40,7 +40,7 @@ from ups_fast.data.manifest import Changed, Manifest, compare, take
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
-from ups_fast.policy import Policy, parse_ops
+from ups_fast.policy import Policy, parse_ops, weak_policy
 from ups_fast.seeds import derive
 
 FILES = "files.json"  # in a run's folder: which files it is about
@@ -235,13 +235,15 @@ def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     """What is done to training images: all that the config says, or in the weak view mirroring and shifts alone.
 
     Where the config has no shifts, the weak view has those of FixMatch: by up to an eighth of the side. Features have
-    noise and augmented views in the strong view, and none in the weak one.
+    noise and augmented views in the strong view, and none in the weak one. "passes" is what labeling sees by
+    select.uncertainty=augment: the weak view of images, noise on features.
     """
     data = cfg.data
     if len(shape) == 1:
-        return {"strong": Noise(data.noise, data.drop_columns, data.views), "weak": Noise()}
-    weak = Policy(flip=data.flip, crop=data.crop or min(shape[1:]) // 8)
-    return {"strong": image_policy(cfg), "weak": weak}
+        noise = Noise(data.noise, data.drop_columns)
+        return {"strong": replace(noise, views=data.views), "weak": Noise(), "passes": noise}
+    weak = weak_policy(data.flip, data.crop, shape[1:])
+    return {"strong": image_policy(cfg), "weak": weak, "passes": weak}
 
 
 def image_policy(cfg: Config) -> Policy:

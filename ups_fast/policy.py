@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from threading import Thread
@@ -177,6 +177,11 @@ POLICIES = {
     "weak": Policy(flip=True, crop=4),
     "none": Policy(),
 }
+
+
+def weak_policy(flip: bool, crop: int, size: Sequence[int]) -> Policy:
+    """Mirrors and shifts images of this height and width; without a crop by FixMatch's eighth of the shorter side."""
+    return Policy(flip=flip, crop=crop or min(size) // 8)
 
 
 def find_policy(policy: str | Policy) -> Policy:

@@ -23,26 +23,31 @@ from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ups_fast import command
 from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_first_three, swallow
 
 try:
     from ups_fast.checkpoint import CONFIG, read_config
+    from ups_fast.config import SOURCES
     from ups_fast.data.classes import suffixes
+    from ups_fast.data.features import Noise
     from ups_fast.data.folder import seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
+    from ups_fast.data.images import Draws
     from ups_fast.data.reading import in_order
     from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
     from ups_fast.data.row_files import either, is_row_file, look_at, rows_of
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
-    from ups_fast.models import Frozen
+    from ups_fast.models import Frozen, Network
     from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
-    from ups_fast.ops import mc_select
-    from ups_fast.reference import Selection
+    from ups_fast.ops import augment, augment_plan, mc_select
+    from ups_fast.policy import Policy, weak_policy
+    from ups_fast.reference import Selection, dropout_keys
     from ups_fast.report.table import label_rows, label_table
     from ups_fast.selection import labeling_rows, passes_over, skipped
     from ups_fast.words import many
@@ -58,7 +63,7 @@ Label image files, or rows of features, with the network of a finished run.
 RUN is the folder of the run. FILES are files, folders with such files at any
 depth, or patterns such as 'photos/*.jpg'. The table has a row for each image:
 number and name of its label, confidence and standard deviation over the run's
-dropout passes, 1 if the label passes the run's thresholds, the classes that the
+passes, 1 if the label passes the run's thresholds, the classes that the
 image surely is not, and an error for a file that cannot be read.
 
 A run on features takes .npy, .npz or .parquet files. The table has a row for
@@ -103,6 +108,12 @@ class Predictor:
                 int(select["passes"]),
                 int(select.get("mc_layers", select.get("dropouts", 0))),
             )
+            self.uncertainty = str(select.get("uncertainty", "dropout"))
+            self.policy = self._policy(config["data"]) if self.uncertainty == "augment" else None
+            if self.uncertainty not in SOURCES or (
+                self.uncertainty == "heads" and self.passes not in (1, model.heads)
+            ):
+                raise ValueError
         except Exception as error:  # whatever a stranger's bytes may cause
             raise RunFolderError(
                 f"{path}, which says by which thresholds to label, or metrics.jsonl beside it is gone or damaged"
@@ -113,6 +124,15 @@ class Predictor:
         self.rows = max(1, labeling_rows(self.device, shape) // self.passes)
         if isinstance(model, Frozen):
             self.rows = labeling_rows(self.device, model.seen(model.size))
+
+    def _policy(self, data: dict[str, Any]) -> Policy | Noise:
+        """What the passes of select.uncertainty=augment do, as `policies_of` has it."""
+        if self.columns or isinstance(self.model, Frozen):
+            noise = Noise(float(data["noise"]), float(data["drop_columns"]))
+            if not (0 <= noise.std <= 100 and 0 <= noise.drop < 1):
+                raise ValueError
+            return noise
+        return weak_policy(bool(data["flip"]), int(data["crop"]), self.model.size)
 
     def count(self, paths: Sequence[str]) -> int:
         """How many images or rows the files are. Raises ValueError where they are not for this network."""
@@ -152,18 +172,43 @@ class Predictor:
     def __call__(self, images: np.ndarray) -> Selection:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
         """`mc_select` of the run's passes over the images, on the host, negatives packed."""
         n = len(images)
-        keys = torch.tensor([_number(image) for image in images], device=self.device)
-        batch = torch.from_numpy(images).to(self.device)
-        filling = torch.arange(self.rows, device=self.device).clamp(max=n - 1)  # one shape, so the same bits
-        if self.columns:
-            pixels = (batch[filling].float() - self.model.mean) / self.model.std
-        else:
-            pixels = (batch.permute(0, 3, 1, 2)[filling] / 255 - self.model.mean) / self.model.std
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with mc_dropout(self.model, active=False):
-            logits = passes_over(self.model, pixels, keys[filling], self.passes, 0, self.skip)
+        filling = torch.arange(self.rows).clamp(max=n - 1)  # one shape, so the same bits
+        keys = torch.tensor([_number(image) for image in images])[filling]
+        batch = torch.from_numpy(images)[filling]
+        network: Network = self.model
+        with mc_dropout(network, active=False):
+            if isinstance(self.policy, Policy):
+                pixels = self._augmented(batch, keys).to(self.device)
+            else:
+                network, pixels = self._normalized(batch.to(self.device))
+            keys = keys.to(self.device)
+            if isinstance(self.policy, Noise):
+                ids, draw = Draws(self.passes, self.policy, 0).of(keys)
+                pixels = self.policy(pixels.repeat(self.passes, 1), dropout_keys(ids, seed=0, draw=draw))
+            logits = passes_over(network, pixels, keys, self.passes, 0, self.skip, self.uncertainty)
         found = mc_select(logits, **self.thresholds, packed=True)
         return Selection(*(each[:n].cpu() for each in found))
+
+    def _normalized(self, batch: Tensor) -> tuple[Network, Tensor]:
+        """The batch as a network takes it, and that network: the head of a frozen one, which gets features."""
+        if self.columns:
+            return self.model, (batch.float() - self.model.mean) / self.model.std
+        pixels = (batch.permute(0, 3, 1, 2) / 255 - self.model.mean) / self.model.std
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if isinstance(self.model, Frozen):
+            return self.model.head, self.model.standardized(pixels)
+        return self.model, pixels
+
+    def _augmented(
+        self, batch: Tensor, keys: Tensor
+    ) -> Tensor:  # uint8 [B, H, W, C], int64 [B] -> [P * B, C, H, W]
+        """Each image once for each pass, changed as its number and the pass say."""
+        assert isinstance(self.policy, Policy)
+        ids, draw = Draws(self.passes, self.policy, 0).of(keys)
+        plan = augment_plan(ids, policy=self.policy, size=(self.height, self.width), seed=0, draw=draw)
+        rows, pixels = Draws(self.passes, self.policy, 0).of(torch.arange(len(batch)))[0], batch.contiguous()
+        scale = {name: getattr(self.model, name).flatten().tolist() for name in ("mean", "std")}
+        return augment(pixels, rows, policy=self.policy, seed=0, draw=0, plan=plan, **scale)
 
 
 class Answer(NamedTuple):

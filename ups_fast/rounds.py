@@ -351,6 +351,8 @@ class _Round:
             passes=select.passes,
             batch_size=run.labeling_rows(),
             mc_layers=select.mc_layers,
+            uncertainty=select.uncertainty,
+            policy=run.policies["passes"],
             forward=run.forward,
             **how,
             seed=run.seed("label"),

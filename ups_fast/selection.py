@@ -1,8 +1,8 @@
 """Pseudo-labels: the labeling pass, the selection and the class balance.
 
-Each rule is one function: P passes over clean images, dropout alone being active (`pseudo_label`, `passes_over`), the
-thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not kept
-(`drop_negatives`).
+Each rule is one function: P passes over images, by dropout or another source of uncertainty (`pseudo_label`,
+`passes_over`), the thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not
+kept (`drop_negatives`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ups_fast.data.images import Images
+from ups_fast.data.images import Draws, Images
 from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
 from ups_fast.ops import mc_select
@@ -68,48 +68,54 @@ def pseudo_label(
     passes: int = 10,
     batch_size: int = 512,
     mc_layers: int = 0,
+    uncertainty: str = "dropout",
+    policy: Any = None,
     keep: Callable[[PseudoLabels], PseudoLabels] = lambda found: found,
     balanced: bool = False,
     seed: int = 0,
     forward: Callable[..., Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> PseudoLabels:
-    """Labels clean images by `passes` passes, only dropout being active, and selects, on the device.
+    """Labels images by `passes` passes and selects, on the device.
 
-    passes = 1 means no uncertainty: dropout is off too, and confidence alone decides, whatever the kappas are.
+    passes = 1 means no uncertainty: clean images, no dropout, and confidence alone decides, whatever the kappas are.
     `keep` chooses which positives stay. `balanced` then cuts them to equal numbers per class.
     `progress` is told each finished batch's size.
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
-    Which elements are dropped depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
+    What is dropped or drawn depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
     order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
     at once, whatever U and C are. An image of `images.unreadable` gets no label and is selected for
     nothing.
 
     mc_layers  if not 0, only so many of the network's last Dropouts act: another method, and cheaper, since all that
               comes before them is computed once for all passes
+    uncertainty why passes differ. "augment": each sees an image as `policy` changes it, a `Policy`, or of features a
+              `Noise`, without dropout; "heads": each is by another head, without dropout; else by dropout of
+              whatever kind the network has
     forward   `passes_over`, or what `fullgraph` made of it; it always gets batches of one size
 
-    Raises ValueError for an impossible threshold (see `mc_select`), passes > 1 where the network has no
-    `ups_fast.models.Dropout` with p > 0, or `mc_layers` where it has fewer.
+    Raises ValueError for an impossible threshold (see `mc_select`), passes > 1 where nothing makes them differ, or
+    `mc_layers` where the network has fewer.
     """
     thresholds = {"tau_p": tau_p, "tau_n": tau_n, "kappa_p": kappa_p, "kappa_n": kappa_n, "temp_nl": temp_nl}
-    heads = getattr(model, "heads", 1)
-    drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
-    if passes > 1 and heads == 1 and not drops:
-        raise ValueError(
-            "model must have a Dropout of ups_fast.models with p > 0, or several heads, for several passes, got none"
-        )
-    if passes > 1 and passes % heads:
-        raise ValueError(f"passes must be a multiple of the network's {heads} heads, got {passes}")
+    if passes > 1:
+        _check_passes(model, passes, uncertainty, policy)
     skip, forward = skipped(model, mc_layers), forward or passes_over
     salt = torch.full((), seed, dtype=torch.int64, device=index.device)
     rows = max(1, min(batch_size // passes, len(index)))
+    draws = Draws(passes, policy, seed) if uncertainty == "augment" and passes > 1 else None
+    batches = images.drawn_batches(index, rows, draws) if draws else images.clean_batches(index, rows)
     found, done = None, 0
     # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
-        for chunk, batch in zip(index.split(rows), images.clean_batches(index, rows), strict=True):
+        for chunk, batch in zip(index.split(rows), batches, strict=True):
             whole = torch.arange(rows, device=index.device).clamp(max=len(chunk) - 1) if len(chunk) else chunk
-            logits = forward(model, batch[whole], chunk[whole], passes, salt, skip)[:, : len(chunk)]
+            places = whole
+            if draws:  # the batch has each image once for each pass
+                places, draw = draws.of(whole)
+                places = places + draw * len(chunk)
+            seen = batch[places]
+            logits = forward(model, seen, chunk[whole], passes, salt, skip, uncertainty)[:, : len(chunk)]
             part = mc_select(logits, **thresholds, packed=True)
             # Made once: results kept between the batches would break the freed memory up, and it would grow.
             found = found or Selection(*(each.new_empty((len(index), *each.shape[1:])) for each in part))
@@ -134,8 +140,8 @@ def pseudo_label(
     positive = kept.positive
     if balanced:
         # One pass has no std to rank by: confidence alone decides here too.
-        uncertainty = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
-        positive = balance(found.label, uncertainty, positive, n_classes=logits.shape[-1])
+        doubt = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
+        positive = balance(found.label, doubt, positive, n_classes=logits.shape[-1])
     return replace(kept, positive=positive, negative=drop_negatives(kept.negative, positive))
 
 
@@ -165,6 +171,26 @@ def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
     )
 
 
+def _check_passes(model: nn.Module, passes: int, uncertainty: str, policy: Any) -> None:
+    """ValueError where nothing makes several passes differ."""
+    heads = getattr(model, "heads", 1)
+    drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
+    if uncertainty == "augment":
+        if policy is None:
+            raise ValueError("policy must say how uncertainty='augment' changes images, got None")
+    elif uncertainty == "heads":
+        if passes != heads:
+            raise ValueError(
+                f"passes must be the network's {heads} heads with uncertainty='heads', got {passes}"
+            )
+    elif heads == 1 and not drops:
+        raise ValueError(
+            "model must have a Dropout of ups_fast.models with p > 0, or several heads, for several passes, got none"
+        )
+    elif passes % heads:
+        raise ValueError(f"passes must be a multiple of the network's {heads} heads, got {passes}")
+
+
 def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
     """How many images [C, H, W] or rows [d] a device takes at once, without gradients: no results depend on it."""
     images = len(shape) == 3
@@ -182,11 +208,12 @@ def skipped(model: nn.Module, mc_layers: int) -> int:
 
 def passes_over(
     model: nn.Module,  # in eval mode; a Network for more than one pass
-    batch: Tensor,  # [B, C, H, W]
+    batch: Tensor,  # [B, C, H, W]; [P * B, C, H, W] with uncertainty="augment"
     index: Tensor,  # int64 [B], sample ids
     passes: int,
     seed: int | Tensor,  # int64 []
     skip: int = 0,
+    uncertainty: str = "dropout",  # as of `pseudo_label`
 ) -> Tensor:  # [P, B, n_classes]
     """The logits of P passes: what comes before dropout is computed once, the rest as one batch of P * B rows.
 
@@ -195,6 +222,11 @@ def passes_over(
     if passes == 1:
         return cast(Tensor, model(batch))[None]
     network = cast(Network, model)
+    if uncertainty == "augment":  # the answer of all heads, if there are several
+        logits = network(batch)
+        return logits.view(passes, len(index), logits.shape[1])
+    if uncertainty == "heads":
+        return network.members(batch, None)
     hidden = network.prefix(batch, skip)
     draw = torch.arange(passes, device=index.device).repeat_interleave(len(index))
     keys = dropout_keys(index.repeat(passes), seed=seed, draw=draw)

@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from ups_fast.data.images import View
+from ups_fast.data.images import Draws, View
 from ups_fast.ops import counter_dropout
 from ups_fast.reference import counter_normal, dropout_keys
 from ups_fast.words import many
@@ -74,6 +74,10 @@ class ResidentFeatures:
 
     def clean_batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
         return map(self.clean, index.split(batch_size))
+
+    def drawn_batches(self, index: Tensor, batch_size: int, draws: Draws) -> Iterator[Tensor]:
+        for ids, draw in map(draws.of, index.split(batch_size)):
+            yield draws.policy(self.clean(ids), dropout_keys(ids, seed=draws.seed, draw=draw))
 
     def ahead(
         self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor

@@ -33,6 +33,19 @@ class View(NamedTuple):
         return seed ^ (self.number << VIEW_BITS) if self.number else seed
 
 
+class Draws(NamedTuple):
+    """What is drawn for clean images that are seen several times: test-time augmentation (Ayhan & Berens 2018)."""
+
+    passes: int
+    policy: Any  # as of `View`
+    seed: int
+
+    def of(self, index: Tensor) -> tuple[Tensor, Tensor]:  # int64 [B] -> [P * B], pass by pass
+        """Sample ids, and the draw of each, which is its pass."""
+        draw = torch.arange(self.passes, device=index.device)
+        return index.repeat(self.passes), draw.repeat_interleave(len(index))
+
+
 class Images(Protocol):
     """A training or test set, read by sample id, a batch at a time.
 
@@ -74,3 +87,11 @@ class Images(Protocol):
         batch_size: int,
     ) -> Iterator[Tensor]:  # each [batch_size, *shape], the last may be short
         """Images that are normalized, and nothing else."""
+
+    def drawn_batches(
+        self,
+        index: Tensor,  # int64 [n], on the device
+        batch_size: int,
+        draws: Draws,
+    ) -> Iterator[Tensor]:  # each [P * batch_size, *shape], pass by pass, the last may be short
+        """The same images, each changed once for each pass by `draws`, and then normalized."""

@@ -12,7 +12,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from ups_fast.data.images import View
+from ups_fast.data.images import Draws, View
 from ups_fast.ops import augment, has_kernels
 from ups_fast.policy import POLICIES, Policy, normalization, tables
 
@@ -67,6 +67,15 @@ class ResidentImages:
         batch_size: int,
     ) -> Iterator[Tensor]:  # each [batch_size, C, H, W], the last may be short
         return map(self.clean, index.split(batch_size))
+
+    def drawn_batches(
+        self,
+        index: Tensor,  # [n] int64, on the device
+        batch_size: int,
+        draws: Draws,
+    ) -> Iterator[Tensor]:  # each [P * batch_size, C, H, W], the last may be short
+        for ids, draw in map(draws.of, index.split(batch_size)):
+            yield self._read(ids, draws.policy, draws.seed, draw)
 
     def augmented(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ups_fast.data.boxes import Box, box_draws, middle_box, random_box
 from ups_fast.data.image import DamagedImage, picture_of, read_bytes, resize_box
-from ups_fast.data.images import View
+from ups_fast.data.images import Draws, View
 from ups_fast.machine import cores
 from ups_fast.ops import augment, augment_plan, has_kernels
 from ups_fast.policy import POLICIES, Policy
@@ -173,6 +173,20 @@ class FileImages:
             self._finished(batch, ids, ids, 0, POLICIES["none"])
             for batch, ids in zip(batches, parts, strict=True)
         )
+
+    def drawn_batches(
+        self,
+        index: Tensor,  # int64 [n], sample ids
+        batch_size: int,
+        draws: Draws,
+    ) -> Iterator[Tensor]:  # each [P * batch_size, C, S, S], on the device; the last may be short
+        """The middle of each image, read once for all its passes."""
+        parts = self._checked("index", index).split(batch_size)
+        batches = self._streamed((ids, self._middle) for ids in parts)
+        for pixels, part in zip(batches, parts, strict=True):
+            ids, draw = draws.of(part)
+            many = pixels.repeat(draws.passes, 1, 1, 1)
+            yield self._finished(many, ids, draw, draws.seed, draws.policy)
 
     # --- boxes and pixels -----------------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from ups_fast.models.backbone import LIBRARIES, Backbone
 from ups_fast.models.cnn13 import CNN13
+from ups_fast.models.dropouts import KINDS, DropBlock, SpatialDropout, has_maps
 from ups_fast.models.ensemble import Ensemble
 from ups_fast.models.frozen import LARGEST_INPUT, Frozen
 from ups_fast.models.mlp import MLP, widths_of
@@ -22,19 +24,22 @@ from ups_fast.models.wrn import WideResNet
 
 __all__ = [
     "CNN13",
+    "KINDS",
     "MLP",
     "Backbone",
+    "DropBlock",
     "Dropout",
     "Ensemble",
     "Frozen",
     "Network",
     "ResNeXt",
     "ShakeShake",
+    "SpatialDropout",
     "WideResNet",
     "build",
 ]
 
-_NUMBER = "([0-9]{1,9})"
+_NUMBER = "[0-9]{1,9}"
 
 
 def build(
@@ -46,6 +51,7 @@ def build(
     columns: int = 0,
     heads: int = 1,
     dropout: float,
+    dropout_kind: str = "dropout",
     preact: str = "fixed",
     activation: str = "mish",
     bn_momentum: float = 0.1,
@@ -67,6 +73,8 @@ def build(
     size         side of the images, or (height, width); at least 12 for CNN-13, and 8 for the others.
                  The network then takes any size from that minimum on (a `Backbone`: what its own kind takes).
     dropout      in [0, 1)
+    dropout_kind what a WRN, CNN-13, Shake-Shake or ResNeXt drops: "dropout", elements; "spatial", channels;
+                 "dropblock", squares of them
     preact       WRN only. "fixed": every conv1 is fed the activated input. "published": the first block of
                  stages 2 and 3 feeds conv1 the raw input, as the published UPS code does; its bn1 is dead.
     activation   WRN and ResNeXt only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1, and
@@ -85,6 +93,13 @@ def build(
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout_kind not in KINDS:
+        raise ValueError(f"dropout_kind must be one of {', '.join(KINDS)}, got {dropout_kind!r}")
+    if dropout_kind != "dropout" and not has_maps(name):
+        raise ValueError(
+            f"dropout_kind={dropout_kind} drops parts of feature maps, as wrn-d-k, cnn13, shake-d-2xwd and "
+            f"resnext-d-cxwd have, got {name}"
+        )
     if not 0.0 < bn_momentum <= 1.0:
         raise ValueError(f"bn_momentum must be in (0, 1], got {bn_momentum}")
     if preact not in ("published", "fixed"):
@@ -120,6 +135,7 @@ def build(
             channels=channels,
             size=(height, width),
             dropout=dropout,
+            dropout_kind=dropout_kind,
             preact=preact,
             activation=activation,
             bn_momentum=bn_momentum,
@@ -139,35 +155,32 @@ def build(
             dropout=dropout,
             weights=weights,
         )
+    common: dict[str, Any] = {
+        "dropout": dropout,
+        "kind": KINDS[dropout_kind],
+        "bn_momentum": bn_momentum,
+    }
+    numbers = [int(each) for each in re.findall("[0-9]{1,9}", name)]
     if pretrained:
         model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
     elif name == "cnn13":
-        model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
-    elif match := re.fullmatch(f"shake-{_NUMBER}-2x{_NUMBER}d", name):
-        model = ShakeShake(
-            int(match[1]), int(match[2]), n_classes, channels, dropout=dropout, bn_momentum=bn_momentum
-        )
-    elif match := re.fullmatch(f"resnext-{_NUMBER}-{_NUMBER}x{_NUMBER}d", name):
+        model = CNN13(n_classes, channels, **common)
+    elif re.fullmatch(f"shake-{_NUMBER}-2x{_NUMBER}d", name):
+        model = ShakeShake(numbers[0], numbers[2], n_classes, channels, **common)
+    elif re.fullmatch(f"resnext-{_NUMBER}-{_NUMBER}x{_NUMBER}d", name):
         model = ResNeXt(
-            int(match[1]),
-            int(match[2]),
-            int(match[3]),
-            n_classes,
-            channels,
-            dropout=dropout,
-            activation=activation,
-            bn_momentum=bn_momentum,
+            numbers[0], numbers[1], numbers[2], n_classes, channels, activation=activation, **common
         )
-    elif match := re.fullmatch(f"wrn-{_NUMBER}-{_NUMBER}", name):
+    elif re.fullmatch(f"wrn-{_NUMBER}-{_NUMBER}", name):
+        published = preact == "published"
         model = WideResNet(
-            int(match[1]),
-            int(match[2]),
+            numbers[0],
+            numbers[1],
             n_classes,
             channels,
-            dropout=dropout,
-            published_preact=preact == "published",
+            published_preact=published,
             activation=activation,
-            bn_momentum=bn_momentum,
+            **common,
         )
     else:
         raise ValueError(

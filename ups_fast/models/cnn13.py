@@ -19,7 +19,15 @@ class CNN13(Network):
     # Two poolings and a 3x3 convolution without padding leave one pixel: floor(floor(12 / 2) / 2) - 2 = 1.
     min_size: int = 12
 
-    def __init__(self, n_classes: int, channels: int, *, dropout: float, bn_momentum: float) -> None:
+    def __init__(
+        self,
+        n_classes: int,
+        channels: int,
+        *,
+        dropout: float,
+        kind: type[Dropout] = Dropout,
+        bn_momentum: float,
+    ) -> None:
         super().__init__()
 
         def conv(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
@@ -34,12 +42,12 @@ class CNN13(Network):
             *conv(128, 128, 3, 1),
             *conv(128, 128, 3, 1),
             nn.MaxPool2d(2),
-            Dropout(dropout, layer=0),
+            kind(dropout, layer=0),
             *conv(128, 256, 3, 1),
             *conv(256, 256, 3, 1),
             *conv(256, 256, 3, 1),
             nn.MaxPool2d(2),
-            Dropout(dropout, layer=1),
+            kind(dropout, layer=1),
             *conv(256, 512, 3, 0),
             *conv(512, 256, 1, 0),
             *conv(256, 128, 1, 0),

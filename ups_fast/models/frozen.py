@@ -109,9 +109,12 @@ class Frozen(Network):
         features: Tensor = self.body(pixels.contiguous(memory_format=torch.channels_last))
         return features.float()
 
+    def standardized(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, D]
+        """What the head gets, as ResidentFeatures has it, to the last bit."""
+        return (self.features(images) - self.feature_mean) * (1 / self.feature_std)
+
     def prefix(self, images: Tensor, skip: int = 0) -> Tensor:
-        # As ResidentFeatures has it, to the last bit.
-        return self.head.prefix((self.features(images) - self.feature_mean) * (1 / self.feature_std), skip)
+        return self.head.prefix(self.standardized(images), skip)
 
     def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
         return self.head.suffix(hidden, keys, skip)

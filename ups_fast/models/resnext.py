@@ -71,6 +71,7 @@ class ResNeXt(Network):
         channels: int,
         *,
         dropout: float,
+        kind: type[Dropout] = Dropout,
         activation: str,
         bn_momentum: float,
     ) -> None:
@@ -93,7 +94,7 @@ class ResNeXt(Network):
                         outputs,
                         stride=2 if stage and not at else 1,
                         groups=cardinality,
-                        dropout=Dropout(dropout, layer=len(blocks)),
+                        dropout=kind(dropout, layer=len(blocks)),
                         activation=activation,
                         bn_momentum=bn_momentum,
                     )

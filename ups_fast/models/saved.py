@@ -15,7 +15,7 @@ from torch import nn
 
 from ups_fast.files import RunFolderError, home, misfit, open_regular, write_atomic
 from ups_fast.machine import pick_device
-from ups_fast.models import Network, build
+from ups_fast.models import KINDS, Network, build
 from ups_fast.models.options import ModelConfig
 from ups_fast.models.pretrained import library_name
 from ups_fast.schema import keys_of
@@ -28,9 +28,14 @@ BEST = "best.safetensors"  # of the round of highest validation accuracy
 
 
 def rebuild(about: Mapping[str, Any]) -> Network:
-    """A new network as `about` says: model (the config's values), heads, classes, and channels and size, or columns."""
+    """A new network as `about` says.
+
+    It holds model (the config's values), heads, dropout_kind, classes, and channels and size, or columns.
+    """
     shape = {name: about[name] for name in _SHAPE if name in about}
-    return build(n_classes=len(about["classes"]), heads=about.get("heads", 1), **shape, **about["model"])
+    kind = about.get("dropout_kind", "dropout")
+    heads = about.get("heads", 1)
+    return build(n_classes=len(about["classes"]), heads=heads, dropout_kind=kind, **shape, **about["model"])
 
 
 def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best: bool = False) -> None:
@@ -121,6 +126,8 @@ def _check_about(about: Any) -> None:
     for name, highest in (("columns", 10**7), ("heads", 1000)):
         if name in about and not (type(about[name]) is int and 1 <= about[name] <= highest):
             raise ValueError(f"{name} in its metadata is no possible number")
+    if about.get("dropout_kind", "dropout") not in tuple(KINDS):  # it may be a list
+        raise ValueError("dropout_kind in its metadata is unknown")
     for name in ("classes", "mean", "std", *([] if columns else ["size"])):
         if type(about[name]) is not list:
             raise ValueError(f"{name} in its metadata is no list")

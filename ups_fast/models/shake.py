@@ -99,7 +99,15 @@ class ShakeShake(Network):
     min_size: int = 8
 
     def __init__(
-        self, depth: int, width: int, n_classes: int, channels: int, *, dropout: float, bn_momentum: float
+        self,
+        depth: int,
+        width: int,
+        n_classes: int,
+        channels: int,
+        *,
+        dropout: float,
+        kind: type[Dropout] = Dropout,
+        bn_momentum: float,
     ) -> None:
         if depth > 1000 or not 1 <= width <= 1000:
             raise ValueError(
@@ -112,7 +120,7 @@ class ShakeShake(Network):
         for stage in range(3):
             outputs = width * 2**stage
             for at in range(n):
-                stride, each = 2 if stage and not at else 1, Dropout(dropout, layer=len(blocks))
+                stride, each = 2 if stage and not at else 1, kind(dropout, layer=len(blocks))
                 blocks.append(_Block(inputs, outputs, stride, dropout=each, bn_momentum=bn_momentum))
                 inputs = outputs
         self.stem = nn.Sequential(

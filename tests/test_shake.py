@@ -226,23 +226,28 @@ def test_resnext_is_its_definition(activation, act):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [16, 7])
 def test_compiled_gates_are_the_eager_ones(rows):
-    """In one graph, forward and backward, whatever is left of a batch by the widest instructions."""
-    model, x, keys = tiny("shake-8-2x3d").double(), noise(rows, 1, 8, 8), keys_of(torch.arange(rows))
+    """In one graph, forward and backward, whatever is left of a batch by the widest instructions.
 
-    def loss(x: Tensor, keys: Tensor) -> Tensor:
-        return model(x, keys).square().sum()
+    tests/test_train_step.py compiles the whole step.
+    """
+    keys, first, second = (
+        keys_of(torch.arange(rows)),
+        noise(rows, 3, 4, 4, seed=1),
+        noise(rows, 3, 4, 4, seed=2),
+    )
+    first.requires_grad_(), second.requires_grad_()
+
+    def mixed(first: Tensor, second: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        gates = counter_uniform(12, keys, layer=GATES).view(rows, 6, 2)
+        return shake(first, second, gates[:, 3]), gates
 
     ends = []
-    for run in (loss, fullgraph(loss)):
-        value = run(x, keys)
-        ends.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for run in (mixed, fullgraph(mixed)):
+        value, gates = run(first, second, keys)
+        ends.append([gates, value, *torch.autograd.grad(value.square().sum(), (first, second))])
+    assert torch.equal(ends[0][0], ends[1][0])
     for eager, compiled in zip(*ends, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-9)
-
-    def draw(keys: Tensor) -> Tensor:
-        return counter_uniform(12, keys, layer=GATES)
-
-    assert torch.equal(fullgraph(draw)(keys), draw(keys))
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_as_large_as_the_images_is_stored_for_the_gates():

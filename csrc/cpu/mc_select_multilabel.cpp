@@ -1,5 +1,5 @@
-// mc_select_multilabel on the CPU: from the logits of P passes to confidence, std, positives and negatives of each class
-// of each sample, every one judged by itself.
+// mc_select_multilabel on the CPU: from the logits of P passes to confidence, std, positives and negatives of each
+// class of each sample, every one judged by itself.
 //
 //   p = sigmoid(z), q = sigmoid(z / temp); mean and M2 over the passes by Welford
 //   positive: mean_p >= tau_p and M2_p < kappa_p^2 (P - 1)
@@ -88,7 +88,8 @@ std::vector<T> block_limits(const Numbers& numbers, const Tensor& of_class, int6
   const T* const values = of_class.defined() ? data<const T>(of_class) : nullptr;  // tau_p, tau_n, kappa_p, kappa_n
   for (int64_t c = 0; c < C; ++c) {
     const T four[] = {values ? values[c] : all.tau_p, values ? m2_limit_of(values[2 * C + c], passes) : all.limit_p,
-                      values ? values[C + c] : all.tau_n, values ? m2_limit_of(values[3 * C + c], passes) : all.limit_n};
+                      values ? values[C + c] : all.tau_n,
+                      values ? m2_limit_of(values[3 * C + c], passes) : all.limit_n};
     for (int64_t row = 0; row < rows; ++row) {
       for (int i = 0; i < 4; ++i) limits[i * stride + row * C + c] = four[i];
     }
@@ -108,23 +109,24 @@ void select(const Tensor& logits, const Numbers& numbers, const Tensor& of_class
   const std::vector<T> limits = block_limits<T>(numbers, of_class, P, C, rows, stride);
   std::vector<T> inv_k(P);
   for (int64_t pass = 0; pass < P; ++pass) inv_k[pass] = T(1) / static_cast<T>(pass + 1);
-  const MultilabelArgs<S, T> args = {data<const S>(logits),
-                                     data<const S>(logits) + (P - 1) * logits.stride(0) + (N - 1) * logits.stride(1) + C,
-                                     logits.stride(0),
-                                     logits.stride(1),
-                                     P,
-                                     N,
-                                     C,
-                                     rows,
-                                     limits.data(),
-                                     stride,
-                                     inv_k.data(),
-                                     static_cast<T>(1 / temp_nl),
-                                     data<T>(confidence),
-                                     data<T>(deviation),
-                                     positive.data_ptr(),
-                                     negative.data_ptr(),
-                                     packed};
+  const MultilabelArgs<S, T> args = {
+      data<const S>(logits),
+      data<const S>(logits) + (P - 1) * logits.stride(0) + (N - 1) * logits.stride(1) + C,
+      logits.stride(0),
+      logits.stride(1),
+      P,
+      N,
+      C,
+      rows,
+      limits.data(),
+      stride,
+      inv_k.data(),
+      static_cast<T>(1 / temp_nl),
+      data<T>(confidence),
+      data<T>(deviation),
+      positive.data_ptr(),
+      negative.data_ptr(),
+      packed};
   const int64_t grain = 1 + 16384 / (P * rows * C);
   torch::stable::parallel_for(0, (N + rows - 1) / rows, grain, [&](int64_t begin, int64_t end) {
     UPS_ISA_CALL(mc_select_multilabel_blocks, args, begin, end);
@@ -153,4 +155,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_select_multilabel_cpu(const Tensor
 }  // namespace
 }  // namespace ups
 
-STABLE_TORCH_LIBRARY_IMPL(ups_fast, CPU, m) { m.impl("mc_select_multilabel", TORCH_BOX(&ups::mc_select_multilabel_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ups_fast, CPU, m) {
+  m.impl("mc_select_multilabel", TORCH_BOX(&ups::mc_select_multilabel_cpu));
+}

@@ -1,5 +1,5 @@
-// Blocks of rows, compiled once per instruction set (each_isa.h). A lane is a class of a sample, and vector k of a block
-// its classes k * kLanes and up, of all its rows in a row. See mc_select_multilabel.cpp for what is computed.
+// Blocks of rows, compiled once per instruction set (each_isa.h). A lane is a class of a sample, and vector k of a
+// block its classes k * kLanes and up, of all its rows in a row. See mc_select_multilabel.cpp for what is computed.
 
 #include "simd.inl"
 

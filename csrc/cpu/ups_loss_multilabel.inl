@@ -40,22 +40,35 @@ class MultilabelRow {
         positive(a.positive.row(i)),
         negative(a.negative.row(i)) {}
 
-  static int64_t vectors(int64_t n_classes) { return (n_classes + L - 1) / L; }
-  int lanes(int64_t k) const { return static_cast<int>(C - k * L < L ? C - k * L : L); }
+  UPS_HD static int64_t vectors(int64_t n_classes) { return (n_classes + L - 1) / L; }
+  UPS_HD int lanes(int64_t k) const { return static_cast<int>(C - k * L < L ? C - k * L : L); }
 
-  Int<T> selected(int64_t k) const { return mask_lanes<T>(positive, k, C) | mask_lanes<T>(negative, k, C); }
-
-  T count() const {  // of selected classes
-    Int<T> sum{};
-    for (int64_t k = 0; k < vectors(C); ++k) sum -= selected(k);
+  // Of selected classes.
+  T count() const {
     int64_t total = 0;
-    for (int i = 0; i < L; ++i) total += sum[i];
+    if (positive.bytes && negative.bytes) {
+      int64_t c = 0;
+      for (uint64_t eight[2]; c + 8 <= C; c += 8) {
+        __builtin_memcpy(eight, positive.bytes + c, 8);
+        __builtin_memcpy(eight + 1, negative.bytes + c, 8);
+        total += __builtin_popcountll(eight[0] | eight[1]);
+      }
+      for (; c < C; ++c) total += positive.bytes[c] | negative.bytes[c];
+    } else {
+      Int<T> sum{};
+      for (int64_t k = 0; k < vectors(C); ++k) sum -= mask_lanes<T>(positive, k, C) | mask_lanes<T>(negative, k, C);
+      for (int i = 0; i < L; ++i) total += sum[i];
+    }
     return static_cast<T>(total);
   }
 
   // An entry of weight 0 is none: nobody looks at its logit.
-  Entries<T> entries(int64_t k) const {
-    Entries<T> e = {selected(k), mask_lanes<T>(positive, k, C), load(z, k), splat<T>(1)};
+  UPS_HD Entries<T> entries(int64_t k) const {
+    Entries<T> e;
+    e.positive = mask_lanes<T>(positive, k, C);
+    e.selected = e.positive | mask_lanes<T>(negative, k, C);
+    e.z = load(z, k);
+    e.weight = splat<T>(1);
     if (weight) {
       e.weight = load(weight, k);
       e.selected &= e.weight != 0;
@@ -65,7 +78,7 @@ class MultilabelRow {
 
  private:
   template <class A>
-  Vec<T> load(const A* from, int64_t k) const {
+  UPS_HD Vec<T> load(const A* from, int64_t k) const {
     return lanes(k) == L ? load_logits(from + k * L, T{}) : load_logits_tail<T>(from + k * L, lanes(k));
   }
 

@@ -124,6 +124,17 @@ def test_mc_select(benchmark, device, p, n, c, dtype, name):
     measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_mc_select_multilabel(benchmark, device, name):
+    p, n, c = 10, 50_000 if GPU else 8192, 80
+    inputs = [3 * torch.randn(p, n, c, device=device) for _ in range(COPIES)]
+    call = over(inputs, implementation(name, "mc_select_multilabel"))
+    group = f"mc_select_multilabel {device} P={p} N={n} C={c} float32"
+    moved = nbytes(inputs[0], *ups_fast.mc_select_multilabel(inputs[0]))
+    measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
+
+
 def loss_batch(device, b, c):
     logits = torch.randn(b, c, device=device, requires_grad=True)
     positive = torch.rand(b, device=device) < 0.5
@@ -151,6 +162,24 @@ def test_nce_loss(benchmark, device, b, c, name):
     call = over(batches, lambda batch: torch.autograd.grad(loss(*batch), batch[0]))
     moved = nbytes(*batches[0], batches[0][0])
     group = f"nce_loss forward + backward {device} B={b} C={c}"
+    measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("b, c", [(128, 80), (4096, 80)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ups_loss_multilabel(benchmark, device, b, c, name):
+    """Some 10 % of the classes are positive, some 60 % negative."""
+
+    def selected():
+        share = torch.rand(b, c, device=device)
+        return torch.randn(b, c, device=device, requires_grad=True), share < 0.1, share > 0.4
+
+    batches = [selected() for _ in range(COPIES)]
+    loss = implementation(name, "ups_loss_multilabel")
+    call = over(batches, lambda batch: torch.autograd.grad(loss(*batch), batch[0]))
+    moved = nbytes(*batches[0], batches[0][0])
+    group = f"ups_loss_multilabel forward + backward {device} B={b} C={c}"
     measure(benchmark, group, name, call, device, calls=COPIES, moved=moved)
 
 

@@ -16,6 +16,15 @@ inline Tensor checked_weight(const std::optional<Tensor>& weight, const Tensor& 
   return torch::stable::contiguous(*weight);
 }
 
+// compute_type [N], or [N, C] with dense rows, or undefined if there is none.
+inline Tensor checked_entry_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (!weight || weight->dim() != 2) return checked_weight(weight, logits);
+  check_size("weight", *weight, 0, logits.size(0));
+  check_size("weight", *weight, 1, logits.size(1));
+  check_type("weight", *weight, compute_type(logits), "of the loss' dtype");
+  return dense_rows(*weight);
+}
+
 // int64 [N], or compute_type [N, C] with dense rows.
 inline Tensor checked_target(const Tensor& target, const Tensor& logits) {
   if (target.scalar_type() == ScalarType::Long) {

@@ -14,7 +14,7 @@
 namespace {
 
 // Which schemas the kernels were compiled for: INTERFACE of ups_fast/ops.py, which says when to raise both.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
 
@@ -30,9 +30,10 @@ std::map<std::string, std::string> build_info() {
 // How the CUDA kernel of an op divides a shape.
 std::map<std::string, int64_t> launch_plan(const std::string& op, int64_t rows, int64_t classes) {
   if (rows < 1 || classes < 1) throw std::invalid_argument("rows and classes must be at least 1");
-  const bool is_loss = op == "nce_loss" || op == "ups_loss" || op == "fixmatch_loss";
+  const bool is_loss = op == "nce_loss" || op == "ups_loss" || op == "ups_loss_multilabel" || op == "fixmatch_loss";
   if (!is_loss && op != "mc_select") {
-    throw std::invalid_argument("op must be mc_select, nce_loss, ups_loss or fixmatch_loss, got '" + op + "'");
+    throw std::invalid_argument(
+        "op must be mc_select, nce_loss, ups_loss, ups_loss_multilabel or fixmatch_loss, got '" + op + "'");
   }
   const ups::cuda::LaunchPlan plan =
       is_loss ? ups::cuda::loss_plan(rows, classes) : ups::cuda::mc_select_plan(rows, classes);

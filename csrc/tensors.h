@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -155,6 +156,27 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> new_selection(const Te
           torch::stable::new_empty(logits, {N}, ScalarType::Bool),
           packed ? torch::stable::new_empty(logits, {N, (C + 31) / 32}, ScalarType::Int)
                  : torch::stable::new_empty(logits, {N, C}, ScalarType::Bool)};
+}
+
+// compute_type [4, C], dense, or undefined: tau_p, tau_n, kappa_p and kappa_n of each class of logits [P, N, C].
+inline Tensor checked_class_thresholds(const std::optional<Tensor>& thresholds, const Tensor& logits) {
+  if (!thresholds) return {};
+  check_dim("class_thresholds", *thresholds, 2);
+  check_size("class_thresholds", *thresholds, 0, 4);
+  check_size("class_thresholds", *thresholds, 1, logits.size(2));
+  check_type("class_thresholds", *thresholds, compute_type(logits), "of the results' dtype");
+  return torch::stable::contiguous(*thresholds);
+}
+
+// The four outputs of mc_select_multilabel for logits [P, N, C], uninitialized.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> new_multilabel_selection(const Tensor& logits, bool packed) {
+  const int64_t N = logits.size(1), C = logits.size(2);
+  const auto values = [&] { return torch::stable::new_empty(logits, {N, C}, compute_type(logits)); };
+  const auto mask = [&] {
+    return packed ? torch::stable::new_empty(logits, {N, (C + 31) / 32}, ScalarType::Int)
+                  : torch::stable::new_empty(logits, {N, C}, ScalarType::Bool);
+  };
+  return {values(), values(), mask(), mask()};
 }
 
 }  // namespace ups

@@ -70,3 +70,38 @@ def ups_loss(z, target, positive, negative) -> float:
     z = np.asarray(z, np.float64)
     ce = float(ce_rows(z[positive], target[positive]).mean()) if positive.any() else 0.0
     return ce + nce_loss(z[~positive], negative[~positive])
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -z))
+
+
+def mc_select_multilabel(
+    z, tau_p=0.5, tau_n=0.05, kappa_p=0.05, kappa_n=0.005, temp_nl=2.0
+) -> dict[str, np.ndarray]:
+    """`doubt_*` as in `mc_select`. Thresholds are numbers or arrays [C]."""
+    z = np.asarray(z, dtype=np.float64)
+    finite = np.isfinite(z).all(axis=0)
+    z = np.where(finite, z, 0.0)
+    verdicts = {}
+    for name, temp in (("positive", 1.0), ("negative", temp_nl)):
+        p = sigmoid(z / temp)
+        mean = p.sum(axis=0) / len(p)
+        std = np.sqrt(((p - mean) ** 2).sum(axis=0) / max(1, len(p) - 1))
+        tau, kappa = (tau_p, kappa_p) if name == "positive" else (tau_n, kappa_n)
+        kappa = np.inf if len(p) == 1 else kappa
+        if name == "positive":
+            verdicts |= {"confidence": np.where(finite, mean, np.nan), "std": np.where(finite, std, np.nan)}
+        sure = mean >= tau if name == "positive" else mean < tau
+        verdicts[name] = sure & (std < kappa) & finite
+        near_kappa = np.isfinite(kappa) & (np.abs(std - np.nan_to_num(kappa, posinf=0)) <= 1e-6 + 1e-5 * std)
+        verdicts[f"doubt_{name}"] = (np.abs(mean - tau) <= 1e-6 + 1e-5 * mean) | near_kappa
+    return verdicts
+
+
+def ups_loss_multilabel_rows(z, positive, negative, weight=None) -> np.ndarray:
+    """Loss of each image, 0 without a selected class. weight: [B, C]."""
+    z, g = np.asarray(z, np.float64), positive | negative
+    entries = np.where(positive, np.logaddexp(0.0, -z), np.logaddexp(0.0, z))
+    entries = np.where(g, entries * (1.0 if weight is None else weight), 0.0)
+    return entries.sum(axis=1) / np.maximum(1, g.sum(axis=1))

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 inf, nan = math.inf, math.nan
 C_HOSTILE = [1, 2, 3, 10, 31, 32, 33, 100, 257, 500, 1000, 2000, 4096, 65536]
-OPS = ["mc_select", "nce_loss", "ups_loss", "fixmatch_loss"]
+OPS = ["mc_select", "mc_select_multilabel", "nce_loss", "ups_loss", "ups_loss_multilabel", "fixmatch_loss"]
 
 
 def to_device(*xs: Tensor) -> list[Tensor]:
@@ -68,6 +68,9 @@ def test_the_kernels_serve_this_device():
         "ups_loss_backward",
         "fixmatch_loss",
         "fixmatch_loss_backward",
+        "mc_select_multilabel",
+        "ups_loss_multilabel",
+        "ups_loss_multilabel_backward",
         "augment",
         "augment_plan",
         "counter_dropout",
@@ -352,6 +355,36 @@ def test_fixmatch_loss(n, c, dtype):
         assert_close(d_strong, d_truth, d_reference, roundings=5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 3, 31, 33, 80, 257, 10_000])
+def test_multilabel(c, dtype):
+    z = logits_of(10, 300 if c < 1000 else 7, c, dtype=dtype, seed=c).to(DEVICE)
+    of_class = {"tau_p": torch.rand(c, device=DEVICE), "kappa_n": torch.rand(c, device=DEVICE) / 20}
+    for options in ({}, {"tau_n": 0.2, "kappa_n": 0.05, "temp_nl": 3.0}, of_class):
+        got = ups_fast.mc_select_multilabel(z, **options)
+        numbers = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in options.items()}
+        want = oracle.mc_select_multilabel(z.double().cpu().numpy(), **numbers)
+        for name in ("positive", "negative"):
+            sure = ~want[f"doubt_{name}"]
+            assert (getattr(got, name).cpu().numpy() == want[name])[sure].all()
+        for name in ("confidence", "std"):
+            atol = 1e-14 if dtype == torch.float64 else 5e-7
+            np.testing.assert_allclose(getattr(got, name).cpu().numpy(), want[name], rtol=0, atol=atol)
+        packed = ups_fast.mc_select_multilabel(z, packed=True, **options)
+        assert torch.equal(packed.positive, pack_mask(got.positive))
+        assert torch.equal(packed.negative, pack_mask(got.negative))
+    masks = torch.rand_like(z[0], dtype=torch.float32) < 0.2, torch.rand_like(z[0], dtype=torch.float32) < 0.4
+    of_image, of_entry = torch.rand(z.shape[1], device=DEVICE), torch.rand(z.shape[1:], device=DEVICE)
+    for weight in (None, of_image, of_entry):
+
+        def f(x, ops=reference, weight=weight, masks=masks):
+            return ops.ups_loss_multilabel(x, *masks, weight=weight)
+
+        truth, d_truth, d_reference = both_gradients(f, z[0])
+        assert_close(f(z[0], ups_fast), truth, f(z[0]), roundings=5)
+        assert_close(gradient(lambda x, f=f: f(x, ups_fast), z[0]), d_truth, d_reference, roundings=5)
+
+
 # Streams, graphs, waiting, determinism -------------------------------------------------------------------------------
 
 
@@ -363,13 +396,15 @@ def some_calls() -> dict[str, list[Tensor]]:
         "nce_loss": [z, negative],
         "ups_loss": [z, target, positive, pack_mask(negative)],
         "fixmatch_loss": [z, 4 * z.flip(0)],
+        "mc_select_multilabel": [logits_of(10, 5000, 100, seed=9).to(DEVICE)],
+        "ups_loss_multilabel": [z, negative.flip(0), pack_mask(negative)],
     }
 
 
 def run(op: str, inputs: list[Tensor]) -> list[Tensor]:
     """The op's results, and for a loss the gradient."""
-    if op == "mc_select":
-        return list(ups_fast.mc_select(*inputs))
+    if op.startswith("mc_select"):
+        return list(getattr(ups_fast, op)(*inputs))
     z = inputs[0].detach().requires_grad_()
     loss = getattr(ups_fast, op)(z, *inputs[1:])
     loss.backward()
@@ -475,6 +510,8 @@ def test_opcheck(op):
         "nce_loss": (z, negative, 1),
         "ups_loss": (z, target, positive, pack_mask(negative)),
         "fixmatch_loss": (z, z.detach().flip(0), None, 0.5, 1.0, 3),
+        "mc_select_multilabel": (logits_of(3, 20, 10).to(DEVICE), 0.5, 0.05, 0.05, 0.005, 2.0, True),
+        "ups_loss_multilabel": (z, negative.flip(0), pack_mask(negative), 1),
     }
     torch.library.opcheck(getattr(torch.ops.ups_fast, op).default, arguments[op])
 
@@ -499,6 +536,8 @@ for c in (1, 3, 10, 14, 28, 33, 100, 224, 300, 512, 1000, 1500, 2500):
         x = z[0].detach().requires_grad_()
         rows = s.label, s.positive, s.negative
         (ups_fast.ups_loss(x, *rows) + ups_fast.nce_loss(x, s.negative)).backward()
+        m = ups_fast.mc_select_multilabel(z, tau_n=0.4, kappa_n=0.4, packed=packed)
+        ups_fast.ups_loss_multilabel(x, m.positive, m.negative).backward()
 x = torch.randn(3000, 10, device="cuda", requires_grad=True)
 ups_fast.nce_loss(x, x.detach() > 0).backward()
 for size, channels in ((32, 3), (9, 1)):

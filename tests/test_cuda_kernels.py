@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ups_fast import ops, reference
 from ups_fast.policy import POLICIES, Policy, normalization, randaugment, tables
-from ups_fast.reference import Selection, pack_mask
+from ups_fast.reference import MultiLabelSelection, Selection, pack_mask
 
 inf, nan = math.inf, math.nan
 SHIM = Path(__file__).parent / "cuda_shim"
@@ -333,6 +333,66 @@ class Kernels:
         )  # fmt: skip
         results.check()
         return d_strong
+
+    def mc_select_multilabel(
+        self,
+        z: Tensor,
+        of_class: Tensor | None = None,
+        *,
+        packed=False,
+        tau_p=0.5,
+        tau_n=0.05,
+        kappa_p=0.05,
+        kappa_n=0.005,
+        temp_nl=2.0,
+        seed=0,
+        max_blocks=MANY,
+    ) -> MultiLabelSelection:
+        p, n, c = z.shape
+        results = Results()
+        mask = ((n, (c + 31) // 32), torch.int32) if packed else ((n, c), torch.bool)
+        values = ((n, c), scalar_type(z))
+        selection = MultiLabelSelection(*(results.new(*each) for each in (values, values, mask, mask)))
+        thresholds = torch.tensor([tau_p, tau_n, kappa_p, kappa_n, temp_nl], dtype=torch.float64)
+        self.call(
+            "mc_select_multilabel", seed, max_blocks, DTYPES.index(z.dtype), z, z.stride(0), z.stride(1), p, n, c,
+            thresholds, of_class, *selection, packed,
+        )  # fmt: skip
+        results.check()
+        return selection
+
+    @staticmethod
+    def multilabel_rows(z: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None) -> list:
+        masks = [x for m in (positive, negative) for x in (m, m.stride(0), m.dtype == torch.int32)]
+        if weight is None or weight.dim() == 1:
+            return [z, z.stride(0), *z.shape, *masks, weight, None, 0]
+        return [z, z.stride(0), *z.shape, *masks, None, weight, weight.stride(0)]
+
+    def ups_loss_multilabel(
+        self, z: Tensor, *masks: Tensor, weight=None, reduction=1, seed=0, max_blocks=MANY
+    ) -> tuple[Tensor, Tensor]:
+        results = Results()
+        loss = results.new(tuple(z.shape[:1]) if reduction == 0 else (), scalar_type(z))
+        scale = results.new((), scalar_type(z))
+        self.call(
+            "ups_loss_multilabel", seed, max_blocks, DTYPES.index(z.dtype),
+            *self.multilabel_rows(z, *masks, weight), reduction, loss, scale,
+        )  # fmt: skip
+        results.check()
+        return loss, scale
+
+    def ups_loss_multilabel_backward(
+        self, d_loss: Tensor, z: Tensor, *masks: Tensor, scale: Tensor, weight=None, seed=0, max_blocks=MANY
+    ) -> Tensor:
+        results = Results()
+        d_logits = results.new(tuple(z.shape), z.dtype)
+        stride = d_loss.stride(0) if d_loss.dim() else 0
+        self.call(
+            "ups_loss_multilabel_backward", seed, max_blocks, DTYPES.index(z.dtype), d_loss, stride,
+            *self.multilabel_rows(z, *masks, weight), scale, d_logits,
+        )  # fmt: skip
+        results.check()
+        return d_logits
 
     def counter_dropout(
         self, x: Tensor, keys: Tensor, p: float, layer: int, *, seed=0, max_blocks=MANY
@@ -1069,6 +1129,77 @@ def test_fixmatch_loss_of_nothing(kernels):
         strong, weak = views(n, 10)
         loss, mask, target, scale = kernels.fixmatch_loss(strong, 0 * weak, reduction=1)
         assert loss == 0 and scale == 1 and not mask.any() and (target == -1).all()
+
+
+MULTILABEL = {"tau_p": 0.5, "tau_n": 0.2, "kappa_p": 0.2, "kappa_n": 0.05}
+
+
+@classes_of_each_dtype([1, 3, 31, 33, 80, 257], now=(33,))
+def test_mc_select_multilabel_on_hostile_shapes(kernels, c, dtype):
+    for p, n, temp_nl in ((1, 1, 2.0), (3, 7, 2.0), (10, 5, 3.7)):
+        z = logits_of(p, n, c, dtype=dtype, seed=c + n)
+        z[p - 1, n - 1, c // 2], kinds = nan, {"temp_nl": temp_nl, **MULTILABEL}
+        values = torch.tensor(list(MULTILABEL.values()), dtype=scalar_type(z))
+        of_class = (values[:, None] * torch.linspace(0.8, 1.2, c)).to(values.dtype)
+        numbers = [kinds, {**kinds, **dict(zip(MULTILABEL, of_class.double().numpy(), strict=True))}]
+        for limits, numbers_of in zip((None, of_class), numbers, strict=True):
+            got = kernels.mc_select_multilabel(z, limits, **kinds)
+            want = oracle.mc_select_multilabel(z.double().numpy(), **numbers_of)
+            for name in ("positive", "negative"):
+                sure = ~want[f"doubt_{name}"]
+                assert (getattr(got, name).numpy() == want[name])[sure].all()
+            for name in ("confidence", "std"):
+                atol = 1e-14 if dtype == torch.float64 else 5e-7  # two roundings and 2 ulp of the exponential
+                np.testing.assert_allclose(getattr(got, name).numpy(), want[name], rtol=0, atol=atol)
+            bits = kernels.mc_select_multilabel(
+                inside(z, 2), limits, packed=True, seed=1, max_blocks=2, **kinds
+            )
+            for a, b in zip(got, bits, strict=True):
+                assert (
+                    torch.equal(b, pack_mask(a))
+                    if a.dtype == torch.bool
+                    else torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+                )
+
+
+def test_mc_select_multilabel_of_equal_passes(kernels):
+    got = kernels.mc_select_multilabel(4 * torch.randn(1, 9, 33).repeat(7, 1, 1))
+    assert (got.std == 0).all()
+
+
+@classes_of_each_dtype([1, 10, 33, 150, 1500], now=(33,))
+def test_ups_loss_multilabel(kernels, c, dtype):
+    n = {1: 1, 10: 601, 33: 7, 150: 20, 1500: 5}[c]  # 601 in several blocks
+    g = torch.Generator().manual_seed(n + c)
+    z = (4 * torch.randn(n, c, generator=g)).to(dtype)
+    masks = [torch.rand(n, c, generator=g) < share for share in (0.2, 0.4)]
+    masks[0][::5] = masks[1][::5] = False
+    of_image, of_entry = (torch.rand(shape, dtype=scalar_type(z), generator=g) for shape in ((n,), (n, c)))
+    of_image[1::4], of_entry[:, ::3] = 0, 0
+    names = ("none", "mean", "sum", "batchmean")
+    for reduction, weight in enumerate((None, of_image, of_entry, None)):
+
+        def f(x, weight=weight, reduction=reduction):
+            return reference.ups_loss_multilabel(x, *masks, weight=weight, reduction=names[reduction])
+
+        truth, d_truth, d_reference = both_gradients(f, z)
+        loss, scale = kernels.ups_loss_multilabel(z, *masks, weight=weight, reduction=reduction)
+        assert_close(loss, truth, f(z), roundings=5)
+        one = torch.ones((), dtype=scalar_type(z)).expand_as(loss)
+        d_logits = kernels.ups_loss_multilabel_backward(one, z, *masks, scale=scale, weight=weight)
+        assert_close(d_logits, d_truth, d_reference, roundings=5)
+        looked = (masks[0] | masks[1]) & (torch.ones(n, c) if weight is None else weight.view(n, -1)).ne(0)
+        hidden, bits = inside(torch.where(looked, z, nan), 3), [pack_mask(masks[0]), inside(masks[1], 1)]
+        again, _ = kernels.ups_loss_multilabel(hidden, *bits, weight=weight, reduction=reduction, seed=1)
+        assert torch.equal(again, loss)
+        again = kernels.ups_loss_multilabel_backward(
+            one, hidden, *bits, scale=scale, weight=weight, seed=1, max_blocks=2
+        )
+        assert torch.equal(again, d_logits)
+    few, _ = kernels.ups_loss_multilabel(z, *masks, max_blocks=2)
+    torch.testing.assert_close(few, kernels.ups_loss_multilabel(z, *masks)[0], rtol=1e-5, atol=1e-6)
+    empty = kernels.ups_loss_multilabel(z[:0], *(m[:0] for m in masks))
+    assert empty[0] == 0 and empty[1] == 1
 
 
 # The shim itself -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ OPS = [path.stem for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 ORDER = [
     "policy",
     "reference_augment",
+    "reference_shared",
+    "reference_multilabel",
     "reference",
     "autograd",
     "ops",
@@ -184,7 +186,9 @@ def ended() -> dict[str, End]:
 def test_reference_and_ops_need_only_torch(ended):
     """Where everything else a trainer needs is missing, the package imports and its ops run."""
     assert rooms()["ops"] == {"policy", "reference", "autograd"}
-    assert rooms()["reference"] == {"reference_augment"} and rooms()["reference_augment"] == {"policy"}
+    parts = {"reference_augment", "reference_shared", "reference_multilabel"}
+    assert rooms()["reference"] == parts and rooms()["reference_augment"] == {"policy"}
+    assert rooms()["reference_multilabel"] == {"reference_shared"} and rooms()["reference_shared"] == set()
     assert rooms()["policy"] == {"words"} and rooms()["words"] == rooms()["autograd"] == set()
     assert ended["need only torch"].status == 0, ended["need only torch"].err
 
@@ -224,9 +228,9 @@ def test_the_interface_is_raised_with_every_change_of_a_schema():
     tree = ast.parse((PACKAGE / "ops.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     schemas = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "_op"]
-    assert len(schemas) == 12
+    assert len(schemas) == 15
     digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
-    assert (ops.INTERFACE, digest) == (3, "acfd28bf6e3b4e1c"), (
+    assert (ops.INTERFACE, digest) == (4, "491ea45bf0eeacbb"), (
         "raise INTERFACE and kInterface, and renew this digest"
     )
     assert ops._C is None or ops._C.interface == ops.INTERFACE

@@ -52,7 +52,7 @@ class Loss(Op):
     @staticmethod
     def setup_context(ctx, inputs, output):
         loss, scale = output
-        at = 2 if isinstance(inputs[2], int) else 4  # where the reduction stands
+        at = next(i for i, x in enumerate(inputs) if isinstance(x, int))  # where the reduction stands
         tensors = *inputs[:at], scale, inputs[at + 1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import reference
 from .autograd import Constant, Dropout, Elementwise, FixMatch, Gradient, Loss, Op, register
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
-from .reference import REDUCTIONS, Reduction, Selection
+from .reference import REDUCTIONS, MultiLabelSelection, Reduction, Selection
 
 # Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
-INTERFACE = 3
+INTERFACE = 4
 
 try:
     from . import _C  # registers the kernels
@@ -70,6 +70,35 @@ def mc_select(
         )
     thresholds = reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
     return Selection(*torch.ops.ups_fast.mc_select(logits.detach(), *thresholds, packed))
+
+
+@_as_reference
+def mc_select_multilabel(
+    logits: Tensor,  # [P, N, C]
+    *,
+    tau_p: float | Tensor = 0.5,  # or float [C], as the others
+    tau_n: float | Tensor = 0.05,
+    kappa_p: float | Tensor = 0.05,
+    kappa_n: float | Tensor = 0.005,
+    temp_nl: float = 2.0,
+    packed: bool = False,
+) -> MultiLabelSelection:
+    if not _has_kernels(logits):
+        return reference.mc_select_multilabel(
+            logits, tau_p=tau_p, tau_n=tau_n, kappa_p=kappa_p, kappa_n=kappa_n, temp_nl=temp_nl, packed=packed
+        )
+    *limits, temp_nl = reference.check_mc_select_multilabel(
+        logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed
+    )
+    of_class = None
+    if any(isinstance(x, Tensor) for x in limits):
+        empty = logits.new_empty(logits.shape[2], dtype=_compute_dtype(logits))
+        rows = (x.detach() if isinstance(x, Tensor) else torch.full_like(empty, x) for x in limits)
+        of_class = torch.stack([x.to(empty.dtype) for x in rows])
+        limits = [1.0, 0.0, 0.0, 0.0]  # not read
+    return MultiLabelSelection(
+        *torch.ops.ups_fast.mc_select_multilabel(logits.detach(), *limits, temp_nl, packed, of_class)
+    )
 
 
 @_as_reference
@@ -150,6 +179,23 @@ def fixmatch_loss(
         strong, weak.detach(), class_tau, tau, temperature, code, _of_loss(weight, strong)
     )
     return (loss, mask) if return_mask else loss
+
+
+@_as_reference
+def ups_loss_multilabel(
+    logits: Tensor,  # [B, C]
+    positive: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    negative: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    *,
+    weight: Tensor | None = None,  # float [B] or [B, C]
+    reduction: Reduction = "mean",
+) -> Tensor:
+    if not _has_kernels(logits):
+        return reference.ups_loss_multilabel(logits, positive, negative, weight=weight, reduction=reduction)
+    reference.check_ups_loss_multilabel(logits, positive, negative, weight, reduction)
+    return torch.ops.ups_fast.ups_loss_multilabel.default(
+        logits, positive, negative, REDUCTIONS.index(reduction), _of_loss(weight, logits)
+    )[0]
 
 
 def _of_loss(x: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -504,6 +550,41 @@ def _(strong, weak, class_tau, tau, temperature, reduction, weight=None):
         strong.new_empty(strong.shape[0], dtype=torch.int64),
         strong.new_empty((), dtype=dtype),
     )
+
+
+# class_thresholds: [4, C], tau_p, tau_n, kappa_p and kappa_n of each class in place of the numbers.
+@_op(
+    "mc_select_multilabel(Tensor logits, float tau_p, float tau_n, float kappa_p, float kappa_n,"
+    " float temp_nl, bool packed, Tensor? class_thresholds=None)"
+    " -> (Tensor confidence, Tensor std, Tensor positive, Tensor negative)",
+    Constant,
+)
+def _(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed, class_thresholds=None):
+    _, n, c = logits.shape
+    width, dtype = ((c + 31) // 32, torch.int32) if packed else (c, torch.bool)
+    values = [logits.new_empty((n, c), dtype=_compute_dtype(logits)) for _ in range(2)]
+    return *values, *(logits.new_empty((n, width), dtype=dtype) for _ in range(2))
+
+
+@_op(
+    "ups_loss_multilabel_backward(Tensor d_loss, Tensor logits, Tensor positive, Tensor negative,"
+    " Tensor scale, Tensor? weight=None) -> Tensor d_logits",
+    Gradient,
+)
+def _(d_loss, logits, positive, negative, scale, weight=None):
+    return logits.new_empty(logits.shape)
+
+
+@_op(
+    "ups_loss_multilabel(Tensor logits, Tensor positive, Tensor negative, int reduction,"
+    " Tensor? weight=None) -> (Tensor loss, Tensor scale)",
+    Loss,
+    backward="ups_loss_multilabel_backward",
+)
+def _(logits, positive, negative, reduction, weight=None):
+    dtype = _compute_dtype(logits)
+    loss = logits.new_empty(logits.shape[:1] if reduction == 0 else (), dtype=dtype)
+    return loss, logits.new_empty((), dtype=dtype)
 
 
 @_op(

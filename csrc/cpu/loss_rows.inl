@@ -3,23 +3,7 @@
 
 #include "simd.inl"
 
-// Which of the classes of vector k are in the row's mask: -1 or 0 in each lane, 0 beyond the last class.
-template <class T>
-UPS_HD Int<T> mask_lanes(const MaskRow& mask, int64_t k, int64_t n_classes) {
-  constexpr int L = kLanes<T>;
-  typedef uint8_t Bytes __attribute__((vector_size(L)));
-  const int64_t first = k * L;
-  const int64_t n = n_classes - first < L ? n_classes - first : L;
-  if (mask.words) {
-    const uint32_t word = mask.words[first / 32] >> (first % 32);  // L divides 32
-    Int<T> lanes;
-    for (int i = 0; i < L; ++i) lanes[i] = -static_cast<int>(i < n && (word >> i & 1));
-    return lanes;
-  }
-  Bytes bytes{};
-  __builtin_memcpy(&bytes, mask.bytes + first, n);
-  return __builtin_convertvector(bytes, Int<T>) != 0;
-}
+#include "mask_lanes.inl"
 
 template <class T, class S>
 class LossRow {

@@ -87,6 +87,12 @@ inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {
   return {i, threads_per_row, threads, ceil_div(rows, threads / threads_per_row)};
 }
 
+// mc_select_multilabel: a thread for each class of each row, or for each bit of its words.
+inline LaunchPlan mc_select_multilabel_plan(int64_t rows, int64_t classes, bool packed) {
+  const int64_t blocks = ceil_div(rows * (packed ? ceil_div(classes, 32) * 32 : classes), 256);
+  return {0, 1, 256, blocks < INT32_MAX ? blocks : INT32_MAX};
+}
+
 // Blocks walk over the rows and leave a partial sum each, which a second launch adds up. A small batch is not worth
 // that: a single block does it all.
 inline LaunchPlan loss_plan(int64_t rows, int64_t classes) {

@@ -30,6 +30,14 @@ T m2_limit(double kappa, int64_t passes) {
   return kappa > 0 ? std::fmax(limit, std::numeric_limits<T>::denorm_min()) : T(0);
 }
 
+// The same on a device, of the kappa of one class.
+template <class T>
+UPS_HD T m2_limit_of(T kappa, int64_t passes) {
+  if (passes == 1) return T(INFINITY);
+  const T limit = kappa * kappa * static_cast<T>(passes - 1);
+  return kappa > 0 && limit == 0 ? std::numeric_limits<T>::denorm_min() : limit;
+}
+
 template <class T>
 Thresholds<T> make_thresholds(double tau_p, double tau_n, double kappa_p, double kappa_n, double temp_nl,
                               int64_t passes) {

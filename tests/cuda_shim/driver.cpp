@@ -10,9 +10,11 @@
 #include "../../csrc/cuda/counter_dropout.cuh"
 #include "../../csrc/cuda/fixmatch_loss.cuh"
 #include "../../csrc/cuda/mc_select.cuh"
+#include "../../csrc/cuda/mc_select_multilabel.cuh"
 #include "../../csrc/cuda/mish.cuh"
 #include "../../csrc/cuda/nce_loss.cuh"
 #include "../../csrc/cuda/ups_loss.cuh"
+#include "../../csrc/cuda/ups_loss_multilabel.cuh"
 
 using namespace ups::cuda;
 
@@ -215,6 +217,74 @@ const char* fixmatch_loss_backward(uint64_t seed, int64_t max_blocks, int dtype,
     LossLaunch launch = {seed, "", {}};
     launch_fixmatch_loss_backward(launch, plan, args, target, static_cast<const A*>(d_loss), d_loss_stride,
                                   static_cast<const A*>(scale), static_cast<T*>(d_strong));
+    return launch.error;
+  });
+}
+
+// `of_class` may be null, and has the type of the results.
+const char* mc_select_multilabel(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t pass_stride,
+                                 int64_t row_stride, int passes, int64_t rows, int classes, const double* thresholds,
+                                 const void* of_class, void* confidence, void* deviation, void* positive,
+                                 void* negative, bool packed) {
+  const LaunchPlan plan = at_most(max_blocks, mc_select_multilabel_plan(rows, classes, packed));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const auto args = multilabel_args(static_cast<const T*>(logits), pass_stride, row_stride, passes, rows, classes,
+                                      {thresholds[0], thresholds[1], thresholds[2], thresholds[3], thresholds[4]},
+                                      static_cast<const A*>(of_class), static_cast<A*>(confidence),
+                                      static_cast<A*>(deviation), positive, negative, packed);
+    return launch(plan, seed, multilabel_kernel<T>(packed), args);
+  });
+}
+
+// Of `weight` and `entry_weight` one is null, or both.
+const char* ups_loss_multilabel(uint64_t seed, int64_t max_blocks, int dtype, const void* logits, int64_t row_stride,
+                                int64_t rows, int classes, const void* positive, int64_t positive_stride,
+                                bool positive_packed, const void* negative, int64_t negative_stride,
+                                bool negative_packed, const void* weight, const void* entry_weight,
+                                int64_t entry_stride, int reduction, void* loss, void* scale) {
+  const LaunchPlan plan = at_most(max_blocks, loss_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const MultilabelRows<T> args = {static_cast<const T*>(logits),
+                                    row_stride,
+                                    rows,
+                                    classes,
+                                    {positive, positive_stride, positive_packed},
+                                    {negative, negative_stride, negative_packed},
+                                    static_cast<const A*>(weight),
+                                    static_cast<const A*>(entry_weight),
+                                    entry_stride};
+    LossLaunch launch = {seed, "", {}};
+    launch_ups_loss_multilabel(launch, plan, args, reduction, static_cast<A*>(loss), static_cast<A*>(scale));
+    return launch.error;
+  });
+}
+
+const char* ups_loss_multilabel_backward(uint64_t seed, int64_t max_blocks, int dtype, const void* d_loss,
+                                         int64_t d_loss_stride, const void* logits, int64_t row_stride, int64_t rows,
+                                         int classes, const void* positive, int64_t positive_stride,
+                                         bool positive_packed, const void* negative, int64_t negative_stride,
+                                         bool negative_packed, const void* weight, const void* entry_weight,
+                                         int64_t entry_stride, const void* scale, void* d_logits) {
+  const LaunchPlan plan = at_most(max_blocks, loss_backward_plan(rows, classes));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const MultilabelRows<T> args = {static_cast<const T*>(logits),
+                                    row_stride,
+                                    rows,
+                                    classes,
+                                    {positive, positive_stride, positive_packed},
+                                    {negative, negative_stride, negative_packed},
+                                    static_cast<const A*>(weight),
+                                    static_cast<const A*>(entry_weight),
+                                    entry_stride};
+    LossLaunch launch = {seed, "", {}};
+    launch_ups_loss_multilabel_backward(launch, plan, args, static_cast<const A*>(d_loss), d_loss_stride,
+                                        static_cast<const A*>(scale), static_cast<T*>(d_logits));
     return launch.error;
   });
 }

@@ -24,6 +24,8 @@ const char* fixmatch_loss_backward(uint64_t, int64_t, int, const void*, int64_t,
                                    const int64_t*, const void*, const void*, void*);
 const char* mc_select(uint64_t, int, const void*, int64_t, int64_t, int, int64_t, int, const double*, int64_t*, float*,
                       float*, bool*, void*, bool);
+const char* mc_select_multilabel(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, int64_t, int,
+                                 const double*, const void*, void*, void*, void*, void*, bool);
 const char* nce_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool,
                      const void*, int, void*, void*);
 const char* nce_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
@@ -33,6 +35,11 @@ const char* ups_loss(uint64_t, int64_t, int, const void*, int64_t, int64_t, int,
 const char* ups_loss_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t, int,
                               const int64_t*, const void*, int64_t, double, const bool*, const void*, int64_t, bool,
                               const void*, const void*, void*);
+const char* ups_loss_multilabel(uint64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, bool,
+                                const void*, int64_t, bool, const void*, const void*, int64_t, int, void*, void*);
+const char* ups_loss_multilabel_backward(uint64_t, int64_t, int, const void*, int64_t, const void*, int64_t, int64_t,
+                                         int, const void*, int64_t, bool, const void*, int64_t, bool, const void*,
+                                         const void*, int64_t, const void*, void*);
 }
 
 namespace {
@@ -219,6 +226,42 @@ void try_fixmatch_loss(int dtype, int64_t rows, int classes, int offset) {
   }
 }
 
+// Selection, then the loss of the first pass under the masks found; class thresholds and weights of entries in turns.
+void try_multilabel(int dtype, int64_t rows, int classes, bool packed, int offset) {
+  const std::string where = "multilabel dtype " + std::to_string(dtype) + " [" + std::to_string(rows) + ", " +
+                            std::to_string(classes) + "] offset " + std::to_string(offset);
+  const int64_t stride = classes + offset, pass_stride = rows * stride, n = rows * classes;
+  const int64_t width = packed ? (classes + 31) / 32 : classes, size = dtype == 3 ? 8 : 4;
+  const Bytes logits = logits_of(dtype, offset + pass_stride + (rows - 1) * stride + classes, rows > 1);
+  const void* const z = as<void>(logits, offset * kBytesOf[dtype]);
+  const Bytes of_class = logits_of(dtype == 3 ? 3 : 0, 4 * classes, false),
+              weight = logits_of(dtype == 3 ? 3 : 0, n, false);
+  const double thresholds[] = {0.5, 0.3, 0.3, 0.3, offset % 2 ? 2.0 : 3.0};
+  const bool entries = offset % 2;
+  std::vector<std::vector<Bytes>> results;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    std::vector<Bytes>& r = results.emplace_back();
+    const int64_t mask = rows * width * (packed ? 4 : 1);
+    for (int64_t bytes : {n * size, n * size, mask, mask, rows * size, size, n * kBytesOf[dtype]})
+      r.emplace_back(bytes);
+    const auto run = [&](const char* error) { expect(*error == 0, error, where); };
+    run(mc_select_multilabel(seed, 3, dtype, z, pass_stride, stride, 2, rows, classes, thresholds,
+                             entries ? as<void>(of_class) : nullptr, as<void>(r[0]), as<void>(r[1]), as<void>(r[2]),
+                             as<void>(r[3]), packed));
+    for (int64_t i = 0; !packed && i < mask; ++i) expect(r[2].get()[i] <= 1 && r[3].get()[i] <= 1, "unwritten", where);
+    const void* const of_row = entries ? nullptr : as<void>(weight);
+    const void* const of_entry = entries ? as<void>(weight) : nullptr;
+    run(ups_loss_multilabel(seed, 3, dtype, z, stride, rows, classes, as<void>(r[2]), width, packed, as<void>(r[3]),
+                            width, packed, of_row, of_entry, classes, 0, as<void>(r[4]), as<void>(r[5])));
+    run(ups_loss_multilabel_backward(seed, 3, dtype, as<void>(weight), 1, z, stride, rows, classes, as<void>(r[2]),
+                                     width, packed, as<void>(r[3]), width, packed, of_row, of_entry, classes,
+                                     as<void>(r[5]), as<void>(r[6])));
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    expect(results[0][i] == results[1][i], "the order of threads shows in result " + std::to_string(i), where);
+  }
+}
+
 // Every operation, drawn often; an affine one that turns and shifts, so that it looks outside the image.
 void try_augment(int H, int W, int C) {
   const std::string where = "augment " + std::to_string(H) + "x" + std::to_string(W) + "x" + std::to_string(C);
@@ -268,6 +311,7 @@ int main(int argc, char** argv) {
       try_mc_select(dtype % 3, 6, 1, classes, packed, 1 + dtype % 2, 3.0);
       try_losses(dtype % 4, rows, classes, packed, dtype % 3);
       try_fixmatch_loss(dtype % 4, rows, classes, dtype % 3);
+      try_multilabel(dtype % 4, rows, classes, packed, dtype % 3);
       ++dtype;
     }
   }

@@ -31,6 +31,7 @@ from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
+from ups_fast.task import Task, task_of
 
 
 @dataclass
@@ -72,8 +73,13 @@ class Run:
 
     @property
     def truth(self) -> Tensor:
-        """int64 [U], of the unlabeled images, -1 where unknown."""
+        """int64 [U], of several labels int8 [U, C], of the unlabeled images; -1 where unknown."""
         return self.data.train_labels[self.state.unlabeled]
+
+    @property
+    def task(self) -> Task:
+        """What a label is."""
+        return self.method.task
 
     @property
     def keeps(self) -> Keeps:
@@ -139,6 +145,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
         features=features,
         labeled_repeats=train.labeled_repeats,
         ema=train.ema,
+        task=task_of(data.train_labels),
     )
     make = METHODS[cfg.method.name]
     method = make(setting)

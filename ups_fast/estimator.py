@@ -23,9 +23,9 @@ from ups_fast.data.features import column_moments
 from ups_fast.data.image_set import moments
 from ups_fast.display import open_console, say, table_line
 from ups_fast.models import Network
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.reference import unpack_mask
 from ups_fast.rounds import rounds
-from ups_fast.selection import PseudoLabels
 from ups_fast.words import said
 
 _ROWS = 256  # of a batch that is predicted: always so many, so that an answer depends on its row alone

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ups_fast.data import Images, ImageSet
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.gallery import Group, Section, Shown, confusion_table, page_of
 from ups_fast.report.thumbnails import thumbnails
 from ups_fast.report.to_review import Review
-from ups_fast.selection import PseudoLabels
 from ups_fast.words import many
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ups_fast.calibration import Reliability, ece, reliability
 from ups_fast.config import Config
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.sentences import Rows, headline, one_training
-from ups_fast.selection import PseudoLabels
 from ups_fast.state import Row
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from ups_fast.calibration import recall
 from ups_fast.config import Config
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report import comparison
 from ups_fast.report.comparison import Comparison
 from ups_fast.report.figure import draw
 from ups_fast.report.gallery import STYLE, text_table
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
-from ups_fast.selection import PseudoLabels
 from ups_fast.state import Row
 
 _STYLE = """

@@ -12,7 +12,7 @@ from ups_fast.calibration import interval
 from ups_fast.config import Config
 from ups_fast.methods import METHODS
 from ups_fast.models.saved import BEST
-from ups_fast.selection import PseudoLabels
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.state import Row
 
 Rows = Sequence[Row]  # one per round

@@ -12,8 +12,8 @@ import numpy as np
 
 from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.files import write_atomic
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.reference import Selection, unpack_mask
-from ups_fast.selection import PseudoLabels
 
 
 def write_pseudo_labels(

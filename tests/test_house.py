@@ -28,6 +28,8 @@ OPS = [path.stem for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 ORDER = [
     "policy",
     "reference_augment",
+    "reference_shared",
+    "reference_multilabel",
     "reference",
     "autograd",
     "ops",
@@ -186,7 +188,9 @@ def ended() -> dict[str, End]:
 def test_reference_and_ops_need_only_torch(ended):
     """Where everything else a trainer needs is missing, the package imports and its ops run."""
     assert rooms()["ops"] == {"policy", "reference", "autograd"}
-    assert rooms()["reference"] == {"reference_augment"} and rooms()["reference_augment"] == {"policy"}
+    parts = {"reference_augment", "reference_shared", "reference_multilabel"}
+    assert rooms()["reference"] == parts and rooms()["reference_augment"] == {"policy"}
+    assert rooms()["reference_multilabel"] == {"reference_shared"} and rooms()["reference_shared"] == set()
     assert rooms()["policy"] == {"words"} and rooms()["words"] == rooms()["autograd"] == set()
     assert ended["need only torch"].status == 0, ended["need only torch"].err
 

@@ -26,12 +26,14 @@ from .ops import (
     counter_dropout,
     fixmatch_loss,
     mc_select,
+    mc_select_multilabel,
     mish,
     nce_loss,
     ups_loss,
+    ups_loss_multilabel,
 )
 from .policy import AugmentPlan, Policy
-from .reference import Selection, dropout_keys, pack_mask, unpack_mask
+from .reference import MultiLabelSelection, Selection, dropout_keys, pack_mask, unpack_mask
 
 if TYPE_CHECKING:
     from .estimator import UPSClassifier
@@ -43,6 +45,7 @@ __all__ = [
     "CounterDropout",
     "FixMatchLoss",
     "Mish",
+    "MultiLabelSelection",
     "NCELoss",
     "Policy",
     "Selection",
@@ -57,12 +60,14 @@ __all__ = [
     "load_model",
     "mc_dropout",
     "mc_select",
+    "mc_select_multilabel",
     "mish",
     "nce_loss",
     "pack_mask",
     "reference",
     "unpack_mask",
     "ups_loss",
+    "ups_loss_multilabel",
 ]
 
 

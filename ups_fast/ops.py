@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import reference
 from .autograd import Constant, Dropout, Elementwise, FixMatch, Gradient, Loss, Op, register
 from .policy import AugmentPlan, Policy, Tables, normalization, tables
-from .reference import REDUCTIONS, Reduction, Selection
+from .reference import REDUCTIONS, MultiLabelSelection, Reduction, Selection
 
 # Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
 INTERFACE = 3
@@ -70,6 +70,22 @@ def mc_select(
         )
     thresholds = reference.check_mc_select(logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed)
     return Selection(*torch.ops.ups_fast.mc_select(logits.detach(), *thresholds, packed))
+
+
+@_as_reference
+def mc_select_multilabel(
+    logits: Tensor,  # [P, N, C]
+    *,
+    tau_p: float | Tensor = 0.5,  # or float [C], as the others
+    tau_n: float | Tensor = 0.05,
+    kappa_p: float | Tensor = 0.05,
+    kappa_n: float | Tensor = 0.005,
+    temp_nl: float = 2.0,
+    packed: bool = False,
+) -> MultiLabelSelection:
+    return reference.mc_select_multilabel(
+        logits, tau_p=tau_p, tau_n=tau_n, kappa_p=kappa_p, kappa_n=kappa_n, temp_nl=temp_nl, packed=packed
+    )
 
 
 @_as_reference
@@ -150,6 +166,18 @@ def fixmatch_loss(
         strong, weak.detach(), class_tau, tau, temperature, code, _of_loss(weight, strong)
     )
     return (loss, mask) if return_mask else loss
+
+
+@_as_reference
+def ups_loss_multilabel(
+    logits: Tensor,  # [B, C]
+    positive: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    negative: Tensor,  # bool [B, C] or int32 [B, ceil(C / 32)]
+    *,
+    weight: Tensor | None = None,  # float [B] or [B, C]
+    reduction: Reduction = "mean",
+) -> Tensor:
+    return reference.ups_loss_multilabel(logits, positive, negative, weight=weight, reduction=reduction)
 
 
 def _of_loss(x: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -8,9 +8,8 @@ NeurIPS 2020.
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +25,39 @@ from .reference_augment import (  # noqa: F401
     plain,
     replay,
 )
+from .reference_multilabel import (  # noqa: F401
+    MultiLabelSelection,
+    check_mc_select_multilabel,
+    check_ups_loss_multilabel,
+    mc_select_multilabel,
+    ups_loss_multilabel,
+)
+from .reference_shared import (  # noqa: F401
+    FLOATS,
+    PLAIN,
+    REDUCTIONS,
+    Reduction,
+    check_classes,
+    check_constant,
+    check_dense,
+    check_logits,
+    check_mask,
+    check_number,
+    check_reduction,
+    check_rows,
+    check_tensor,
+    check_weight,
+    compute_dtype,
+    is_readable,
+    pack_mask,
+    reduced,
+    std_over_passes,
+    unpack_mask,
+    unpacked,
+    weights,
+)
 
 NCE_EPS = 1e-7
-Reduction = Literal["none", "mean", "sum", "batchmean"]
-REDUCTIONS = get_args(Reduction)  # their position is the op's argument, as in torch's own losses
-_PLAIN = (Tensor, torch.nn.Parameter)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Selection(NamedTuple):
@@ -99,12 +125,12 @@ def mc_select(
     tau_p, tau_n, kappa_p, kappa_n, temp_nl = check_mc_select(
         logits, tau_p, tau_n, kappa_p, kappa_n, temp_nl, packed
     )
-    z = logits.detach().to(_compute_dtype(logits))
+    z = logits.detach().to(compute_dtype(logits))
     finite = z.isfinite().all(dim=-1).all(dim=0)
     p = torch.softmax(z, dim=-1)
     q = _softmax(z, temp_nl)
-    mean_p, std_p = p.mean(dim=0), _std_over_passes(p)
-    mean_q, std_q = q.mean(dim=0), _std_over_passes(q)
+    mean_p, std_p = p.mean(dim=0), std_over_passes(p)
+    mean_q, std_q = q.mean(dim=0), std_over_passes(q)
 
     label = mean_p.argmax(dim=-1)
     confidence = mean_p.gather(-1, label[:, None])[:, 0]
@@ -156,9 +182,9 @@ def nce_loss(
         >>> loss.backward()
     """
     check_nce_loss(logits, mask, reduction, weight)
-    w = _weights(logits, weight)
+    w = weights(logits, weight)
     loss, active = _nce_rows(logits, mask)
-    return _reduced(loss, [active & (w != 0)], w, reduction)
+    return reduced(loss, [active & (w != 0)], w, reduction)
 
 
 def ups_loss(
@@ -218,9 +244,9 @@ def ups_loss(
         [1.3863, 0.2877, 0.0]
     """
     check_ups_loss(logits, target, positive, negative, reduction, weight, label_smoothing)
-    z = logits.to(_compute_dtype(logits))
+    z = logits.to(compute_dtype(logits))
     n_classes = z.shape[-1]
-    w = _weights(logits, weight)
+    w = weights(logits, weight)
     positive = positive & (w != 0)
     if target.dtype == torch.int64 and z.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = positive & ((target < 0) | (target >= n_classes))
@@ -232,12 +258,12 @@ def ups_loss(
     if negative is None:
         g = torch.zeros_like(z, dtype=torch.bool)
     else:
-        g = _unpacked(negative, n_classes) if negative.dtype == torch.int32 else negative
+        g = unpacked(negative, n_classes) if negative.dtype == torch.int32 else negative
     active = g.any(dim=-1) & ~positive & (w != 0)
     z = torch.where((positive | active)[:, None], z, 0)  # a NaN in a row that counts for nothing stays there
     ce = torch.where(positive, _ce_rows(z, target, label_smoothing), 0)
     nce = torch.where(active, _nce_rows(z, g)[0], 0)
-    return _reduced(ce + nce, [positive, active], w, reduction)
+    return reduced(ce + nce, [positive, active], w, reduction)
 
 
 def fixmatch_loss(
@@ -292,15 +318,15 @@ def fixmatch_loss(
         >>> loss.backward()
     """
     tau, temperature = check_fixmatch_loss(strong, weak, tau, temperature, weight, reduction, return_mask)
-    dtype = _compute_dtype(strong)
-    z, w = strong.to(dtype), _weights(strong, weight)
+    dtype = compute_dtype(strong)
+    z, w = strong.to(dtype), weights(strong, weight)
     guess = weak.detach().to(dtype)
     confidence, label = _softmax(guess, temperature).amax(dim=-1), guess.argmax(dim=-1)
     threshold = tau.detach().to(dtype)[label] if isinstance(tau, Tensor) else tau
     mask = (confidence >= threshold) & guess.isfinite().all(dim=-1)
     counts = mask & (w != 0)
     z = torch.where(counts[:, None], z, 0)  # a NaN in a row that counts for nothing stays there
-    loss = _reduced(_ce_rows(z, label, 0.0), [counts], w, reduction)
+    loss = reduced(_ce_rows(z, label, 0.0), [counts], w, reduction)
     return (loss, mask) if return_mask else loss
 
 
@@ -372,7 +398,7 @@ def dropout_keys(index: Tensor, *, seed: int | Tensor, draw: int | Tensor) -> Te
     >>> dropout_keys(torch.tensor([4, 7]), seed=0, draw=1)
     tensor([1608235242,  232030960], dtype=torch.int32)
     """
-    _check_tensor("index", index, "[B]", (torch.int64,))
+    check_tensor("index", index, "[B]", (torch.int64,))
     check_counter("seed", seed, 63, index)
     check_counter("draw", draw, 63, index, each=True)
 
@@ -407,76 +433,12 @@ def mish(x: Tensor) -> Tensor:
     tensor([-0.3034,  0.0000,  1.9440])
     """
     check_mish(x)
-    z = x.to(_compute_dtype(x))
+    z = x.to(compute_dtype(x))
     limit = 87.0 if z.dtype == torch.float32 else 700.0  # beyond it mish is 0 or x to the last bit
     u = torch.exp(-z.clamp(-limit, limit).abs())
     small, large = u * (u + 2), u * 2 + 1
     tanh = torch.where(z > 0, large / (large + 2 * u * u), small / (small + 2))
     return (torch.where(z < -limit, -limit, z) * tanh).to(x.dtype)
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """A mask of classes as bits: class c becomes bit ``c % 32`` of word ``c // 32``.
-
-    Args:
-        mask: bool [N, C].
-
-    Returns:
-        int32 [N, ceil(C / 32)]; bits beyond the last class are 0.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what it got.
-
-    Example:
-        >>> ups_fast.pack_mask(torch.tensor([[True, False, True]]))
-        tensor([[5]], dtype=torch.int32)
-    """
-    _check_tensor("mask", mask, "[N, C]", (torch.bool,))
-    n, c = mask.shape
-    words = (c + 31) // 32
-    padded = torch.zeros(n, words * 32, dtype=torch.int64, device=mask.device)
-    padded[:, :c] = mask
-    bits = padded.view(n, words, 32) << torch.arange(32, device=mask.device)
-    return bits.sum(dim=-1).to(torch.int32)  # wraps bit 31 into the sign
-
-
-def unpack_mask(packed: Tensor, n_classes: int) -> Tensor:
-    """The inverse of `pack_mask`.
-
-    Args:
-        packed: int32 [N, ceil(n_classes / 32)].
-        n_classes: C, at least 0.
-
-    Returns:
-        bool [N, C].
-
-    Raises:
-        TypeError, ValueError: naming the argument and what it got.
-
-    Example:
-        >>> ups_fast.unpack_mask(torch.tensor([[5]], dtype=torch.int32), n_classes=3)
-        tensor([[ True, False,  True]])
-    """
-    _check_tensor("packed", packed, "[N, ceil(n_classes / 32)]", (torch.int32,))
-    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, torch.SymInt)):
-        raise TypeError(f"n_classes must be an integer, got {n_classes!r}")
-    if n_classes < 0:
-        raise ValueError(f"n_classes must be at least 0, got {n_classes}")
-    if packed.shape[1] != (n_classes + 31) // 32:
-        raise ValueError(
-            f"packed must have {(n_classes + 31) // 32} columns for {n_classes} classes, got {list(packed.shape)}"
-        )
-    return _unpacked(packed, n_classes)
-
-
-def _unpacked(packed: Tensor, n_classes: int) -> Tensor:
-    bits = (packed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=packed.device)) & 1
-    return bits.flatten(1)[:, :n_classes].bool()
-
-
-def _weights(logits: Tensor, weight: Tensor | None) -> Tensor:  # [N], in the type of the loss
-    dtype = _compute_dtype(logits)
-    return logits.new_ones(logits.shape[0], dtype=dtype) if weight is None else weight.to(dtype)
 
 
 def _ce_rows(z: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
@@ -496,24 +458,10 @@ def _ce_rows(z: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     return torch.where(known, -(t * log_p).sum(dim=-1), math.nan)
 
 
-def _reduced(rows: Tensor, groups: list[Tensor], weight: Tensor, reduction: Reduction) -> Tensor:
-    """Losses [N] of rows of these groups, each bool [N], weighted and reduced."""
-    zero = rows.new_zeros(())
-    losses = [torch.where(group, rows * weight, zero) for group in groups]
-    if reduction == "none":
-        return torch.stack(losses).sum(dim=0)
-    total = zero
-    for loss, group in zip(losses, groups, strict=True):
-        weights = torch.where(group, weight, zero).sum()
-        by = torch.where(weights == 0, 1, weights) if reduction == "mean" else 1
-        total = total + loss.sum() / by
-    return total / max(1, rows.shape[0]) if reduction == "batchmean" else total
-
-
 def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """NCE of each row (0 where its mask is empty) and which rows have a mask: [N], bool [N]."""
-    z = logits.to(_compute_dtype(logits))
-    g = _unpacked(mask, z.shape[-1]) if mask.dtype == torch.int32 else mask
+    z = logits.to(compute_dtype(logits))
+    g = unpacked(mask, z.shape[-1]) if mask.dtype == torch.int32 else mask
     z = torch.where(g.any(dim=-1)[:, None], z, 0)
     log_not_p = torch.log(torch.clamp(1 - torch.softmax(z, dim=-1), NCE_EPS, 1.0))
     loss = -torch.where(g, log_not_p, 0).sum(dim=-1) / (g.sum(dim=-1, dtype=z.dtype) + NCE_EPS)
@@ -523,12 +471,6 @@ def _nce_rows(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _softmax(z: Tensor, temperature: float) -> Tensor:
     """Of z / temperature, which may be larger than any float."""
     return torch.softmax((z - z.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
-
-
-def _std_over_passes(x: Tensor) -> Tensor:
-    """Unbiased std over dim 0; 0 for a single pass, where it is undefined and unused."""
-    # std itself warns where there is nothing to average.
-    return x.std(dim=0) if x.shape[0] > 1 and x.numel() else torch.zeros_like(x[0])
 
 
 def _mix(x: Tensor) -> Tensor:  # int32
@@ -542,77 +484,15 @@ def _signed(word: int) -> int:
     return (word + 2**31) % 2**32 - 2**31
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-# What an argument must be. Shared with the fused ops, so both raise the same sentences.
-
-
-def _check_dense(name: str, x: Tensor, shape: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape}, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a dense tensor {shape}, got layout {layout}")
-
-
-def _check_tensor(name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    _check_dense(name, x, shape)
-    if x.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
-
-
-def _check_rows(name: str, x: Tensor, logits: Tensor, like: str = "logits") -> None:
-    if x.device != logits.device:
-        place = "the logits' device" if like == "logits" else f"the device of {like},"
-        raise ValueError(f"{name} must be on {place} {logits.device}, got {x.device}")
-    if x.shape[0] != logits.shape[-2]:
-        raise ValueError(f"{name} must have {logits.shape[-2]} rows like {like}, got {list(x.shape)}")
-
-
-def _check_number(name: str, x: float, low: float, high: float) -> float:
-    if not isinstance(x, numbers.Real) or isinstance(x, bool):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    try:
-        x = float(x)
-    except OverflowError:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got a number that no float holds") from None
-    if not low <= x <= high:  # also catches NaN
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {x}")
-    return x
-
-
-def _check_logits(logits: Tensor, shape: str) -> None:
-    _check_tensor("logits", logits, shape, _FLOATS)
-    _check_classes("logits", logits)
-
-
-def _check_classes(name: str, x: Tensor) -> None:
-    if x.shape[-1] == 0:
-        raise ValueError(f"{name} must have at least one class, got {list(x.shape)}")
-
-
-def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
-    n_classes = logits.shape[-1]
-    _check_tensor(name, mask, "[N, C]", (torch.bool, torch.int32))
-    _check_rows(name, mask, logits)
-    width = n_classes if mask.dtype == torch.bool else (n_classes + 31) // 32
-    if mask.shape[1] != width:
-        form = "bool" if mask.dtype == torch.bool else "packed int32"
-        raise ValueError(
-            f"{name} as {form} must have {width} columns for {n_classes} classes, got {list(mask.shape)}"
-        )
+# What an argument must be. Shared with the fused ops, so both raise the same sentences; more in reference_shared.
 
 
 def check_counter_dropout(x: Tensor, keys: Tensor, p: float, layer: int) -> None:
     """Raise the error of the first `counter_dropout` argument that is not as documented."""
-    _check_dense("x", x, "[B, C, ...]")
-    if x.dtype not in _FLOATS or x.dim() < 2:
+    check_dense("x", x, "[B, C, ...]")
+    if x.dtype not in FLOATS or x.dim() < 2:
         raise TypeError(f"x must be floating-point [B, C, ...], got {str(x.dtype)[6:]} {list(x.shape)}")
-    _check_tensor("keys", keys, "[B]", (torch.int32,))
+    check_tensor("keys", keys, "[B]", (torch.int32,))
     if keys.device != x.device or keys.shape[0] != x.shape[0]:
         raise ValueError(
             f"keys must be [{x.shape[0]}] on {x.device} like x, got {list(keys.shape)} on {keys.device}"
@@ -622,7 +502,7 @@ def check_counter_dropout(x: Tensor, keys: Tensor, p: float, layer: int) -> None
 
 def check_dropout(p: float, layer: int) -> None:
     """Raise the error of the first number that `counter_dropout` cannot take."""
-    _check_number("p", p, 0.0, 1.0)
+    check_number("p", p, 0.0, 1.0)
     if p == 1:
         raise ValueError("p must be below 1, got 1")
     if not is_integer(layer) or not 0 <= plain(layer) < 1 << 20:
@@ -631,8 +511,8 @@ def check_dropout(p: float, layer: int) -> None:
 
 def check_mish(x: Tensor) -> None:
     """Raise the error if `mish` cannot take x."""
-    _check_dense("x", x, "[...]")
-    if x.dtype not in _FLOATS:
+    check_dense("x", x, "[...]")
+    if x.dtype not in FLOATS:
         raise TypeError(f"x must be floating-point [...], got {str(x.dtype)[6:]} {list(x.shape)}")
 
 
@@ -640,14 +520,14 @@ def check_mc_select(
     logits: Tensor, tau_p: float, tau_n: float, kappa_p: float, kappa_n: float, temp_nl: float, packed: bool
 ) -> tuple[float, float, float, float, float]:
     """Raise the error of the first `mc_select` argument that is not as documented; the thresholds as floats."""
-    _check_logits(logits, "[P, N, C]")
+    check_logits(logits, "[P, N, C]")
     if logits.shape[0] == 0:
         raise ValueError(f"logits must hold at least one pass, got {list(logits.shape)}")
-    tau_p = _check_number("tau_p", tau_p, 0.0, 1.0)
-    tau_n = _check_number("tau_n", tau_n, 0.0, 1.0)
-    kappa_p = _check_number("kappa_p", kappa_p, 0.0, math.inf)
-    kappa_n = _check_number("kappa_n", kappa_n, 0.0, math.inf)
-    temp_nl = _check_number("temp_nl", temp_nl, 1e-3, 1e3)
+    tau_p = check_number("tau_p", tau_p, 0.0, 1.0)
+    tau_n = check_number("tau_n", tau_n, 0.0, 1.0)
+    kappa_p = check_number("kappa_p", kappa_p, 0.0, math.inf)
+    kappa_n = check_number("kappa_n", kappa_n, 0.0, math.inf)
+    temp_nl = check_number("temp_nl", temp_nl, 1e-3, 1e3)
     if not isinstance(packed, bool):
         raise TypeError(f"packed must be True or False, got {packed!r}")
     if tau_n > tau_p:
@@ -674,24 +554,12 @@ def _warn_of_probabilities(logits: Tensor) -> None:  # [P, N, C]
         )
 
 
-def is_readable(x: Tensor) -> bool:
-    """Whether x has values that may be looked at: not in a trace, a transform or the capture of a CUDA graph."""
-    return (
-        type(x) in _PLAIN  # not a fake one
-        and x.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
 def check_nce_loss(logits: Tensor, mask: Tensor, reduction: str, weight: Tensor | None) -> None:
     """Raise the error of the first `nce_loss` argument that is not as documented."""
-    _check_logits(logits, "[N, C]")
-    _check_mask("mask", mask, logits)
+    check_logits(logits, "[N, C]")
+    check_mask("mask", mask, logits)
     check_reduction(reduction)
-    _check_weight(weight, logits, "[N]")
+    check_weight(weight, logits, "[N]")
 
 
 def check_ups_loss(
@@ -709,27 +577,27 @@ def check_ups_loss(
     )
     if usual and _is_usual(logits, target, positive, negative):
         return
-    _check_logits(logits, "[B, C]")
-    _check_dense("target", target, "int64 [B] or floating-point [B, C]")
-    if target.dtype in _FLOATS:
-        _check_tensor("target", target, "[B, C]", _FLOATS)
+    check_logits(logits, "[B, C]")
+    check_dense("target", target, "int64 [B] or floating-point [B, C]")
+    if target.dtype in FLOATS:
+        check_tensor("target", target, "[B, C]", FLOATS)
         if target.shape[1] != logits.shape[1]:
             raise ValueError(
                 f"target must have {logits.shape[1]} classes like logits, got {list(target.shape)}"
             )
-        _check_constant("target", target)
+        check_constant("target", target)
     elif target.dtype == torch.int64 or target.dim() == 1:
-        _check_tensor("target", target, "[B]", (torch.int64,))
+        check_tensor("target", target, "[B]", (torch.int64,))
     else:
         got = f"{str(target.dtype)[6:]} {list(target.shape)}"
         raise TypeError(f"target must be int64 [B] or floating-point [B, C], got {got}")
-    _check_rows("target", target, logits)
-    _check_tensor("positive", positive, "[B]", (torch.bool,))
-    _check_rows("positive", positive, logits)
+    check_rows("target", target, logits)
+    check_tensor("positive", positive, "[B]", (torch.bool,))
+    check_rows("positive", positive, logits)
     if negative is not None:
-        _check_mask("negative", negative, logits)
+        check_mask("negative", negative, logits)
     check_reduction(reduction)
-    _check_weight(weight, logits, "[B]")
+    check_weight(weight, logits, "[B]")
     check_label_smoothing(label_smoothing)
 
 
@@ -744,9 +612,9 @@ def check_fixmatch_loss(
 ) -> tuple[float | Tensor, float]:
     """Raise the error of the first `fixmatch_loss` argument that is not as documented; the numbers as floats."""
     if not (_is_plain_matrix(strong) and _is_plain_matrix(weak) and _are_alike(strong, weak)):
-        _check_tensor("strong", strong, "[B, C]", _FLOATS)
-        _check_tensor("weak", weak, "[B, C]", _FLOATS)
-        _check_classes("strong", strong)
+        check_tensor("strong", strong, "[B, C]", FLOATS)
+        check_tensor("weak", weak, "[B, C]", FLOATS)
+        check_classes("strong", strong)
         _check_alike("weak", weak, "strong", strong)
     check_fixmatch_options(tau, temperature, reduction, return_mask)
     if isinstance(tau, Tensor):
@@ -755,7 +623,7 @@ def check_fixmatch_loss(
         if tau.shape[0] != strong.shape[1]:
             raise ValueError(f"tau must have {strong.shape[1]} classes like strong, got {list(tau.shape)}")
     if weight is not None:
-        _check_weight(weight, strong, "[B]", "strong")
+        check_weight(weight, strong, "[B]", "strong")
     return tau if isinstance(tau, Tensor) else float(tau), float(temperature)
 
 
@@ -764,12 +632,12 @@ def check_fixmatch_options(
 ) -> None:
     """Raise the error of the first option of `fixmatch_loss` that no batch could have."""
     if isinstance(tau, Tensor):
-        _check_tensor("tau", tau, "[C]", _FLOATS)
-        _check_constant("tau", tau)
+        check_tensor("tau", tau, "[C]", FLOATS)
+        check_constant("tau", tau)
     elif not (type(tau) is float and 0 <= tau <= 1):
-        _check_number("tau", tau, 0.0, 1.0)
+        check_number("tau", tau, 0.0, 1.0)
     if not (type(temperature) is float and 1e-3 <= temperature <= 1e3):
-        _check_number("temperature", temperature, 1e-3, 1e3)
+        check_number("temperature", temperature, 1e-3, 1e3)
     check_reduction(reduction)
     if not isinstance(return_mask, bool):
         raise TypeError(f"return_mask must be True or False, got {return_mask!r}")
@@ -777,9 +645,9 @@ def check_fixmatch_options(
 
 def _is_plain_matrix(x: Tensor) -> bool:
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and x.dim() == 2
-        and x.dtype in _FLOATS
+        and x.dtype in FLOATS
         and x.layout is torch.strided
         and not x.is_nested
         and x.shape[1] > 0
@@ -802,7 +670,7 @@ def _check_alike(name: str, x: Tensor, like: str, y: Tensor) -> None:
 def _is_usual(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor | None) -> bool:
     """Whether these are what most calls of `ups_loss` have: nothing is wrong, at half the time of the checks."""
     rest = (target, positive) if negative is None else (target, positive, negative)
-    if type(logits) not in _PLAIN or logits.dim() != 2 or logits.dtype not in _FLOATS:
+    if type(logits) not in PLAIN or logits.dim() != 2 or logits.dtype not in FLOATS:
         return False
     device, (n, c) = logits.device, logits.shape
     for x in rest:
@@ -820,27 +688,6 @@ def _is_usual(logits: Tensor, target: Tensor, positive: Tensor, negative: Tensor
     )
 
 
-def check_reduction(reduction: str) -> None:
-    """Raise an error if it is not a `Reduction`."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean', 'sum', 'batchmean' or 'none', got {reduction!r}")
-
-
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raise an error if it is not a number in [0, 1]."""
-    _check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-
-
-def _check_weight(weight: Tensor | None, logits: Tensor, shape: str, like: str = "logits") -> None:
-    if weight is None:
-        return
-    _check_tensor("weight", weight, shape, _FLOATS)
-    _check_rows("weight", weight, logits, like)
-    _check_constant("weight", weight)
-
-
-def _check_constant(name: str, x: Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must not require a gradient, as the loss has none for it: pass {name}.detach()"
-        )
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)

@@ -19,7 +19,7 @@ from ups_fast.models.network import keys_by_head
 from ups_fast.modules import mc_dropout
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import passes_over, skipped
-from ups_fast.task import SINGLE
+from ups_fast.tasks import SINGLE
 
 H, B, C = 3, 4, 5
 X = torch.rand(B, 1, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ from ups_fast.inputs import load_data
 from ups_fast.models import MLP, build
 from ups_fast.predict import HEAD, Predictor
 from ups_fast.reference import counter_normal, dropout_keys
-from ups_fast.task import SINGLE
+from ups_fast.tasks import SINGLE
 
 __all__ = ["one_thread"]  # the fixture
 

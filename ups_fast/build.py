@@ -31,7 +31,7 @@ from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
-from ups_fast.task import Task, task_of
+from ups_fast.tasks import Task, task_of
 
 
 @dataclass

@@ -32,7 +32,7 @@ from ups_fast.files import (
 )
 from ups_fast.models.saved import BEST, MODEL
 from ups_fast.state import Checkpoint, Keeps, Row, alone, among
-from ups_fast.task import Task
+from ups_fast.tasks import Task
 from ups_fast.words import line_of, shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"

@@ -1,4 +1,7 @@
-"""What a labeling says of single labels, and which of them are kept: the class balance, and negatives of the others."""
+"""What a labeling says of its samples, and which labels are kept: the class balance, and negatives of the others.
+
+`PseudoLabels` are of one class for each sample, `MultiPseudoLabels` of several.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +80,42 @@ def drop_negatives(
 ) -> Tensor:  # int32 [U, ceil(C / 32)]
     """Clears the negative classes of kept positives; what balance dropped becomes a negative sample."""
     return negative.masked_fill(positive[:, None], 0)
+
+
+@dataclass(frozen=True)
+class MultiPseudoLabels:
+    """What a round's network says of the U unlabeled samples and each of C classes. All on one device."""
+
+    index: Tensor  # int64 [U], into the training set
+    confidence: Tensor  # float32 [U, C], mean probability of the class; NaN without a finite answer
+    std: Tensor  # float32 [U, C], of that probability over the passes; NaN likewise
+    candidate: Tensor  # int32 [U, ceil(C / 32)], packed: the class passed the thresholds of a positive
+    positive: Tensor  # likewise, and was kept by the class balance
+    negative: Tensor  # likewise: the sample surely is not of this class
+    weight: Tensor  # float32 [U, C], of each entry in the loss; [U, 0]: all alike
+
+    def cpu(self) -> MultiPseudoLabels:
+        """The same on the host."""
+        return MultiPseudoLabels(**{name: tensor.cpu() for name, tensor in vars(self).items()})
+
+    def at(self, kept: Tensor) -> MultiPseudoLabels:  # bool [U]
+        """Of these samples alone."""
+        return MultiPseudoLabels(**{name: tensor[kept] for name, tensor in vars(self).items()})
+
+
+def balance_entries(
+    uncertainty: Tensor,  # float32 [U, C], at least 0 where candidate
+    candidate: Tensor,  # bool [U, C]
+    floor: int = BALANCE_FLOOR,
+) -> Tensor:  # bool [U, C], the candidates that are kept
+    """`balance` where a sample may be a candidate of several classes: each class is a list of its own.
+
+    >>> std, candidate = torch.tensor([[0.3, 0.1], [0.2, 0.0]]), torch.tensor([[True, True], [True, False]])
+    >>> balance_entries(std, candidate, floor=1).tolist()
+    [[False, True], [True, False]]
+    """
+    m = candidate.sum(0).amin().clamp(min=floor) if candidate.shape[1] else floor
+    order = torch.where(candidate, uncertainty, math.inf).argsort(dim=0, stable=True)
+    place = torch.arange(len(candidate), device=candidate.device)[:, None].expand_as(order)
+    rank = torch.empty_like(order).scatter_(0, order, place)
+    return candidate & (rank < m)

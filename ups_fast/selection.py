@@ -17,7 +17,7 @@ from ups_fast.data.images import Images
 from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
 from ups_fast.reference import dropout_keys
-from ups_fast.task import SINGLE, Task
+from ups_fast.tasks import SINGLE, Task
 
 
 class Thresholds(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ups_fast.calibration import BINS
 from ups_fast.files import finite, misfit
-from ups_fast.task import Task
+from ups_fast.tasks import Task
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ups_fast.models import Network
 from ups_fast.schema import key
 from ups_fast.selection import Thresholds
-from ups_fast.task import SINGLE, Task
+from ups_fast.tasks import SINGLE, Task
 
 
 class Group(NamedTuple):

@@ -31,7 +31,7 @@ from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
-from ups_fast.tasks import Task, task_of
+from ups_fast.tasks import MULTI, Task, task_of
 
 
 @dataclass
@@ -205,7 +205,8 @@ def _about(cfg: Config, data: ImageSet) -> dict[str, Any]:
     elif cfg.model.name in LITE:
         mean, std = (each[: len(data.mean)] for each in pixel_scale(cfg.model.name))
     model = {"model": asdict(cfg.model), "heads": cfg.select.heads, "classes": data.classes}
-    return {**model, **shape, "mean": mean, "std": std}
+    task = {"task": MULTI.name} if task_of(data.train_labels) is MULTI else {}
+    return {**model, **shape, **task, "mean": mean, "std": std}
 
 
 def _frozen(cfg: Config, about: Mapping[str, Any]) -> Frozen | None:
@@ -228,6 +229,11 @@ def _check_method(
             f"{name} compares a weak view of each row with a strong one, but data.noise and data.drop_columns are 0: "
             f"raise one of them{', or data.views' if cfg.model.freeze else ''}"
         )
+    if method.task is MULTI and not method.many_labels:
+        able = ", ".join(each for each, cls in METHODS.items() if cls.many_labels)
+        raise ValueError(f"samples with several labels are for method.name={able}, got {name}")
+    if method.task is MULTI and getattr(method.options, "schedule", "") == "curriculum":
+        raise ValueError("method.schedule=curriculum is for one label a sample, and these data have several")
     if cfg.select.heads > 1 and not method.many_heads:
         able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))
         raise ValueError(f"select.heads={cfg.select.heads} is for method.name={able}, got {name}")

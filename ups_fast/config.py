@@ -28,7 +28,7 @@ from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
+DATA_SETS = ("digits", "mosaics", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
 
 
 @dataclass

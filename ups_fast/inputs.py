@@ -32,6 +32,7 @@ from ups_fast.data import (
     listing,
     load_set,
     scan,
+    split_label_sets,
     stratified_split,
 )
 from ups_fast.data.equal import notes_on_equal_arrays
@@ -289,13 +290,24 @@ def val_of(cfg: Config, data: ImageSet, labeled: Tensor) -> tuple[Tensor, Tensor
 
 def hold_out(
     labeled: Tensor,  # int64 [L], sample ids
-    labels: Tensor,  # int64 [N]
+    labels: Tensor,  # int64 [N], or of several int8 [N, C]
     share: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # int64, ascending: what stays labeled, and the validation part
-    """Draws a share of the labeled images of each class, rounded down, but of no class the last one."""
+    """Draws a share of the labeled images of each class, rounded down, but of no class the last one.
+
+    Of several labels each class keeps its share of the images, one at least.
+    """
     if not share:
         return labeled, labeled[:0]
+    if labels.ndim == 2:
+        left = len(labeled) - int(share * len(labeled) + 1e-9)
+        if left == len(labeled):
+            raise ValueError(
+                f"data.val_share={share} of {left} labeled images is none: raise it, or label more images"
+            )
+        kept, drawn_sets = split_label_sets(labels[labeled], left, seed)
+        return labeled[kept], labeled[drawn_sets]
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     drawn = torch.zeros(len(labeled), dtype=torch.bool)
     for c in labels[labeled].unique().tolist():

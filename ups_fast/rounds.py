@@ -32,6 +32,7 @@ from ups_fast.methods import Known, Layout, Look, Targets
 from ups_fast.models.saved import MODEL
 from ups_fast.selection import Evaluation, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
+from ups_fast.tasks import MULTI
 from ups_fast.words import many
 
 __all__ = ["Diverged", "Interrupted", "Result", "rounds", "run"]
@@ -140,7 +141,7 @@ def resume(run: Run, console: Console) -> None:
     say(console, f"{folder}: {at}")
     if done and not (folder.path / MODEL).exists():
         say(console, f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
-    say(console, HEADER)
+    say(console, HEADER.replace("test acc", "test mAP") if run.task is MULTI else HEADER)
 
 
 def _networks(run: Run) -> str:

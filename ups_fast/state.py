@@ -39,12 +39,33 @@ class _Later(TypedDict, total=False):
     unlabeled_acc: float | None
 
 
-class Row(_Guess, _Later):
+class _Single(TypedDict, total=False):
+    """Of one label for each sample."""
+
+    test_acc: float | None
+    val_acc: float | None
+    test_mistakes: list[list[int]]
+    test_recall: list[float | None]
+
+
+class _Multi(TypedDict, total=False):
+    """Of several labels for each sample."""
+
+    test_map: float | None
+    val_map: float | None
+    unlabeled_map: float | None
+    test_map_11: float | None
+    test_map_classes: int
+    test_cf1: float | None
+    test_of1: float | None
+    test_ap: list[float | None]
+    test_class_ece: list[float | None]
+
+
+class Row(_Guess, _Later, _Single, _Multi):
     """A finished round, a line of metrics.jsonl. None where there is nothing to average."""
 
     round: int
-    test_acc: float | None
-    val_acc: float | None
     positives: int
     positive_acc: float | None
     negatives: int
@@ -58,8 +79,18 @@ class Row(_Guess, _Later):
     outside: float
     train_loss: float | None
     test_ece: float | None
-    test_mistakes: list[list[int]]
-    test_recall: list[float | None]
+
+
+def is_multi(row: Row) -> bool:
+    """Whether samples have several labels."""
+    return "test_map" in row
+
+
+def headline_of(row: Row, part: str = "test") -> float | None:
+    """Accuracy, or of several labels mAP, on test, val or unlabeled samples; None where it is not known."""
+    found: Any = row
+    value: float | None = found.get(f"{part}_map" if is_multi(row) else f"{part}_acc")
+    return value
 
 
 @dataclass
@@ -154,7 +185,18 @@ _OF_TASK: dict[str, dict[str, Callable[[Any], bool]]] = {
         "val_acc": _share,
         "test_mistakes": lambda value: _table(value, (_count, _count, _count), 10),
         "test_recall": _list(_share),
-    }
+    },
+    "multilabel": {
+        "test_map": _share,
+        "val_map": _share,
+        "unlabeled_map": _share,
+        "test_map_11": _share,
+        "test_map_classes": _count,
+        "test_cf1": _share,
+        "test_of1": _share,
+        "test_ap": _list(_share),
+        "test_class_ece": _list(_share),
+    },
 }
 _GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled images is unknown
     "test_positives": _count,
@@ -178,7 +220,7 @@ def _row_fits(row: Any, task: Task, n_classes: int) -> bool:
     )
 
 
-_BY_CLASS = ("per_class_positives", "test_recall")
+_BY_CLASS = ("per_class_positives", "test_recall", "test_ap", "test_class_ece")
 
 
 # Whether a state can be believed -----------------------------------------------------------------------------

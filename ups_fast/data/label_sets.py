@@ -1,0 +1,59 @@
+"""Labels [n, C] of samples with any number of classes: 1, 0, or -1 where it is not known; checked before a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ups_fast.words import are, many
+
+_NAMED = 5  # classes in a sentence
+
+
+def marks(array: np.ndarray, key: str) -> Tensor:  # [n, C] -> int8 [n, C]
+    """The array as a run has it. Raises ValueError, naming the array, where it holds anything but 1, 0 and -1."""
+    if array.dtype.kind not in "biu" or array.ndim != 2 or not array.shape[1]:
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{key} must be integer labels [N], or several as 1, 0 and -1 [N, C], got {got}")
+    wrong = (array != 1) & (array != 0) & ~((array == -1) if array.dtype.kind == "i" else np.zeros(1, bool))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{key} must hold 1, 0 and, where it is not known, -1, got {array[row, column]} in row {row:,}, column "
+            f"{column:,}"
+        )
+    return torch.from_numpy(array.astype(np.int8))
+
+
+def check_marks(labels: Tensor, key: str) -> None:  # int8 [n, C]
+    """Raises ValueError where a labeled sample has no known label."""
+    none = (labels < 0).all(1)
+    if none.any():
+        first = int(none.nonzero()[0])
+        raise ValueError(
+            f"{key} must hold a known label for each sample, got {many(int(none.sum()), 'row')} of -1 alone, the first "
+            f"is row {first:,}: put such samples among the unlabeled ones"
+        )
+
+
+def notes_on_classes(labels: Tensor, classes: list[str], key: str) -> list[str]:  # int8 [n, C], those labeled
+    """Sentences on classes of which nothing can be learned. Raises ValueError where that is all of them."""
+    ones, zeros = (labels == 1).sum(0), (labels == 0).sum(0)
+    if not ones.any():
+        raise ValueError(f"{key} must hold a 1 of at least one class, got none in {many(len(labels), 'row')}")
+    notes = []
+    for count, what, so in (
+        (ones, "a positive label", "a network learns only what is not of them"),
+        (zeros, "a negative label", "a network may then call everything that"),
+    ):
+        if lacking := [name for name, n in zip(classes, count.tolist(), strict=True) if not n]:
+            some = ", ".join(map(repr, lacking[:_NAMED]))
+            more = f" and {len(lacking) - _NAMED:,} more" * (len(lacking) > _NAMED)
+            have = "has" if len(lacking) == 1 else "have"
+            noun = "class" if len(lacking) == 1 else "classes"
+            notes.append(f"{noun} {some}{more} {have} no labeled sample with {what}: {so}")
+    unknown = int((labels < 0).sum())
+    if unknown:
+        notes.append(f"{unknown:,} of {labels.numel():,} labels {are(unknown)} unknown and not learned from")
+    return notes

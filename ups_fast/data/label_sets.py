@@ -1,11 +1,18 @@
-"""Labels [n, C] of samples with any number of classes: 1, 0, or -1 where it is not known; checked before a run."""
+"""Labels [n, C] of samples with any number of classes: 1, 0, or -1 where it is not known; checked before a run.
+
+In a table they are names of classes, separated by ";": those that are named are 1, those behind a "?" unknown, and all
+others 0. ";" alone is none of them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.data.cells import read_cell
 from ups_fast.words import are, many
 
 _NAMED = 5  # classes in a sentence
@@ -57,3 +64,33 @@ def notes_on_classes(labels: Tensor, classes: list[str], key: str) -> list[str]:
     if unknown:
         notes.append(f"{unknown:,} of {labels.numel():,} labels {are(unknown)} unknown and not learned from")
     return notes
+
+
+def read_names(cell: str, line: str) -> str:
+    """The names of a cell in the one way in which equal labels are equal text; "" where it is empty.
+
+    Raises ValueError, naming the line, where a class is there and unknown at once.
+
+    >>> read_names(" dog; cat;dog;", "line 2")
+    'cat;dog'
+    """
+    names = {read_cell(name.strip()).strip() for name in cell.split(";")} - {""}
+    if odd := sorted(name for name in names if f"?{name}" in names):
+        raise ValueError(
+            f"{line} contradicts itself on {odd[0]!r}, which it names with and without a question mark"
+        )
+    return ";".join(sorted(names)) or ";" * bool(cell.strip())
+
+
+def names_of(text: str, *, unknown: bool = False) -> list[str]:
+    """The classes that a text of `read_names` names, or those that it calls unknown."""
+    each = [name for name in text.split(";") if name]
+    return [name[1:] for name in each if name[0] == "?"] if unknown else [n for n in each if n[0] != "?"]
+
+
+def marks_of(text: str, number: Mapping[str, int]) -> np.ndarray:  # int8 [C]
+    """What the text says of each class, by its number. All is unknown where it is empty."""
+    found = np.full(len(number), 0 if text else -1, np.int8)
+    for value, unknown in ((-1, True), (1, False)):
+        found[[number[name] for name in names_of(text, unknown=unknown)]] = value
+    return found

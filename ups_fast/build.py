@@ -150,7 +150,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     make = METHODS[cfg.method.name]
     method = make(setting)
     policies = policies_of(cfg, shape)
-    _check_method(cfg, method, policies, len(labeled), len(unlabeled))
+    _check_method(cfg, method, policies, len(labeled), len(unlabeled), len(val))
     memory_format: Any = {"memory_format": torch.channels_last}
     method.to(device, **memory_format)
     with naming_key("runtime.step"):
@@ -219,7 +219,7 @@ def _frozen(cfg: Config, about: Mapping[str, Any]) -> Frozen | None:
 
 
 def _check_method(
-    cfg: Config, method: Method, policies: Mapping[str, Any], labeled: int, unlabeled: int
+    cfg: Config, method: Method, policies: Mapping[str, Any], labeled: int, unlabeled: int, val: int
 ) -> None:
     """ValueError where data, batch and method do not go together."""
     name, train = f"method.name={cfg.method.name}", cfg.train
@@ -234,6 +234,13 @@ def _check_method(
         raise ValueError(f"samples with several labels are for method.name={able}, got {name}")
     if method.task is MULTI and getattr(method.options, "schedule", "") == "curriculum":
         raise ValueError("method.schedule=curriculum is for one label a sample, and these data have several")
+    if cfg.select.weight == "measured" and (method.task is not MULTI or not val):
+        need = (
+            "a validation part, such as data.val_share=0.2"
+            if method.task is MULTI
+            else "samples with several labels"
+        )
+        raise ValueError(f"select.weight=measured needs {need}")
     if cfg.select.heads > 1 and not method.many_heads:
         able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))
         raise ValueError(f"select.heads={cfg.select.heads} is for method.name={able}, got {name}")

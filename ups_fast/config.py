@@ -55,7 +55,8 @@ class DataConfig:
     )
     size: int = key(
         0,
-        "For folder and voc: the shorter side is scaled to this length and the middle of the longer one is kept. Else 0.",
+        "For folder and voc: the shorter side is scaled to this length and the middle of the longer one is kept. "
+        "Else 0.",
         within="[0, 4096]",
     )
     channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
@@ -226,6 +227,12 @@ class SelectConfig:
         "That many networks with other initial weights are trained side by side, and the passes are spread over them. "
         "On features, frozen ones too, they are cheap: one batched product.",
         within="[1, 1000]",
+    )
+    weight: str = key(
+        "none",
+        "How much each pseudo-label of several labels counts. none: all alike. measured: as much as the share that is "
+        "right of the validation labels of like confidence and standard deviation.",
+        choices=("none", "measured"),
     )
     balance_rounds: int = key(
         0, "Number of first rounds that keep equal numbers of positives per class.", within="[0, inf]"

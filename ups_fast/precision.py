@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,3 +97,33 @@ def class_ece(confidence: Tensor, truth: Tensor, bins: int = BINS) -> list[float
         known = t >= 0
         found.append(or_none(ece(reliability(p[known], t[known] == 1, bins))))
     return found
+
+
+CELLS, PRIOR = 5, 10.0  # quantiles along each axis; samples that the mean of all counts for in a cell
+
+
+def cell_precision(
+    known: tuple[Tensor, Tensor],  # confidence and std [n], of labels whose truth is known
+    right: Tensor,  # bool [n]
+    new: tuple[Tensor, Tensor],  # [m] likewise
+) -> Tensor:  # float32 [m]
+    """For new labels the share that is right of the known ones in their cell of confidence and std; 1 where n is 0.
+
+    The cells are quantiles of the known ones. That of few is drawn towards the share of all.
+
+    >>> sure, unsure = torch.full((40,), 0.9), torch.full((40,), 0.6)
+    >>> confidence, right = torch.cat([sure, unsure]), torch.arange(80) < 60
+    >>> cell_precision((confidence, torch.zeros(80)), right, (torch.tensor([0.95, 0.5]), torch.zeros(2))).round(decimals=2)
+    tensor([0.9500, 0.5500])
+    """
+    if not len(right):
+        return torch.ones(len(new[0]))
+    cell, place = torch.zeros(len(right), dtype=torch.int64), torch.zeros(len(new[0]), dtype=torch.int64)
+    for axis, values in zip(known, new, strict=True):
+        edges = torch.from_numpy(np.quantile(axis.numpy(), np.linspace(0, 1, CELLS + 1)[1:-1]))
+        cell = cell * CELLS + torch.bucketize(axis.double(), edges, right=True)
+        place = place * CELLS + torch.bucketize(values.double(), edges, right=True)
+    mean = right.double().mean()
+    hits = torch.bincount(cell, weights=right.double(), minlength=CELLS**2)
+    counts = torch.bincount(cell, minlength=CELLS**2)
+    return ((hits + PRIOR * mean) / (counts + PRIOR))[place].float()

@@ -280,6 +280,9 @@ class _Round:
         )
         gone = torch.tensor(list(run.images.unreadable), dtype=torch.int64)
         self._check_answers(task.answered(found)[~torch.isin(state.unlabeled, gone)])
+        if run.cfg.select.weight == "measured":
+            known = self._label("labeling validation images", run.images, state.val)
+            found = task.weighed(found, known, data.train_labels[state.val])
         guess = {}
         if not (run.truth >= 0).any():
             index = torch.arange(len(data.test_labels))

@@ -98,9 +98,9 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     rows, classes, notes = found.rows, found.classes, list(found.notes)
     paths = sorted(rows)
     label = labels_of([rows[path][1] for path in paths], classes, several=found.several).numpy()
-    known = (label >= 0).reshape(len(label), -1).any(1)
+    known = np.any((label >= 0).reshape(len(label), -1), axis=1)
     part = np.fromiter((PARTS.index(rows[path][0]) for path in paths), np.int8, len(paths))
-    content = same_content(found.base, paths, known)
+    content = same_content(found.base, paths, np.asarray(known))
     if not (part == 2).any():
         drawn_from = np.where((part == 0).reshape(-1, *[1] * (label.ndim - 1)), label, -1)
         part[held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2

@@ -88,8 +88,7 @@ def write_review(
         rows.append({"rank": str(rank + 1), "index": str(i - first), "reason": reason, **path})
     columns = ["rank", "index", "reason", *(["path"] if names else [])]
     _write(folder / NEXT, columns, rows)
-    named = [*classes, *(f"not {name}" for name in classes)] if several else classes
-    _write_suspects(folder / SUSPECTS, wrong, named, names)
+    _write_suspects(folder / SUSPECTS, wrong, classes, names, several=several)
     there = np.flatnonzero(far.nearest >= 0)
     at = ids[torch.from_numpy(there)].tolist()
     ratio = dict(zip(at, far.ratio[there].tolist(), strict=True))
@@ -122,12 +121,21 @@ def _suspect_marks(ids: Tensor, features: np.ndarray, truth: np.ndarray) -> list
 
 
 def _write_suspects(
-    path: Path, found: Sequence[Suspect], classes: Sequence[str], names: Sequence[str] | None
+    path: Path,
+    found: Sequence[Suspect],
+    classes: Sequence[str],
+    names: Sequence[str] | None,
+    *,
+    several: bool,
 ) -> None:
-    rows = []
+    n, rows = len(classes), []
+    if several:  # a label is 1 or 0 then
+        classes = [*classes, *(f"not {name}" for name in classes)]
     for rank, (i, given, likely, p_given, p_likely) in enumerate(found):
         row = {"rank": str(rank + 1), "index": str(i), "label": str(given), "name": classes[given]}
         row |= {"likely": str(likely), "likely_name": classes[likely]}
+        if several:
+            row |= {"label": str(int(given < n)), "likely": str(int(likely < n))}
         row |= {"p_label": f"{p_given:.3f}", "p_likely": f"{p_likely:.3f}"}
         rows.append({**row, "path": names[i]} if names else row)
     columns = ["rank", "index", "label", "name", "likely", "likely_name", "p_label", "p_likely"]

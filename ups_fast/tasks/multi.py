@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ups_fast.calibration import ece, or_none, reliability, selection_on_test
 from ups_fast.ops import mc_select_multilabel, ups_loss_multilabel
-from ups_fast.precision import average_precision, class_ece, f1_scores, mean_over_classes
+from ups_fast.precision import average_precision, cell_precision, class_ece, f1_scores, mean_over_classes
 from ups_fast.pseudo_labels import MultiPseudoLabels, PseudoLabels, balance_entries
 from ups_fast.reference import pack_mask, unpack_mask
 from ups_fast.tasks.task import CLASSES, WEIGHTS, WORDS, Tables, Task
@@ -89,6 +89,19 @@ class MultiLabel(Task):
         positive, negative, weight = (rows[name].repeat(heads, 1) if name in rows else None for name in names)
         assert positive is not None and negative is not None
         return heads * ups_loss_multilabel(logits.flatten(0, 1), positive, negative, weight=weight)
+
+    def weighed(self, found: MultiPseudoLabels, known: MultiPseudoLabels, truth: Tensor) -> MultiPseudoLabels:
+        n_classes = truth.shape[1]
+        weight = torch.ones_like(found.confidence)
+        for name, mark in (("positive", 1), ("negative", 0)):
+            new, judged = (unpack_mask(getattr(each, name), n_classes) for each in (found, known))
+            judged &= truth >= 0
+            weight[new] = cell_precision(
+                (known.confidence[judged], known.std[judged]),
+                (truth == mark)[judged],
+                (found.confidence[new], found.std[new]),
+            )
+        return replace(found, weight=weight)
 
     # Judging -----------------------------------------------------------------------------------------------
 

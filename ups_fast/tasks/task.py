@@ -65,6 +65,10 @@ class Task:
         """The sum over heads of their losses, so that each learns as it would alone."""
         raise NotImplementedError
 
+    def weighed(self, found: Any, known: Any, truth: Tensor) -> Any:
+        """The record with each pseudo-label's weight: by what is right of the like in a labeling of known truth."""
+        raise NotImplementedError
+
     # Judging -----------------------------------------------------------------------------------------------
 
     def of(self, tensors: Mapping[str, Tensor]) -> Any:

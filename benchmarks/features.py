@@ -34,8 +34,8 @@ from ups_fast.calibration import ece, or_none, reliability
 from ups_fast.data import ImageSet
 from ups_fast.data.features import column_moments
 from ups_fast.models import build
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.rounds import rounds
-from ups_fast.selection import PseudoLabels
 
 RECORD = record.RESULTS / "features.jsonl"
 ROOT = Path(__file__).parents[1]

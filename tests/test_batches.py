@@ -16,7 +16,8 @@ from ups_fast.methods import UPS, Group, Known, Layout, Options, Setting, Target
 from ups_fast.methods.ups import expand
 from ups_fast.models import build
 from ups_fast.policy import POLICIES
-from ups_fast.selection import PseudoLabels, Thresholds
+from ups_fast.pseudo_labels import PseudoLabels
+from ups_fast.selection import Thresholds
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ups_fast import reference
 from ups_fast.calibration import ece, interval, recall, reliability, report, top_confusions
-from ups_fast.selection import PseudoLabels
+from ups_fast.pseudo_labels import PseudoLabels
 
 
 @pytest.mark.parametrize("bins", [15, 7])

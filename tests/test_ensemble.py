@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from ups_fast import config, load_model, rounds
 from ups_fast.data import load_set
 from ups_fast.fullgraph import fullgraph
-from ups_fast.methods.ups import heads_loss
 from ups_fast.models import Ensemble, build
 from ups_fast.models.network import keys_by_head
 from ups_fast.modules import mc_dropout
 from ups_fast.reference import dropout_keys
 from ups_fast.selection import passes_over, skipped
+from ups_fast.tasks import SINGLE
 
 H, B, C = 3, 4, 5
 X = torch.rand(B, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -68,9 +68,9 @@ def test_a_pass_is_by_one_of_them(name: str, mc_layers: int) -> None:
 
 def test_each_learns_as_it_would_alone() -> None:
     whole, target = network("wrn-10-1"), torch.tensor([0, 1, 4, 2])
-    heads_loss(whole.members(X, None), target).backward()
+    SINGLE.loss(whole.members(X, None), {"target": target}).backward()
     for mine, own in zip(whole.networks, network("wrn-10-1").networks, strict=True):
-        heads_loss(own.members(X, None), target).backward()
+        SINGLE.loss(own.members(X, None), {"target": target}).backward()
         for (name, ours), theirs in zip(mine.named_parameters(), own.parameters(), strict=True):
             assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -26,10 +26,10 @@ from ups_fast.data import ImageSet, Noise, ResidentFeatures, View, load_set
 from ups_fast.data.features import column_moments
 from ups_fast.display import Interrupted, Watch
 from ups_fast.inputs import load_data
-from ups_fast.methods.ups import heads_loss
 from ups_fast.models import MLP, build
 from ups_fast.predict import HEAD, Predictor
 from ups_fast.reference import counter_normal, dropout_keys
+from ups_fast.tasks import SINGLE
 
 __all__ = ["one_thread"]  # the fixture
 
@@ -619,7 +619,7 @@ def test_dropout_in_training_and_without() -> None:
 def test_the_gradient_of_heads_is_that_of_each_alone() -> None:
     whole = network("mlp-6")
     target = torch.tensor([0, 1, 2, 3, 0])
-    heads_loss(whole.members(X, None), target).backward()
+    SINGLE.loss(whole.members(X, None), {"target": target}).backward()
     for head in range(HEADS):
         one = alone(whole, "mlp-6", head)
         nn.functional.cross_entropy(one(X), target).backward()

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ups_fast import report, train
 from ups_fast.data import ImageSet, PlainImages, ResidentFeatures, ResidentImages, read_image, resize_crop
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.thumbnails import SHORT, thumbnail
 from ups_fast.report.to_review import Review, Suspect
-from ups_fast.selection import PseudoLabels
 
 N_LABELED = 6
 HOSTILE = ['<script>alert("x")</script>', "a\" onload='y", "&amp;", "zwei\nZeilen", "x" * 300, "\udcff"]

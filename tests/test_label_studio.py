@@ -26,9 +26,9 @@ from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.data.merging import image_url, merge, open_table
 from ups_fast.models import build
 from ups_fast.models.saved import save_model
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.table import write_pseudo_labels
 from ups_fast.report.tasks import write_tasks
-from ups_fast.selection import PseudoLabels
 
 CLASSES = ['"q" & <x>', "=1+1", "a, b", "gr\u00f6\u00dfe\nzwei"]
 PATHS = [

@@ -27,7 +27,8 @@ from ups_fast.config import KEYS, METHOD_KEYS, Config
 from ups_fast.data import ImageSet, load_set
 from ups_fast.display import Interrupted, Watch
 from ups_fast.methods import METHODS, Batch, Known, Method, Options, Setting
-from ups_fast.selection import PseudoLabels, Thresholds, passes_over
+from ups_fast.pseudo_labels import PseudoLabels
+from ups_fast.selection import Thresholds, passes_over
 from ups_fast.step import TrainStep
 
 __all__ = ["one_thread"]  # the fixture

@@ -23,11 +23,11 @@ from ups_fast.calibration import selection_on_test as of_test_images
 from ups_fast.config import Config
 from ups_fast.data.cells import read_cell, write_cell
 from ups_fast.data.table import read_table
+from ups_fast.pseudo_labels import PseudoLabels, drop_negatives
 from ups_fast.reference import mc_select, unpack_mask
 from ups_fast.report import page as page_module
 from ups_fast.report.figure import MOST_POINTS, draw
 from ups_fast.report.sentences import chosen
-from ups_fast.selection import PseudoLabels, drop_negatives
 
 NASTY = [
     "plain",

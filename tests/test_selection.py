@@ -16,15 +16,9 @@ from ups_fast.data import ResidentImages
 from ups_fast.fullgraph import fullgraph
 from ups_fast.models import Dropout, Network, build
 from ups_fast.policy import Policy
+from ups_fast.pseudo_labels import PseudoLabels, balance, drop_negatives
 from ups_fast.reference import dropout_keys
-from ups_fast.selection import (
-    PseudoLabels,
-    balance,
-    drop_negatives,
-    mc_dropout,
-    passes_over,
-    pseudo_label,
-)
+from ups_fast.selection import mc_dropout, passes_over, pseudo_label
 
 INF = math.inf
 

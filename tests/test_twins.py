@@ -22,8 +22,9 @@ from ups_fast.methods.method import Look
 from ups_fast.methods.propagation import conjugate_gradients, mixture, neighbors
 from ups_fast.models import Network
 from ups_fast.models.network import Dropout
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.reference import dropout_keys, pack_mask
-from ups_fast.selection import PseudoLabels, Thresholds
+from ups_fast.selection import Thresholds
 
 L, U, B, MU = 6, 24, 4, 3  # labeled and unlabeled images, labeled rows of a batch, unlabeled ones to each
 N = L + U

@@ -31,6 +31,7 @@ from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
+from ups_fast.tasks import MULTI, Task, task_of
 
 
 @dataclass
@@ -72,8 +73,13 @@ class Run:
 
     @property
     def truth(self) -> Tensor:
-        """int64 [U], of the unlabeled images, -1 where unknown."""
+        """int64 [U], of several labels int8 [U, C], of the unlabeled images; -1 where unknown."""
         return self.data.train_labels[self.state.unlabeled]
+
+    @property
+    def task(self) -> Task:
+        """What a label is."""
+        return self.method.task
 
     @property
     def keeps(self) -> Keeps:
@@ -139,11 +145,12 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
         features=features,
         labeled_repeats=train.labeled_repeats,
         ema=train.ema,
+        task=task_of(data.train_labels),
     )
     make = METHODS[cfg.method.name]
     method = make(setting)
     policies = policies_of(cfg, shape)
-    _check_method(cfg, method, policies, len(labeled), len(unlabeled))
+    _check_method(cfg, method, policies, len(labeled), len(unlabeled), len(val))
     memory_format: Any = {"memory_format": torch.channels_last}
     method.to(device, **memory_format)
     with naming_key("runtime.step"):
@@ -200,7 +207,8 @@ def _about(cfg: Config, data: ImageSet) -> dict[str, Any]:
     model = {"model": asdict(cfg.model), "heads": cfg.select.heads, "classes": data.classes}
     if cfg.select.uncertainty in KINDS and cfg.select.uncertainty != "dropout":
         model["dropout_kind"] = cfg.select.uncertainty
-    return {**model, **shape, "mean": mean, "std": std}
+    task = {"task": MULTI.name} if task_of(data.train_labels) is MULTI else {}
+    return {**model, **shape, **task, "mean": mean, "std": std}
 
 
 def _frozen(cfg: Config, about: Mapping[str, Any]) -> Frozen | None:
@@ -213,7 +221,7 @@ def _frozen(cfg: Config, about: Mapping[str, Any]) -> Frozen | None:
 
 
 def _check_method(
-    cfg: Config, method: Method, policies: Mapping[str, Any], labeled: int, unlabeled: int
+    cfg: Config, method: Method, policies: Mapping[str, Any], labeled: int, unlabeled: int, val: int
 ) -> None:
     """ValueError where data, batch and method do not go together."""
     name, train = f"method.name={cfg.method.name}", cfg.train
@@ -223,6 +231,18 @@ def _check_method(
             f"{name} compares a weak view of each row with a strong one, but data.noise and data.drop_columns are 0: "
             f"raise one of them{', or data.views' if cfg.model.freeze else ''}"
         )
+    if method.task is MULTI and not method.many_labels:
+        able = ", ".join(each for each, cls in METHODS.items() if cls.many_labels)
+        raise ValueError(f"samples with several labels are for method.name={able}, got {name}")
+    if method.task is MULTI and getattr(method.options, "schedule", "") == "curriculum":
+        raise ValueError("method.schedule=curriculum is for one label a sample, and these data have several")
+    if cfg.select.weight == "measured" and (method.task is not MULTI or not val):
+        need = (
+            "a validation part, such as data.val_share=0.2"
+            if method.task is MULTI
+            else "samples with several labels"
+        )
+        raise ValueError(f"select.weight=measured needs {need}")
     if cfg.select.heads > 1 and not method.many_heads:
         able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))
         raise ValueError(f"select.heads={cfg.select.heads} is for method.name={able}, got {name}")

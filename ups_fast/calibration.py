@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.reference import unpack_mask
-from ups_fast.selection import PseudoLabels
 
 BINS = 15
 

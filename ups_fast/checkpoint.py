@@ -31,8 +31,8 @@ from ups_fast.files import (
     writing,
 )
 from ups_fast.models.saved import BEST, MODEL
-from ups_fast.selection import PseudoLabels
 from ups_fast.state import Checkpoint, Keeps, Row, alone, among
+from ups_fast.tasks import Task
 from ups_fast.words import line_of, shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
@@ -183,8 +183,8 @@ def write_split(folder: Path, state: Checkpoint) -> None:
     write_arrays(folder / "split.npz", parts)
 
 
-def write_selection(folder: Path, found: PseudoLabels, truth: torch.Tensor) -> None:
-    write_arrays(folder / "selection.npz", {**vars(found), "truth": truth})
+def write_selection(folder: Path, found: Mapping[str, torch.Tensor], truth: torch.Tensor) -> None:
+    write_arrays(folder / "selection.npz", {**found, "truth": truth})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -227,11 +227,12 @@ def check_state(
     trained: Mapping[str, torch.Tensor],
     n_classes: int,
     *,
+    task: Task,
     keeps: Keeps,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Raises RunFolderError where the checkpoint of `folder` cannot come from this run; arguments as `state.among`."""
-    if wrong := among(state, fresh, weights, trained, n_classes, keeps=keeps, ranges=ranges):
+    if wrong := among(state, fresh, weights, trained, n_classes, task=task, keeps=keeps, ranges=ranges):
         raise _unbelievable(folder / CHECKPOINT, wrong)
 
 

@@ -31,7 +31,10 @@ from ups_fast.words import said, shown
 
 SOURCES = (*KINDS, "augment", "heads")
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
+DATA_SETS = (
+    *("digits", "mosaics", "cifar10", "cifar100", "svhn", "fashion_mnist", "voc2007", "voc2012"),
+    *("npz", "features", "folder"),
+)
 
 
 @dataclass
@@ -55,7 +58,8 @@ class DataConfig:
     )
     size: int = key(
         0,
-        "For folder: the shorter side is scaled to this length and the middle of the longer one is kept. Else 0.",
+        "For folder and voc: the shorter side is scaled to this length and the middle of the longer one is kept. "
+        "Else 0.",
         within="[0, 4096]",
     )
     channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
@@ -233,6 +237,12 @@ class SelectConfig:
         "That many networks with other initial weights are trained side by side, and the passes are spread over them. "
         "On features, frozen ones too, they are cheap: one batched product.",
         within="[1, 1000]",
+    )
+    weight: str = key(
+        "none",
+        "How much each pseudo-label of several labels counts. none: all alike. measured: as much as the share that is "
+        "right of the validation labels of like confidence and standard deviation.",
+        choices=("none", "measured"),
     )
     balance_rounds: int = key(
         0, "Number of first rounds that keep equal numbers of positives per class.", within="[0, inf]"
@@ -468,16 +478,17 @@ def validate(cfg: Config) -> None:
             )
     if data.channels == 2:
         raise ValueError("data.channels must be 1 or 3, got 2")
-    if data.resized_crop and (data.name != "folder" or data.loader == "resident"):
+    files = data.name in ("folder", "voc2007", "voc2012")
+    if data.resized_crop and (not files or data.loader == "resident"):
         raise ValueError(
             f"data.resized_crop is for images that are read from a folder's files, got {data.resized_crop} with "
             f"data.name={data.name} and data.loader={data.loader}"
         )
-    if data.name == "folder" and not data.size:
+    if files and not data.size:
         raise ValueError(
-            "data.size must say to which side the images of a folder are scaled, such as 64, got 0"
+            f"data.size must say to which side the images of a {data.name} are scaled, such as 64, got 0"
         )
-    if data.name != "folder" and data.size:
+    if not files and data.size:
         raise ValueError(
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )

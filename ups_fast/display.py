@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ups_fast import terminal
 from ups_fast.files import make_folder, writing
-from ups_fast.state import Checkpoint, Row
+from ups_fast.state import Checkpoint, Row, headline_of
 
 REFRESH_SECONDS = 0.3  # the progress bar reads the loss, and so waits for the device, no oftener than this
 LOG_SECONDS = 60.0  # likewise, a line where there is no terminal for a bar
@@ -201,11 +201,11 @@ def table_line(row: Row) -> str:
     """A row under HEADER; "-" where not defined. `right` is accuracy, `ECE pos.` that error of the positives."""
 
     def percent(key: str) -> str:
-        value: Any = row[key]  # type: ignore[literal-required]
+        value: Any = headline_of(row) if key == "test" else row[key]  # type: ignore[literal-required]
         return "-" if value is None else f"{100 * value:.1f}%"
 
     return (
-        f"{row['round']:>5}  {percent('test_acc'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "
+        f"{row['round']:>5}  {percent('test'):>8}  {row['positives']:>9,}  {percent('positive_acc'):>6}  "
         f"{row['negatives']:>10,}  {percent('negative_acc'):>6}  {percent('ece'):>5}  "
         f"{percent('ece_selected'):>8}  {row['seconds']:>7.1f}"
     )

@@ -21,11 +21,12 @@ from ups_fast.build import prepare
 from ups_fast.data import ImageSet
 from ups_fast.data.features import column_moments
 from ups_fast.data.image_set import moments
+from ups_fast.data.label_sets import marks, notes_on_classes
 from ups_fast.display import open_console, say, table_line
 from ups_fast.models import Network
+from ups_fast.pseudo_labels import MultiPseudoLabels, PseudoLabels
 from ups_fast.reference import unpack_mask
 from ups_fast.rounds import rounds
-from ups_fast.selection import PseudoLabels
 from ups_fast.words import said
 
 _ROWS = 256  # of a batch that is predicted: always so many, so that an answer depends on its row alone
@@ -64,7 +65,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         verbose: 1 prints a line a round, and a progress bar in a terminal.
 
     Attributes:
-        classes_: ndarray [C], the labels in order.
+        classes_: ndarray [C], the labels in order; of several labels 0 to C - 1.
         transduction_: ndarray [n], a label for each sample of `fit`: the given one, or the predicted one.
         confidence_: float32 [n], mean probability of that label over the passes; 1 where it was given.
         std_: float32 [n], its standard deviation over the passes; 0 where it was given.
@@ -73,6 +74,8 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         history_: list of dicts, a round each: what metrics.jsonl has.
         network_: the trained network, on the CPU.
         n_features_in_: columns of X.
+
+        Of several labels, all but history_ and network_ have a column for each class: [n, C].
 
     Raises:
         ValueError, TypeError: naming the argument and what it got.
@@ -141,21 +144,18 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             X: float [n, d], features; or uint8 [n, H, W] or [n, H, W, 3], images.
-            y: [n], labels, all strings or all numbers; -1 (or "-1" among strings) for samples without one.
+            y: [n], labels, all strings or all numbers; -1 (or "-1" among strings) for samples without one. Or of several
+                labels integers [n, C], C at least 2: 1, 0, or -1 where it is not known.
 
         Returns:
             The estimator.
         """
         X, y = self._checked(X, y)
-        unlabeled = _is_unlabeled(y)
-        self.classes_, code = np.unique(_plain(y[~unlabeled]), return_inverse=True)
-        if len(self.classes_) < 2:
-            got = f"only the class {self.classes_[:1].tolist()[0]!r}" if len(self.classes_) else "no label"
-            raise ValueError(f"y must hold at least two classes beside -1 for unlabeled samples, got {got}")
-        target = np.full(len(y), _NONE)
-        target[~unlabeled] = code
+        self._several = y.dtype if y.ndim == 2 else None  # of several labels: what predict returns
+        self.classes_, target = _several(y) if y.ndim == 2 else _single(y)
         data = _data(torch.from_numpy(X), torch.from_numpy(target), [str(each) for each in self.classes_])
-        cfg = self._config(data, any_unlabeled=bool(unlabeled.any()))
+        assert data.labeled is not None
+        cfg = self._config(data, any_unlabeled=len(data.labeled) < len(y))
         console = open_console() if self.verbose else Console(quiet=True)
         with _threads(self.n_jobs):
             run = prepare(cfg, data, console)
@@ -165,8 +165,14 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 self.history_.append(dict(row))
         self.network_ = copy.deepcopy(run.network).cpu().eval()
         self._mean, self._std = (torch.tensor(run.about[each]) for each in ("mean", "std"))
-        self._keep(PseudoLabels(**run.state.pseudo_labels), target)  # type: ignore[arg-type]
+        found = run.task.of(run.state.pseudo_labels)  # type: ignore[arg-type]
+        self._keep_several(found, target, X) if self._several else self._keep(found, target)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
 
     def _checked(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         images = X if isinstance(X, np.ndarray) and X.dtype == np.uint8 and X.ndim in (3, 4) else None
@@ -174,18 +180,19 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             y = np.asarray(y)
             _check_objects(y)
         if images is None:
-            X, y = validate_data(self, X, y, dtype=np.float32, ensure_min_samples=2)
+            several = y is not None and y.ndim == 2 and y.shape[1] > 1
+            X, y = validate_data(self, X, y, dtype=np.float32, ensure_min_samples=2, multi_output=several)
             X = np.ascontiguousarray(X)
         else:
             if images.ndim == 4 and images.shape[3] not in (1, 3):
                 raise ValueError(f"X must be images [n, H, W] or [n, H, W, 3], got {list(images.shape)}")
-            if np.shape(y) != images.shape[:1]:
+            if len(np.shape(y)) not in (1, 2) or len(y) != len(images):
                 raise ValueError(
                     f"y must have a label or -1 for each of {len(images)} images, got {list(np.shape(y))}"
                 )
             X = np.ascontiguousarray(images if images.ndim == 4 else images[..., None])
             self.n_features_in_, self._image_shape = int(np.prod(X.shape[1:])), X.shape[1:]
-        if not _is_unlabeled(y).all():
+        if y.ndim == 1 and not _is_unlabeled(y).all():
             check_classification_targets(_plain(y[~_is_unlabeled(y)]))
         return X, y
 
@@ -233,11 +240,26 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.negative_[index] = unpack_mask(found.negative, n_classes).numpy()
         self.transduction_ = self.classes_[label]
 
+    def _keep_several(self, found: MultiPseudoLabels, target: np.ndarray, X: np.ndarray) -> None:
+        """The same of several labels. What is not known of a sample with labels is what the network says of it."""
+        index, n_classes, known = found.index.numpy(), len(self.classes_), target >= 0
+        p = np.where(known, 1, self.predict_proba(X if X.ndim == 2 else X.squeeze(-1))).astype(np.float32)
+        std, positive, negative = np.zeros_like(p), target == 1, target == 0
+        p[index], std[index] = found.confidence.numpy(), found.std.numpy()
+        positive[index], negative[index] = (
+            unpack_mask(each, n_classes).numpy() for each in (found.positive, found.negative)
+        )
+        self.confidence_, self.std_, self.positive_, self.negative_ = p, std, positive, negative
+        self.transduction_ = np.where(known, target, p >= 0.5).astype(self._several)
+
     # Answers -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def predict_proba(self, X: Any) -> np.ndarray:  # float64 [n, C]
-        """Probabilities of the classes, in the order of `classes_`: the mean over the heads, without dropout."""
+        """Probabilities of the classes, in the order of `classes_`: the mean over the heads, without dropout.
+
+        Of several labels each is the probability of that class by itself.
+        """
         check_is_fitted(self)
         network: Network = self.network_
         if hasattr(network, "columns"):
@@ -252,18 +274,38 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for part in rows.split(_ROWS):
             whole = part[torch.arange(_ROWS).clamp(max=len(part) - 1)]
             logits = network((whole - mean) / std)[: len(part)]
-            found.append(logits.double().softmax(1))
+            found.append(logits.double().sigmoid() if self._several else logits.double().softmax(1))
         return torch.cat(found).numpy()
 
     def predict(self, X: Any) -> np.ndarray:  # [n]
-        """The most probable class of each sample."""
+        """The most probable class of each sample; of several labels 1 or 0 for each class, [n, C]."""
         check_is_fitted(self)
+        if self._several:
+            return (self.predict_proba(X) >= 0.5).astype(self._several)
         return self.classes_[self.predict_proba(X).argmax(1)]
+
+
+def _single(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n] -> [C], int64 [n]
+    unlabeled = _is_unlabeled(y)
+    classes, code = np.unique(_plain(y[~unlabeled]), return_inverse=True)
+    if len(classes) < 2:
+        got = f"only the class {classes[:1].tolist()[0]!r}" if len(classes) else "no label"
+        raise ValueError(f"y must hold at least two classes beside -1 for unlabeled samples, got {got}")
+    target = np.full(len(y), _NONE)
+    target[~unlabeled] = code
+    return classes, target
+
+
+def _several(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, C] -> [C], int8 [n, C]
+    target = marks(y, "y")
+    classes = np.arange(y.shape[1])
+    notes_on_classes(target[(target >= 0).any(1)], [str(c) for c in classes], "y")
+    return classes, target.numpy()
 
 
 def _data(X: torch.Tensor, target: torch.Tensor, classes: list[str]) -> ImageSet:
     mean, std = moments(X) if X.ndim == 4 else column_moments(X)
-    labeled = (target >= 0).nonzero()[:, 0]
+    labeled = (target >= 0).reshape(len(target), -1).any(1).nonzero()[:, 0]
     return ImageSet("features", classes, X, target, X[:0], target[:0], mean, std, labeled=labeled)
 
 

@@ -23,7 +23,6 @@ from ups_fast.display import TensorBoard
 from ups_fast.inputs import write_files
 from ups_fast.models import Network
 from ups_fast.models.saved import save_model
-from ups_fast.selection import PseudoLabels
 from ups_fast.state import Checkpoint, Row
 
 
@@ -52,10 +51,16 @@ class RunFolder:
         write_split(self.path, state)
         write_rows(self.path, state.rows)
         if state.pseudo_labels:
-            write_selection(self.path, PseudoLabels(**state.pseudo_labels), truth)
+            write_selection(self.path, state.pseudo_labels, truth)
 
     def keep(
-        self, network: Network, about: Mapping[str, Any], found: PseudoLabels, truth: Tensor, *, best: bool
+        self,
+        network: Network,
+        about: Mapping[str, Any],
+        found: Mapping[str, Tensor],
+        truth: Tensor,
+        *,
+        best: bool,
     ) -> None:
         """What a round has made, before the checkpoint says that it is done."""
         save_model(self.path, network, about, best=best)

@@ -32,11 +32,13 @@ from ups_fast.data import (
     listing,
     load_set,
     scan,
+    split_label_sets,
     stratified_split,
 )
 from ups_fast.data.equal import notes_on_equal_arrays
 from ups_fast.data.fingerprint import array_record
 from ups_fast.data.manifest import Changed, Manifest, compare, take
+from ups_fast.data.voc import VOC, voc
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
@@ -64,7 +66,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
 
     Raises ValueError with one sentence.
     """
-    if cfg.data.name != "folder":
+    if cfg.data.name not in ("folder", *VOC):
         data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
@@ -80,7 +82,9 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             task = bar.add_task(what, total=None, now="")
             return lambda done, total: bar.update(task, completed=done, total=total)
 
-        if known:
+        if cfg.data.name in VOC:  # published files, which are not compared at every start
+            folder = voc(cfg.data.name, root)
+        elif known:
             folder, gone = _as_known(cfg, known, progress("comparing files"))
             console.print("the run goes on with the files of its first start")
         else:
@@ -103,6 +107,8 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             console.print(f"images stay in their files: {why}")
             data = as_file_set(folder, size, channels, threads=threads)
             data = replace(data, damaged=tuple(each.reason for each in damaged))
+        if cfg.data.name in VOC:
+            return replace(data, name=cfg.data.name, labeled=None)
         if known:
             return _again(data, known, gone)
         listed = replace(folder, notes=list(data.notes))
@@ -291,13 +297,24 @@ def val_of(cfg: Config, data: ImageSet, labeled: Tensor) -> tuple[Tensor, Tensor
 
 def hold_out(
     labeled: Tensor,  # int64 [L], sample ids
-    labels: Tensor,  # int64 [N]
+    labels: Tensor,  # int64 [N], or of several int8 [N, C]
     share: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # int64, ascending: what stays labeled, and the validation part
-    """Draws a share of the labeled images of each class, rounded down, but of no class the last one."""
+    """Draws a share of the labeled images of each class, rounded down, but of no class the last one.
+
+    Of several labels each class keeps its share of the images, one at least.
+    """
     if not share:
         return labeled, labeled[:0]
+    if labels.ndim == 2:
+        left = len(labeled) - int(share * len(labeled) + 1e-9)
+        if left == len(labeled):
+            raise ValueError(
+                f"data.val_share={share} of {left} labeled images is none: raise it, or label more images"
+            )
+        kept, drawn_sets = split_label_sets(labels[labeled], left, seed)
+        return labeled[kept], labeled[drawn_sets]
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     drawn = torch.zeros(len(labeled), dtype=torch.bool)
     for c in labels[labeled].unique().tolist():

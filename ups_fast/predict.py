@@ -45,11 +45,12 @@ try:
     from ups_fast.models import Frozen, Network
     from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
-    from ups_fast.ops import augment, augment_plan, mc_select
+    from ups_fast.ops import augment, augment_plan
     from ups_fast.policy import Policy, weak_policy
-    from ups_fast.reference import Selection, dropout_keys
-    from ups_fast.report.table import label_rows, label_table
+    from ups_fast.reference import dropout_keys
+    from ups_fast.report.table import label_rows, label_table, multi_rows
     from ups_fast.selection import labeling_rows, passes_over, skipped
+    from ups_fast.tasks import MULTI, TASKS
     from ups_fast.words import many
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
@@ -57,6 +58,7 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
     raise
 
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
+MULTI_HEAD = ["path", "labels", "confidence", "std", "positive", "negative", "error"]
 DESCRIPTION = """\
 Label image files, or rows of features, with the network of a finished run.
 
@@ -65,6 +67,9 @@ depth, or patterns such as 'photos/*.jpg'. The table has a row for each image:
 number and name of its label, confidence and standard deviation over the run's
 passes, 1 if the label passes the run's thresholds, the classes that the
 image surely is not, and an error for a file that cannot be read.
+
+Where an image may have several labels, these columns have one value for each
+of its labels, and the names are separated by ";".
 
 A run on features takes .npy, .npz or .parquet files. The table has a row for
 each of their rows, such as rows.npy[17]."""
@@ -82,7 +87,8 @@ class Predictor:
 
     def __init__(self, run_dir: str | Path, device: str = "auto", *, best: bool = False) -> None:
         model = load_model(run_dir, device, best=best)
-        self.model, self.classes = model, model.classes
+        self.model, self.classes, self.task = model, model.classes, TASKS[model.task]
+        self.head = MULTI_HEAD if self.task is MULTI else HEAD
         self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images
         if not self.columns:
             self.channels, (self.height, self.width) = model.channels, model.size
@@ -169,8 +175,8 @@ class Predictor:
         return image
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Selection:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
-        """`mc_select` of the run's passes over the images, on the host, negatives packed."""
+    def __call__(self, images: np.ndarray) -> Any:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
+        """`mc_select` of the run's passes over the images, or its like for several labels; on the host, packed."""
         n = len(images)
         filling = torch.arange(self.rows).clamp(max=n - 1)  # one shape, so the same bits
         keys = torch.tensor([_number(image) for image in images])[filling]
@@ -186,8 +192,15 @@ class Predictor:
                 ids, draw = Draws(self.passes, self.policy, 0).of(keys)
                 pixels = self.policy(pixels.repeat(self.passes, 1), dropout_keys(ids, seed=0, draw=draw))
             logits = passes_over(network, pixels, keys, self.passes, 0, self.skip, self.uncertainty)
-        found = mc_select(logits, **self.thresholds, packed=True)
-        return Selection(*(each[:n].cpu() for each in found))
+        found: Any = self.task.select(logits, self.thresholds)
+        return type(found)(*(each[:n].cpu() for each in found))
+
+    def table(self, found: Any) -> Iterator[list[str]]:
+        """The columns of `head` after the path."""
+        rows = multi_rows if self.task is MULTI else label_rows
+        for row, answered in zip(rows(found, self.classes), self.task.answered(found).tolist(), strict=True):
+            error = "" if answered else "the network's answer is not finite"
+            yield [*(row[name] for name in self.head[1:-1]), error]
 
     def _normalized(self, batch: Tensor) -> tuple[Network, Tensor]:
         """The batch as a network takes it, and that network: the head of a frozen one, which gets features."""
@@ -213,7 +226,7 @@ class Predictor:
 
 class Answer(NamedTuple):
     path: str
-    row: list[str]  # the columns of HEAD after the path
+    row: list[str]  # the columns of `Predictor.head` after the path
 
 
 def predict(
@@ -223,16 +236,11 @@ def predict(
     each = predictor.samples(paths, threads or None)
     while chunk := list(islice(each, predictor.rows)):
         found = [sample for _, sample in chunk if not isinstance(sample, str)]
-        rows = iter(_rows(predictor(np.stack(found)), predictor.classes) if found else [])
+        rows = predictor.table(predictor(np.stack(found))) if found else iter([])
+        empty = [""] * (len(predictor.head) - 2)
         for name, sample in chunk:
-            yield Answer(name, [""] * 6 + [sample] if isinstance(sample, str) else next(rows))
+            yield Answer(name, [*empty, sample] if isinstance(sample, str) else next(rows))
         progress(len(chunk))
-
-
-def _rows(found: Selection, classes: Sequence[str]) -> Iterator[list[str]]:
-    for row in label_rows(found, classes):
-        error = "" if row["label"] != "-1" else "the network's answer is not finite"
-        yield [*(row[name] for name in HEAD[1:-1]), error]
 
 
 def _number(image: np.ndarray) -> int:
@@ -362,9 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = predictor.count(paths)
         with _table(args.out) as file, progress_bar(console) as bar:
             task = bar.add_task("labeling", total=total, now="")
-            write = label_table(file, HEAD)
+            write = label_table(file, predictor.head)
             for answer in predict(predictor, paths, progress=lambda samples: bar.advance(task, samples)):
-                write(dict(zip(HEAD, [answer.path, *answer.row], strict=True)))
+                write(dict(zip(predictor.head, [answer.path, *answer.row], strict=True)))
                 done, damaged = done + 1, damaged + bool(answer.row[-1])
     except KeyboardInterrupt:
         complain(f"stopped: {done:,} rows are in {out}" if done else "stopped")

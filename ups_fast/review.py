@@ -27,12 +27,16 @@ class Next:
     """Samples that are worth a person's label, the most uncertain first."""
 
     place: np.ndarray  # int64 [k], which of the samples
-    margin: np.ndarray  # float64 [k], by how much the first class is more probable than the second
-    first: np.ndarray  # int64 [k], the most probable class
+    margin: (
+        np.ndarray
+    )  # float64 [k], by how much the first class is more probable than the second, or than not
+    first: np.ndarray  # int64 [k], the most probable class; of several labels the least certain one
     second: np.ndarray  # likewise
 
 
-def next_to_label(features: np.ndarray, p: np.ndarray, count: int = 10, seed: int = 0) -> Next:
+def next_to_label(
+    features: np.ndarray, p: np.ndarray, count: int = 10, seed: int = 0, *, several: bool = False
+) -> Next:
     """Picks samples that are uncertain and unlike each other (weighted k-means: Zhdanov, arXiv 1901.05954, 2019).
 
     The quarter of the samples with the smallest margins is clustered, each sample with the weight 1 - margin. The
@@ -40,13 +44,20 @@ def next_to_label(features: np.ndarray, p: np.ndarray, count: int = 10, seed: in
 
     features  [n, d]
     p         [n, C], probabilities
+    several   a sample may be of several classes: its margin is |2 p - 1| of the class that is nearest to 1/2, its
+              first, and the next one is its second
     """
     from sklearn.cluster import KMeans
 
-    order = np.argsort(p, axis=1)
-    first, second = order[:, -1], order[:, -2]
     rows = np.arange(len(p))
-    margin = p[rows, first] - p[rows, second]
+    if several:
+        order = np.argsort(np.abs(2 * p - 1), axis=1)
+        first, second = order[:, 0], order[:, min(1, p.shape[1] - 1)]
+        margin = np.abs(2 * p[rows, first] - 1)
+    else:
+        order = np.argsort(p, axis=1)
+        first, second = order[:, -1], order[:, -2]
+        margin = p[rows, first] - p[rows, second]
     known = np.flatnonzero(np.isfinite(margin))
     count = min(count, len(known))
     if not count:

@@ -16,15 +16,6 @@ from torch import Tensor
 
 from ups_fast.batches import epoch_order, lr_at, views_of
 from ups_fast.build import Run, prepare
-from ups_fast.calibration import (
-    ece,
-    or_none,
-    recall,
-    reliability,
-    report,
-    selection_on_test,
-    top_confusions,
-)
 from ups_fast.checkpoint import (
     CHECKPOINT,
     FREE_KEYS,
@@ -39,8 +30,9 @@ from ups_fast.files import RunFolderError
 from ups_fast.inputs import IMAGES
 from ups_fast.methods import Known, Layout, Look, Targets
 from ups_fast.models.saved import MODEL
-from ups_fast.selection import Evaluation, PseudoLabels, evaluate, features_of, pseudo_label
+from ups_fast.selection import Evaluation, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
+from ups_fast.tasks import MULTI
 from ups_fast.words import many
 
 __all__ = ["Diverged", "Interrupted", "Result", "rounds", "run"]
@@ -52,8 +44,10 @@ class Result:
 
     folder: Path
     rows: list[Row]  # one per round
-    pseudo_labels: PseudoLabels  # of the last round
-    truth: Tensor  # int64 [U], in the order of `pseudo_labels`, -1 where unknown
+    pseudo_labels: Any  # of the last round, a record of the task such as PseudoLabels
+    truth: (
+        Tensor  # int64 [U], of several labels int8 [U, C], in the order of `pseudo_labels`, -1 where unknown
+    )
     labeled: Tensor  # int64 [L], into the training set
     val: Tensor  # int64 [V], likewise
     unreadable: list[str]  # sentences on files that could not be read any more: nothing was learned from them
@@ -78,7 +72,7 @@ def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
     state, parts = job.state, (job.images, job.test_images)
     assert state.pseudo_labels is not None  # a config has at least one round
     unreadable = sorted({sentence for images in parts for sentence in images.unreadable.values()})
-    found = PseudoLabels(**state.pseudo_labels)
+    found = job.task.of(state.pseudo_labels)
     return Result(job.folder, state.rows, found, job.truth, state.labeled, state.val, unreadable, *parts)
 
 
@@ -147,7 +141,7 @@ def resume(run: Run, console: Console) -> None:
     say(console, f"{folder}: {at}")
     if done and not (folder.path / MODEL).exists():
         say(console, f"{MODEL} is gone. Only a new run can make it again: choose another run_dir")
-    say(console, HEADER)
+    say(console, HEADER.replace("test acc", "test mAP") if run.task is MULTI else HEADER)
 
 
 def _networks(run: Run) -> str:
@@ -170,7 +164,9 @@ def _check(run: Run, found: Checkpoint) -> None:
         )
     weights, trained, n_classes = run.method.state_dict(), run.step.momentum, len(run.data.classes)
     ranges = run.method.ranges()
-    check_state(folder, found, fresh, weights, trained, n_classes, keeps=run.keeps, ranges=ranges)
+    check_state(
+        folder, found, fresh, weights, trained, n_classes, task=run.task, keeps=run.keeps, ranges=ranges
+    )
     epochs, steps = 0, 0
     if found.round < total:
         epochs = run.budget(found.round)[0]
@@ -189,7 +185,7 @@ def targets_and_layout(run: Run) -> tuple[Targets, Layout]:
     state = run.state
     if state.method and run.keeps.weights:
         run.method.load_state_dict(state.method)  # what it learned when the last round ended
-    found = PseudoLabels(**state.pseudo_labels) if state.pseudo_labels else None
+    found = run.task.of(state.pseudo_labels) if state.pseudo_labels else None
     known = Known(
         state.round,
         state.round == run.cfg.train.rounds - 1,
@@ -266,14 +262,14 @@ class _Round:
     def finish(self) -> Row:
         """Tests the network, labels all that is unlabeled, writes the round's files, last the checkpoint."""
         run, state, data, watch = self.run, self.state, self.run.data, self.watch
-        method, n_classes = run.method, len(data.classes)
-        val_acc = None
+        method, task, n_classes = run.method, run.task, len(data.classes)
+        headline, score = f"val_{task.headline}", None
         with watch.overhead():
             test = self._evaluate(run.test_images, data.test_labels)
             if len(state.val):
                 val = self._evaluate(run.images, data.train_labels[state.val], state.val)
-                val_acc = or_none(val.correct.double().mean())
-        self._check_answers(test.label)
+                score = task.score(val.found, val.truth)
+        self._check_answers(task.answered(test.found))
         balanced = state.round < run.cfg.select.balance_rounds
         found = self._label(
             "labeling",
@@ -283,31 +279,30 @@ class _Round:
             balanced=balanced,
         )
         gone = torch.tensor(list(run.images.unreadable), dtype=torch.int64)
-        self._check_answers(found.label[~torch.isin(state.unlabeled, gone)])
+        self._check_answers(task.answered(found)[~torch.isin(state.unlabeled, gone)])
+        if run.cfg.select.weight == "measured":
+            known = self._label("labeling validation images", run.images, state.val)
+            found = task.weighed(found, known, data.train_labels[state.val])
         guess = {}
         if not (run.truth >= 0).any():
             index = torch.arange(len(data.test_labels))
-            guess = selection_on_test(
-                self._label("labeling test images", run.test_images, index), data.test_labels
-            )
-        best = val_acc is not None and val_acc >= max((row["val_acc"] or 0 for row in state.rows), default=0)
+            on_test = self._label("labeling test images", run.test_images, index)
+            guess = task.guess(on_test, data.test_labels)
+        earlier: list[float] = [row.get(headline) or 0.0 for row in state.rows]  # type: ignore[misc]
+        best = score is not None and score >= max(earlier, default=0)
         with watch.overhead():
             there = state.labeled[~torch.isin(state.labeled, gone)]
             method.end_round(Look(found, data.train_labels, there, self._features))
-            run.store.keep(run.network, run.about, found, run.truth, best=best)
-        truth = data.test_labels[test.index]
-        row = Row(
+            run.store.keep(run.network, run.about, vars(found), run.truth, best=best)
+        row: Any = dict(
             round=state.round,
-            test_acc=or_none(test.correct.double().mean()),
-            val_acc=val_acc,
-            **report(found, run.truth, n_classes),  # type: ignore[typeddict-item]
+            **{f"test_{task.headline}": task.score(test.found, test.truth), headline: score},
+            **task.report(found, run.truth, n_classes),
             seconds=round(watch.lap(), 3),
             outside=round(state.outside / max(state.seconds, 1e-9), 4),
             train_loss=state.train_loss,
-            test_ece=or_none(ece(reliability(test.confidence, test.correct))),
-            test_mistakes=[list(each) for each in top_confusions(test.label, truth)],  # as JSON has it
-            test_recall=recall(test.label, truth, n_classes),
-            **guess,  # type: ignore[typeddict-item]
+            **task.tested(test.found, test.truth, n_classes),
+            **guess,
         )
         self.board.add_round(row)
         state.rows.append(row)
@@ -334,7 +329,7 @@ class _Round:
         peak = self.run.lr(self.state.round)[1]
         return lr_at(at, total, lr=peak, warmup=warmup, cosine=self.run.cfg.train.cosine)
 
-    def _label(self, what: str, images: Images, index: Tensor, **how: Any) -> PseudoLabels:
+    def _label(self, what: str, images: Images, index: Tensor, **how: Any) -> Any:
         run, watch, select = self.run, self.watch, self.run.cfg.select
         bar = watch.bar(what, len(index))
 
@@ -347,6 +342,7 @@ class _Round:
             run.method.answers,
             images,
             index.to(run.device),
+            task=run.task,
             **limits_of(run.cfg)._asdict(),
             passes=select.passes,
             batch_size=run.labeling_rows(),
@@ -362,8 +358,9 @@ class _Round:
         return found.cpu()
 
     def _evaluate(self, images: Images, labels: Tensor, index: Tensor | None = None) -> Evaluation:
-        run, size = self.run, self.run.labeling_rows()
-        return evaluate(run.method.answers, images, labels, index, batch_size=size, forward=run.forward)
+        run = self.run
+        how: Any = {"batch_size": run.labeling_rows(), "forward": run.forward}
+        return evaluate(run.method.answers, images, labels, index, task=run.task, **how)
 
     def _features(self, index: Tensor) -> Tensor:
         run = self.run
@@ -408,9 +405,9 @@ class _Round:
         if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
             raise self._diverged(f"{len(bad)} of {len(floats)} weights are NaN or infinite, such as {bad[0]}")
 
-    def _check_answers(self, label: Tensor) -> None:  # int64 [n], of images that could be read
+    def _check_answers(self, answered: Tensor) -> None:  # bool [n], of images that could be read
         """Weights may be finite, and yet so large that no answer is. Raises Diverged."""
-        if len(label) and bool((label < 0).all()):
+        if len(answered) and not bool(answered.any()):
             raise self._diverged("the network's answers are NaN or infinite for all images")
 
     def _diverged(self, what: str) -> Diverged:

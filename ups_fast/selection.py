@@ -1,15 +1,13 @@
 """Pseudo-labels: the labeling pass, the selection and the class balance.
 
-Each rule is one function: P passes over images, by dropout or another source of uncertainty (`pseudo_label`,
-`passes_over`), the thresholds (`ups_fast.mc_select`), equal numbers per class (`balance`), negatives of what is not
-kept (`drop_negatives`).
+P passes over images, by dropout or another source of uncertainty (`pseudo_label`, `passes_over`). What they select,
+and what of it is kept, is the task's: `task.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,8 +16,8 @@ from torch import Tensor, nn
 from ups_fast.data.images import Draws, Images
 from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
-from ups_fast.ops import mc_select
-from ups_fast.reference import Selection, dropout_keys
+from ups_fast.reference import dropout_keys
+from ups_fast.tasks import SINGLE, Task
 
 
 class Thresholds(NamedTuple):
@@ -32,34 +30,13 @@ class Thresholds(NamedTuple):
     temp_nl: float = 2.0
 
 
-BALANCE_FLOOR = 25  # published: a rarer class would starve all the others
-
-
-@dataclass(frozen=True)
-class PseudoLabels:
-    """What a round's network says of the U unlabeled samples, after selection. All on one device."""
-
-    index: Tensor  # int64 [U], into the training set
-    label: (
-        Tensor  # int64 [U], -1 where there is none: a logit was NaN or infinite, or the image is unreadable
-    )
-    confidence: Tensor  # float32 [U], mean probability of the label; NaN where label is -1
-    std: Tensor  # float32 [U], of that probability over the passes; NaN where label is -1
-    candidate: Tensor  # bool [U], passed the thresholds of a positive
-    positive: Tensor  # bool [U], and was kept by the class balance
-    negative: Tensor  # int32 [U, ceil(C / 32)], packed negative classes; 0 where positive
-
-    def cpu(self) -> PseudoLabels:
-        """The same on the host: one wait for the device, after which reports and files need no other."""
-        return PseudoLabels(**{name: tensor.cpu() for name, tensor in vars(self).items()})
-
-
 @torch.no_grad()
 def pseudo_label(
     model: nn.Module,
     images: Images,
     index: Tensor,  # int64 [U], on the device of the images
     *,
+    task: Task = SINGLE,
     tau_p: float = 0.70,
     tau_n: float = 0.05,
     kappa_p: float = 0.05,
@@ -70,12 +47,12 @@ def pseudo_label(
     mc_layers: int = 0,
     uncertainty: str = "dropout",
     policy: Any = None,
-    keep: Callable[[PseudoLabels], PseudoLabels] = lambda found: found,
+    keep: Callable[[Any], Any] = lambda found: found,
     balanced: bool = False,
     seed: int = 0,
     forward: Callable[..., Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
-) -> PseudoLabels:
+) -> Any:  # the task's record, such as PseudoLabels
     """Labels images by `passes` passes and selects, on the device.
 
     passes = 1 means no uncertainty: clean images, no dropout, and confidence alone decides, whatever the kappas are.
@@ -116,33 +93,17 @@ def pseudo_label(
                 places = places + draw * len(chunk)
             seen = batch[places]
             logits = forward(model, seen, chunk[whole], passes, salt, skip, uncertainty)[:, : len(chunk)]
-            part = mc_select(logits, **thresholds, packed=True)
+            part = task.select(logits, thresholds)
             # Made once: results kept between the batches would break the freed memory up, and it would grow.
-            found = found or Selection(*(each.new_empty((len(index), *each.shape[1:])) for each in part))
+            found = found or [each.new_empty((len(index), *each.shape[1:])) for each in part]
             for every, each in zip(found, part, strict=True):
                 every[done : done + len(chunk)] = each
             done += len(chunk)
             progress(len(chunk))
     assert found is not None
-    if images.unreadable:
-        found = _without(found, torch.isin(index, torch.tensor(list(images.unreadable), device=index.device)))
-    kept = keep(
-        PseudoLabels(
-            index=index,
-            label=found.label,
-            confidence=found.confidence,
-            std=found.std,
-            candidate=found.positive,
-            positive=found.positive,
-            negative=found.negative,
-        )
-    )
-    positive = kept.positive
-    if balanced:
-        # One pass has no std to rank by: confidence alone decides here too.
-        doubt = found.std if passes > 1 else (1 - found.confidence).clamp(min=0)
-        positive = balance(found.label, doubt, positive, n_classes=logits.shape[-1])
-    return replace(kept, positive=positive, negative=drop_negatives(kept.negative, positive))
+    gone = torch.tensor(list(images.unreadable), dtype=torch.int64, device=index.device)
+    kept = keep(task.record(index, found, torch.isin(index, gone) if images.unreadable else None))
+    return task.finish(kept, n_classes=logits.shape[-1], balanced=balanced, passes=passes)
 
 
 @torch.no_grad()
@@ -158,17 +119,6 @@ def features_of(
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
         parts = [model.embed(model.prefix(batch), None) for batch in images.clean_batches(index, batch_size)]
     return torch.cat(parts)
-
-
-def _without(found: Selection, gone: Tensor) -> Selection:  # bool [U]
-    """The selection as if these had given no answer."""
-    return Selection(
-        label=found.label.masked_fill(gone, -1),
-        confidence=found.confidence.masked_fill(gone, math.nan),
-        std=found.std.masked_fill(gone, math.nan),
-        positive=found.positive & ~gone,
-        negative=found.negative.masked_fill(gone[:, None], 0),
-    )
 
 
 def _check_passes(model: nn.Module, passes: int, uncertainty: str, policy: Any) -> None:
@@ -233,53 +183,21 @@ def passes_over(
     return network.passes(hidden, keys, passes, skip)
 
 
-def balance(
-    label: Tensor,  # int64 [U], in [0, n_classes) where candidate
-    std: Tensor,  # float32 [U], at least 0 where candidate
-    candidate: Tensor,  # bool [U]
-    n_classes: int,
-    floor: int = BALANCE_FLOOR,
-) -> Tensor:  # bool [U], the candidates that are kept
-    """Keeps of each class the m candidates of lowest std, m = max(floor, size of the smallest class).
-
-    A class without candidates counts too: m is then `floor`. Of equal stds the lower position is kept.
-    """
-    group = torch.where(candidate, label, n_classes)  # all others sort behind the last class
-    # One stable sort by (class, std), as the bits of floats from 0 on are ordered like their values.
-    bits = torch.where(candidate, std, 0.0).abs().view(torch.int32)
-    order = ((group << 32) | bits).argsort(stable=True)
-    group = group[order]
-    start = torch.searchsorted(group, torch.arange(n_classes + 1, device=group.device))
-    m = start.diff().min().clamp(min=floor)
-    rank = torch.arange(len(group), device=group.device) - start[group]
-    kept = torch.empty_like(candidate)
-    kept[order] = (rank < m) & (group < n_classes)
-    return kept
-
-
-def drop_negatives(
-    negative: Tensor,  # int32 [U, ceil(C / 32)]
-    positive: Tensor,  # bool [U]
-) -> Tensor:  # int32 [U, ceil(C / 32)]
-    """Clears the negative classes of kept positives; what balance dropped becomes a negative sample."""
-    return negative.masked_fill(positive[:, None], 0)
-
-
 class Evaluation(NamedTuple):
-    """A network on those of M labeled images that can be read, on the host. Accuracy is the mean of `correct`."""
+    """A network on those of M labeled images that can be read, on the host."""
 
     index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
-    confidence: Tensor  # float32 [m], NaN where a logit was NaN or infinite
-    correct: Tensor  # bool [m], False there
-    label: Tensor  # int64 [m], -1 there
+    found: Any  # the task's record: what one pass without dropout says of them
+    truth: Tensor  # [m] or [m, C], their labels
 
 
 def evaluate(
     model: nn.Module,
     images: Images,
-    labels: Tensor,  # int64 [M]
+    labels: Tensor,  # int64 [M], or of several labels int8 [M, C]
     index: Tensor | None = None,  # int64 [M], which of the images; None: all
     *,
+    task: Task = SINGLE,
     batch_size: int = 512,
     forward: Callable[..., Tensor] | None = None,  # as of `pseudo_label`
 ) -> Evaluation:
@@ -287,9 +205,15 @@ def evaluate(
     index = torch.arange(len(images)) if index is None else index
     index, inf = index.to(images.device), math.inf
     found = pseudo_label(
-        model, images, index, passes=1, kappa_p=inf, kappa_n=inf, batch_size=batch_size, forward=forward
+        model,
+        images,
+        index,
+        task=task,
+        passes=1,
+        kappa_p=inf,
+        kappa_n=inf,
+        batch_size=batch_size,
+        forward=forward,
     ).cpu()
     kept = ~torch.isin(found.index, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
-    confidence, correct, answer = found.confidence, found.label == labels.cpu(), found.label
-    place = torch.arange(len(kept))
-    return Evaluation(place[kept], confidence[kept], correct[kept], answer[kept])
+    return Evaluation(torch.arange(len(kept))[kept], found.at(kept), labels.cpu()[kept])

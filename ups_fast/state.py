@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ups_fast.calibration import BINS
 from ups_fast.files import finite, misfit
-from ups_fast.reference import unpack_mask
-from ups_fast.selection import PseudoLabels
+from ups_fast.tasks import Task
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
 
@@ -40,12 +39,33 @@ class _Later(TypedDict, total=False):
     unlabeled_acc: float | None
 
 
-class Row(_Guess, _Later):
+class _Single(TypedDict, total=False):
+    """Of one label for each sample."""
+
+    test_acc: float | None
+    val_acc: float | None
+    test_mistakes: list[list[int]]
+    test_recall: list[float | None]
+
+
+class _Multi(TypedDict, total=False):
+    """Of several labels for each sample."""
+
+    test_map: float | None
+    val_map: float | None
+    unlabeled_map: float | None
+    test_map_11: float | None
+    test_map_classes: int
+    test_cf1: float | None
+    test_of1: float | None
+    test_ap: list[float | None]
+    test_class_ece: list[float | None]
+
+
+class Row(_Guess, _Later, _Single, _Multi):
     """A finished round, a line of metrics.jsonl. None where there is nothing to average."""
 
     round: int
-    test_acc: float | None
-    val_acc: float | None
     positives: int
     positive_acc: float | None
     negatives: int
@@ -59,8 +79,18 @@ class Row(_Guess, _Later):
     outside: float
     train_loss: float | None
     test_ece: float | None
-    test_mistakes: list[list[int]]
-    test_recall: list[float | None]
+
+
+def is_multi(row: Row) -> bool:
+    """Whether samples have several labels."""
+    return "test_map" in row
+
+
+def headline_of(row: Row, part: str = "test") -> float | None:
+    """Accuracy, or of several labels mAP, on test, val or unlabeled samples; None where it is not known."""
+    found: Any = row
+    value: float | None = found.get(f"{part}_map" if is_multi(row) else f"{part}_acc")
+    return value
 
 
 @dataclass
@@ -79,7 +109,7 @@ class Checkpoint:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over the epoch's steps
     train_loss: float | None = None  # mean over the last whole epoch; None where not finite
     rows: list[Row] = field(default_factory=list)  # one per finished round
-    pseudo_labels: dict[str, Tensor] | None = None  # of the last finished round
+    pseudo_labels: dict[str, Tensor] | None = None  # of the last finished round, as the task's `kinds` say
     # Of the method and its optimizer; None at the start of a round that begins with new weights.
     method: dict[str, Any] | None = None
     momentum: dict[str, Any] | None = None
@@ -128,11 +158,13 @@ def _bins(value: Any) -> bool:
     )
 
 
+def _list(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(map(each, value))
+
+
 # A new column of metrics.jsonl needs its line here.
 _ROW: dict[str, Callable[[Any], bool]] = {
     "round": _count,
-    "test_acc": _share,
-    "val_acc": _share,
     "positives": _count,
     "positive_acc": _share,
     "negatives": _count,
@@ -140,14 +172,31 @@ _ROW: dict[str, Callable[[Any], bool]] = {
     "negative_samples": _count,
     "ece": _share,
     "ece_selected": _share,
-    "per_class_positives": lambda value: type(value) is list and all(map(_count, value)),
+    "per_class_positives": _list(_count),
     "no_label": _count,
     "seconds": _number,
     "outside": _number,
     "train_loss": _loss,
     "test_ece": _share,
-    "test_mistakes": lambda value: _table(value, (_count, _count, _count), 10),
-    "test_recall": lambda value: type(value) is list and all(map(_share, value)),
+}
+_OF_TASK: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "single": {
+        "test_acc": _share,
+        "val_acc": _share,
+        "test_mistakes": lambda value: _table(value, (_count, _count, _count), 10),
+        "test_recall": _list(_share),
+    },
+    "multilabel": {
+        "test_map": _share,
+        "val_map": _share,
+        "unlabeled_map": _share,
+        "test_map_11": _share,
+        "test_map_classes": _count,
+        "test_cf1": _share,
+        "test_of1": _share,
+        "test_ap": _list(_share),
+        "test_class_ece": _list(_share),
+    },
 }
 _GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled images is unknown
     "test_positives": _count,
@@ -158,18 +207,20 @@ _GUESS: dict[str, Callable[[Any], bool]] = {  # where the truth of the unlabeled
 _LATER: dict[str, Callable[[Any], bool]] = {"unlabeled_acc": _share}  # rows of earlier versions lack it
 
 
-def _row_fits(row: Any, n_classes: int) -> bool:
-    if type(row) is not dict or set(row) - set(_LATER) not in (set(_ROW), set(_ROW | _GUESS)):
+def _row_fits(row: Any, task: Task, n_classes: int) -> bool:
+    known = _ROW | _OF_TASK[task.name]
+    if type(row) is not dict or set(row) - set(_LATER) not in (set(known), set(known | _GUESS)):
         return False
-    classes = row["per_class_positives"]
+    by_class = [value for name, value in row.items() if name in _BY_CLASS]
     return (
-        type(classes) is list
-        and len(classes) == n_classes
-        and all((_ROW | _GUESS | _LATER)[name](value) for name, value in row.items())
-        and sum(classes) == row["positives"]
-        and all(max(line[:2]) < n_classes for line in row["test_mistakes"])
-        and len(row["test_recall"]) == n_classes
+        all((known | _GUESS | _LATER)[name](value) for name, value in row.items())
+        and all(len(each) == n_classes for each in by_class)
+        and sum(row["per_class_positives"]) == row["positives"]
+        and all(max(line[:2]) < n_classes for line in row.get("test_mistakes", []))
     )
+
+
+_BY_CLASS = ("per_class_positives", "test_recall", "test_ap", "test_class_ece")
 
 
 # Whether a state can be believed -----------------------------------------------------------------------------
@@ -225,22 +276,8 @@ def _parts(state: Checkpoint) -> Iterator[tuple[str, bool]]:
 
 
 def _pseudo_labels_fit(state: Checkpoint) -> bool:
-    found, u = state.pseudo_labels, len(state.unlabeled)
-    kinds = {
-        "index": torch.int64,
-        "label": torch.int64,
-        "confidence": torch.float32,
-        "std": torch.float32,
-        "candidate": torch.bool,
-        "positive": torch.bool,
-        "negative": torch.int32,
-    }
-    if state.round == 0:
-        return found is None
-    if type(found) is not dict or set(found) != set(kinds):
-        return False
-    words = {"negative": (-1,)}  # of 32 classes each
-    return all(_tensor(found[name], dtype, u, *words.get(name, ())) for name, dtype in kinds.items())
+    """Whether there are some; what they must be is their task's to say."""
+    return state.pseudo_labels is None if state.round == 0 else type(state.pseudo_labels) is dict
 
 
 def among(
@@ -250,6 +287,7 @@ def among(
     trained: Mapping[str, Tensor],
     n_classes: int,
     *,
+    task: Task,
     keeps: Keeps,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
@@ -259,17 +297,16 @@ def among(
     fresh    the state in which config and data begin a run
     weights  of the run's method, any values
     trained  those that the optimizer moves, any values
+    task     what a label is
     keeps    what goes on from round to round
     ranges   of some weights: the lowest and highest value
     """
     for name in ("labeled", "unlabeled", "val"):
         if not torch.equal(getattr(state, name), getattr(fresh, name)):
             return f"{name}, which is not the split that config and data give,"
-    if not all(_row_fits(row, n_classes) for row in state.rows):
+    if not all(_row_fits(row, task, n_classes) for row in state.rows):
         return "rows"
-    if state.pseudo_labels and (
-        wrong := _impossible(PseudoLabels(**state.pseudo_labels), fresh.unlabeled, n_classes)
-    ):
+    if state.round and (wrong := task.fits(state.pseudo_labels, fresh.unlabeled, n_classes)):
         return f"pseudo_labels ({wrong})"
     if state.epoch + state.step == 0:
         for name, kept in (("method", keeps.weights), ("momentum", keeps.momentum)):
@@ -284,26 +321,3 @@ def among(
     if state.momentum is not None and (wrong := misfit(state.momentum, trained)):
         return f"momentum ({wrong})"
     return ""
-
-
-def _impossible(found: PseudoLabels, unlabeled: Tensor, n_classes: int) -> str:
-    """What a labeling of these samples cannot hold; "" if there is nothing."""
-    words, none = (n_classes + 31) // 32, found.label < 0
-    if not torch.equal(found.index, unlabeled):
-        return "index is not that of the unlabeled images"
-    if found.negative.shape[1] != words:
-        return f"negative must have {words} columns"
-    answers = ~none
-    negative = unpack_mask(found.negative, 32 * words)
-    wrong = {
-        "label": (found.label < -1) | (found.label >= n_classes),
-        # Means of float32 probabilities may exceed 1 by a few bits.
-        "confidence": ~((found.confidence >= 0) & (found.confidence <= 1.001)) & answers,
-        "std": ~((found.std >= 0) & (found.std <= 1)) & answers,
-        "confidence or std of an image without a label": none
-        & ~(found.confidence.isnan() & found.std.isnan()),
-        "candidate": found.candidate & none,
-        "positive": found.positive & ~found.candidate,
-        "negative": negative.any(1) & (found.positive | none) | negative[:, n_classes:].any(1),
-    }
-    return next((name for name, where in wrong.items() if where.any()), "")

@@ -115,7 +115,8 @@ def _train(cfg: config.Config) -> None:
         first = 0 if data.labeled is None else len(data.labeled)
         labels, val = data.train_labels[result.labeled], result.val
         samples = _samples(data, result)
-        baselines = _baselines(cfg, data, result, samples) if cfg.report.baselines else None
+        multi = data.train_labels.ndim == 2  # for which there are no baselines
+        baselines = _baselines(cfg, data, result, samples) if cfg.report.baselines and not multi else None
         review, said = _review(data, result, samples, first) if cfg.report.review else (None, "")
         report.write_pseudo_labels(
             table,
@@ -173,7 +174,8 @@ def _review(data: ImageSet, result: Result, samples: Samples, first: int) -> tup
     from ups_fast import report
 
     found = result.pseudo_labels
-    std = dict(zip(found.index.tolist(), found.std.tolist(), strict=True))
+    spread = found.std if found.std.ndim == 1 else found.std.nan_to_num(0).amax(1)
+    std = dict(zip(found.index.tolist(), spread.tolist(), strict=True))
     try:
         review = report.write_review(result.folder, samples, data.classes, std, first=first, names=data.names)
     except Exception as error:  # the run is worth more than these tables

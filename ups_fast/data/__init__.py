@@ -15,7 +15,7 @@ from ups_fast.data.images import Images, View
 from ups_fast.data.reading import Damaged, as_file_set, as_image_set, check
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.sets import load_set
-from ups_fast.data.split import stratified_split
+from ups_fast.data.split import split_label_sets, stratified_split
 from ups_fast.data.stream import NO_DALI, FileImages, PlainImages
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "read_image",
     "resize_crop",
     "scan",
+    "split_label_sets",
     "stratified_split",
 ]
 

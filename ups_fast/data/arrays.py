@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ups_fast.data.features import column_moments, constant_columns, must_be_finite
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.data.label_sets import check_marks, marks, notes_on_classes
 from ups_fast.data.labeled_rows import read_labeled_rows
 from ups_fast.data.npy import Header, member_header, members_of, one_kind, read_into
 from ups_fast.data.row_files import SUFFIXES, either, is_row_file
@@ -67,24 +68,19 @@ def _read(
         if images.shape[1:] != x_labeled.shape[1:]:
             raise ValueError(f"{alike}, got x_labeled {list(x_labeled.shape)} and {key} {list(images.shape)}")
 
-    y_labeled = _labels(arrays, "y_labeled", len(x_labeled), lowest=0)
-    y_test = _labels(arrays, "y_test", len(x_test), lowest=0)
-    y_val = _labels(arrays, "y_val", len(x_val), lowest=0) if len(x_val) else y_labeled[:0]
-    y_unlabeled = torch.full((len(x_unlabeled),), -1)
-    if "y_unlabeled" in arrays:
-        y_unlabeled = _labels(arrays, "y_unlabeled", len(x_unlabeled), lowest=-1)
-
-    known = set(y_labeled.tolist())
-    n_classes = max(known) + 1
-    if missing := list(islice((c for c in range(n_classes) if c not in known), 5)):
-        some = ", ".join(map(str, missing))
-        raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
-    if n_classes < 2:
-        raise ValueError("y_labeled must hold at least two classes, got only class 0")
-    for key, labels in (("y_test", y_test), ("y_val", y_val), ("y_unlabeled", y_unlabeled)):
-        if strange := labels[labels >= n_classes].unique().tolist():
-            some = ", ".join(map(str, strange[:5]))
-            raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
+    sizes = {
+        "y_labeled": len(x_labeled),
+        "y_test": len(x_test),
+        "y_val": len(x_val),
+        "y_unlabeled": len(x_unlabeled),
+    }
+    sizes = {key: size for key, size in sizes.items() if key in arrays}
+    read = _label_sets if arrays["y_labeled"].ndim == 2 else _classes
+    n_classes, labels, notes = read(arrays, sizes)
+    y_labeled = labels["y_labeled"]
+    y_val = labels.get("y_val", y_labeled[:0])
+    y_unlabeled = y_labeled.new_full((len(x_unlabeled), *y_labeled.shape[1:]), -1)
+    y_unlabeled = labels.get("y_unlabeled", y_unlabeled)
 
     n = len(x_labeled) + len(x_unlabeled)
     if whole is None:
@@ -97,12 +93,59 @@ def _read(
         train_images,
         torch.cat([y_labeled, y_unlabeled, y_val]),
         x_test,
-        y_test,
+        labels["y_test"],
         (),
         (),
         labeled=torch.arange(len(x_labeled)),
         val=torch.arange(n, n + len(x_val)) if len(x_val) else None,
+        notes=tuple(notes),
     )
+
+
+def _classes(
+    arrays: dict[str, np.ndarray], sizes: dict[str, int]
+) -> tuple[int, dict[str, Tensor], list[str]]:
+    """How many classes there are, and a label for each image."""
+    labels = {key: _labels(arrays, key, n, lowest=-(key == "y_unlabeled")) for key, n in sizes.items()}
+    known = set(labels["y_labeled"].tolist())
+    n_classes = max(known) + 1
+    if missing := list(islice((c for c in range(n_classes) if c not in known), 5)):
+        some = ", ".join(map(str, missing))
+        raise ValueError(f"y_labeled must hold every class of 0..{n_classes - 1}, got none of class {some}")
+    if n_classes < 2:
+        raise ValueError("y_labeled must hold at least two classes, got only class 0")
+    for key, each in labels.items():
+        if strange := each[each >= n_classes].unique().tolist():
+            some = ", ".join(map(str, strange[:5]))
+            raise ValueError(f"{key} has class {some}, of which x_labeled has no image")
+    return n_classes, labels, []
+
+
+def _label_sets(
+    arrays: dict[str, np.ndarray], sizes: dict[str, int]
+) -> tuple[int, dict[str, Tensor], list[str]]:
+    """How many classes there are, a mark for each image and class, and sentences for the user."""
+    labels = {}
+    n_classes = arrays["y_labeled"].shape[1]
+    for key, n in sizes.items():
+        array = arrays[key]
+        if key == "y_unlabeled" and array.ndim == 1 and (array == -1).all():
+            array = np.full((len(array), n_classes), -1, np.int8)
+        labels[key] = marks(array, key)
+        _one_each(array, key, n)
+        if array.shape[1] != n_classes:
+            raise ValueError(
+                f"{key} must have the {n_classes} columns of y_labeled, a class each, got {list(array.shape)}"
+            )
+        if key != "y_unlabeled":
+            check_marks(labels[key], key)
+    names = [str(c) for c in range(n_classes)]
+    return n_classes, labels, notes_on_classes(labels["y_labeled"], names, "y_labeled")
+
+
+def _one_each(array: np.ndarray, key: str, n: int) -> None:
+    if len(array) != n:
+        raise ValueError(f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n}")
 
 
 def _checked(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -219,10 +262,7 @@ def _labels(arrays: dict[str, np.ndarray], key: str, n_images: int, lowest: int)
     array = arrays[key]
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"{key} must be integer labels [N], got {array.dtype} {list(array.shape)}")
-    if len(array) != n_images:
-        raise ValueError(
-            f"{key} must have one label for each image of x{key[1:]}, got {len(array)} for {n_images}"
-        )
+    _one_each(array, key, n_images)
     if array.min() < lowest:
         raise ValueError(f"{key} must be at least {lowest}, got {array.min()}")
     if array.max() > np.iinfo(np.int64).max:

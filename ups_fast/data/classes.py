@@ -101,8 +101,10 @@ def _typos(counts: Mapping[str, int], known: set[str]) -> Iterator[tuple[str, st
                 yield rare, name
 
 
-def class_counts(labels: Tensor, n_classes: int) -> list[int]:  # int64 [N], -1 where unknown
+def class_counts(labels: Tensor, n_classes: int) -> list[int]:  # int64 [N], -1 where unknown; or int8 [N, C]
     """How many labels each class has."""
+    if labels.ndim == 2:
+        return (labels == 1).sum(0).tolist()
     return torch.bincount(labels[labels >= 0], minlength=n_classes).tolist()
 
 

@@ -86,7 +86,7 @@ def row_digests(images: Tensor) -> np.ndarray:  # [N, ...], on the CPU -> uint64
 
 def notes_on_equal_images(
     name: Callable[[int], str],
-    label: np.ndarray,  # [N], -1 where unknown
+    label: np.ndarray,  # [N], -1 where unknown; or [N, C]: 1, 0, -1
     content: np.ndarray,  # [N], the same number for equal images
     labeled: np.ndarray,  # indices into these, likewise
     unlabeled: np.ndarray,
@@ -102,12 +102,13 @@ def notes_on_equal_images(
         some = some[np.isin(content[some], content[others])]
         first = {content[j]: j for j in others[np.isin(content[others], content[some])][::-1].tolist()}
         pairs = [(first[content[i]], i) for i in some.tolist()]
-        if pairs := [(j, i) for j, i in pairs if not apart or label[i] != label[j]]:
+        if pairs := [(j, i) for j, i in pairs if not apart or _contradict(label[i], label[j])]:
             j, i = pairs[0]
             notes.append(f"{many(len(pairs), what)} {so} (such as {name(i)} and {name(j)})")
 
     val = labeled[:0] if val is None else val
     known = np.union1d(np.union1d(labeled, test), val)
+    other = "another class" if label.ndim == 1 else "other classes"
     note(f"test {noun}", test, labeled, "equal to labeled ones: the test accuracy will look too good")
     note(f"test {noun}", test, val, f"equal to validation {noun}s: the test accuracy will look too good")
     note(
@@ -116,9 +117,7 @@ def notes_on_equal_images(
         labeled,
         "equal to labeled ones: the validation accuracy will look too good",
     )
-    note(
-        f"{noun}", known, known, "equal to ones of another class: one of the two labels is wrong", apart=True
-    )
+    note(f"{noun}", known, known, f"equal to ones of {other}: one of the two labels is wrong", apart=True)
     note(
         f"unlabeled {noun}", unlabeled, test, f"equal to test {noun}s: the test is not only of unseen {noun}s"
     )
@@ -126,6 +125,11 @@ def notes_on_equal_images(
     note(f"unlabeled {noun}", unlabeled, val, validation)
     note(f"unlabeled {noun}", unlabeled, labeled, "equal to labeled ones: they count twice")
     return notes
+
+
+def _contradict(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two labels cannot both be right; of several labels some may be unknown."""
+    return bool(a != b) if a.ndim == 0 else bool(((a != b) & (a >= 0) & (b >= 0)).any())
 
 
 def notes_on_equal_arrays(data: ImageSet, labeled: Tensor) -> list[str]:

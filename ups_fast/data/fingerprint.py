@@ -94,7 +94,7 @@ def _counted(data: ImageSet, record: Path) -> dict[str, str]:
         before = load_arrays(record)
         after = {name: each.numpy() for name, each in array_record(data).items()}
         differ = {
-            name: np.flatnonzero(before[name] != after[name])
+            name: np.flatnonzero((before[name] != after[name]).reshape(len(after[name]), -1).any(1))
             for name in after
             if before[name].shape == after[name].shape
         }
@@ -112,7 +112,7 @@ def _counted(data: ImageSet, record: Path) -> dict[str, str]:
             if not len(found):
                 continue
             example, i = f"the first is image {found[0]}", int(rows[part][found[0]])
-            if what == "labels":
+            if what == "labels" and before[name].ndim == 1:
                 example += f", then {_class(data, before[name][i])}, now {_class(data, after[name][i])}"
             sentence = f"{len(found):,} of {len(rows[part]):,} {part} {what} differ ({example})"
             said[f"{parts[0]} {what}"].append(sentence)

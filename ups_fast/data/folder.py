@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from ups_fast.data.classes import suffixes
 from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
+from ups_fast.data.label_sets import marks_of
 from ups_fast.data.parts import classes_of, held_out
-from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, VAL, Row, Rows, read_table
+from ups_fast.data.table import LABELED, PARTS, TEST, UNLABELED, VAL, Row, Rows, has_several, read_table
 from ups_fast.files import home
 from ups_fast.words import many
 
@@ -33,6 +34,9 @@ class Listing:
     classes: list[str]  # of the labeled images, in order
     notes: list[str]  # sentences for the user
     problems: list[str]  # sentences too; with one of them no run can begin
+    several: bool = (
+        False  # an image may be of several classes: its row has their names as `label_sets` writes them
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Folder:
 
     root: Path  # what paths are relative to
     paths: list[str]  # [N] with "/", ascending
-    label: Tensor  # int64 [N], -1 where unlabeled
+    label: Tensor  # int64 [N], -1 where unlabeled; of several labels int8 [N, C]: 1, 0, or -1 where unknown
     labeled: Tensor  # int64 [L] into paths, ascending; likewise
     unlabeled: Tensor  # [U]
     test: Tensor  # [M]
@@ -59,14 +63,16 @@ def listing(root: str | Path) -> Listing:
     place = home(root)
     notes: list[str] = []
     problems: list[str] = []
+    several = False
     if os.path.isdir(place):
         base, rows = place, _folders(place, notes, problems)
     elif os.path.isfile(place):
-        base, rows = place.parent, read_table(place, notes, problems)
+        several = has_several(place)
+        base, rows = place.parent, read_table(place, notes, problems, several=several)
     else:
         raise ValueError(f"there is no folder or CSV file {str(place)!r}")
-    classes = classes_of(str(place), rows.values(), notes, problems)
-    return Listing(base, rows, classes, notes, problems)
+    classes = classes_of(str(place), rows.values(), notes, problems, several=several)
+    return Listing(base, rows, classes, notes, problems, several)
 
 
 def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
@@ -91,12 +97,12 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
         raise ValueError(found.problems[0])
     rows, classes, notes = found.rows, found.classes, list(found.notes)
     paths = sorted(rows)
-    number = {name: c for c, name in enumerate(classes)} | {"": -1}
-    label = np.fromiter((number[rows[path][1]] for path in paths), np.int64, len(paths))
+    label = labels_of([rows[path][1] for path in paths], classes, several=found.several).numpy()
+    known = np.any((label >= 0).reshape(len(label), -1), axis=1)
     part = np.fromiter((PARTS.index(rows[path][0]) for path in paths), np.int8, len(paths))
-    content = same_content(found.base, paths, label >= 0)
+    content = same_content(found.base, paths, np.asarray(known))
     if not (part == 2).any():
-        drawn_from = np.where(part == 0, label, -1)
+        drawn_from = np.where((part == 0).reshape(-1, *[1] * (label.ndim - 1)), label, -1)
         part[held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2
     labeled, unlabeled, test, val = (np.flatnonzero(part == p) for p in range(len(PARTS)))
     notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test, val)
@@ -114,6 +120,14 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     )
 
 
+def labels_of(texts: Sequence[str], classes: Sequence[str], *, several: bool) -> Tensor:
+    """Of rows' names the numbers int64 [N], -1 where there is none; of several names marks int8 [N, C]."""
+    number = {name: c for c, name in enumerate(classes)}
+    if several:
+        return torch.from_numpy(np.stack([marks_of(text, number) for text in texts]))
+    return torch.tensor([number.get(text, -1) for text in texts], dtype=torch.int64)
+
+
 def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     """The folder without these files, given by their place in `paths` with a sentence on each.
 
@@ -124,8 +138,11 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     where = repr(str(folder.root))
     keep = torch.ones(len(folder.paths), dtype=torch.bool)
     keep[list(damaged)] = False
+    given = folder.label[folder.labeled]
     needed = {
-        f"labeled image of class {name!r}": folder.labeled[folder.label[folder.labeled] == c]
+        f"labeled image of class {name!r}": folder.labeled[
+            given == c if given.ndim == 1 else given[:, c] == 1
+        ]
         for c, name in enumerate(folder.classes)
     }
     needed |= {"unlabeled image": folder.unlabeled, "test image": folder.test}

@@ -24,9 +24,10 @@ class ImageSet:
     name: str
     classes: list[str]
     train_images: Tensor  # [N, H, W, C] uint8; features [N, d] float32 or float16
-    train_labels: Tensor  # [N] int64, -1 where the truth is unknown
+    # int64 [N], -1 where the truth is unknown; of several labels int8 [N, C]: 1, 0, or -1 where it is unknown.
+    train_labels: Tensor
     test_images: Tensor  # likewise
-    test_labels: Tensor  # [M] int64
+    test_labels: Tensor  # likewise of M
     mean: tuple[float, ...]  # [C], of pixels in [0, 1]; of features [d]
     std: tuple[float, ...]  # likewise, above 0
     labeled: Tensor | None = None  # [L] int64, ascending

@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ups_fast.data.classes import class_order
 from ups_fast.data.equal import GONE, Stamp, file_digest, stamp
-from ups_fast.data.folder import Folder, Listing
+from ups_fast.data.folder import Folder, Listing, labels_of
 from ups_fast.data.image_set import ImageSet
+from ups_fast.data.label_sets import names_of, read_names
 from ups_fast.data.reading import in_order
 from ups_fast.data.table import LABELED, NAMES, PARTS, TEST, UNLABELED, VAL, Row, Tree, in_form
 from ups_fast.words import are, many
@@ -36,7 +37,7 @@ class Manifest:
 
     classes: list[str]
     paths: list[str]  # [N], in this order; within each part ascending
-    label: list[int]  # [N], -1 where unlabeled
+    label: list[Any]  # [N] int, -1 where unlabeled; of several labels their text, "" where unlabeled
     stamps: list[Stamp]  # [N]
     digests: list[str]  # [N], of all bytes
     labeled: int  # how many
@@ -53,8 +54,14 @@ class Manifest:
         """These files, wherever they lie now; `paths` are theirs now, which may be in another Unicode form."""
         labeled, unlabeled, val, test = (torch.arange(a, b) for a, b in itertools.pairwise(self._ends()))
         notes = [*now.notes, *self.notes, *([note] if note else [])]
-        label = torch.tensor(self.label)
+        texts = [self.row(i)[1] for i in range(len(paths))]
+        label = labels_of(texts, self.classes, several=self.several)
         return Folder(now.base, paths, label, labeled, unlabeled, test, self.classes, notes, now, val)
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may be of several classes."""
+        return type(self.label[0]) is str
 
     def _ends(self) -> list[int]:
         """Where each part ends, after a 0."""
@@ -62,7 +69,8 @@ class Manifest:
 
     def row(self, i: int) -> Row:
         """What the folder or table said of a file."""
-        name = self.classes[self.label[i]] if self.label[i] >= 0 else ""
+        label = self.label[i]
+        name = label if self.several else self.classes[label] if label >= 0 else ""
         if i >= self.train and not self.held_out:
             return TEST, name
         if self.train - self.val <= i < self.train:
@@ -110,10 +118,10 @@ class Manifest:
     def _misfit(self) -> str:
         """The first parts that do not fit the others; "" if all do. A wrong type may raise anything."""
         n, ends = len(self.paths), self._ends()
-        names = {self.classes[c] for c in self.label[: self.labeled]}
-        names |= {name for part, name in self.left_out.values() if part == LABELED}
-        if self.held_out:
-            names |= {self.classes[c] for c in self.label[self.train :]}
+        given = [*range(self.labeled), *(range(self.train, n) if self.held_out else ())]
+        texts = {self.row(i)[1] for i in given}
+        texts |= {name for part, name in self.left_out.values() if part == LABELED}
+        names = {name for text in texts for name in (names_of(text) if self.several else [text])}
         fits = {
             "labeled, train or val": all(type(end) is int for end in (*ends, self.val))
             and 0 < ends[1] < ends[2] <= ends[3] < n,
@@ -123,11 +131,10 @@ class Manifest:
                 self.paths[a:b] == sorted(self.paths[a:b]) for a, b in itertools.pairwise(ends)
             ),
             "classes": all(type(name) is str and name for name in self.classes)
-            and len(self.classes) > 1
+            and len(self.classes) > 1 - self.several
             and self.classes == class_order(self.classes) == class_order(names),
-            "labels": all(type(c) is int for c in self.label)
-            and all((c == -1) == (ends[1] <= i < ends[2]) for i, c in enumerate(self.label))
-            and -1 <= min(self.label) <= max(self.label) < len(self.classes),
+            "labels": all((c in (-1, "")) == (ends[1] <= i < ends[2]) for i, c in enumerate(self.label))
+            and (self._texts_fit() if self.several else self._numbers_fit()),
             "hashes": all(
                 type(each) is str and len(each) in (0, 32) and set(each) <= set("0123456789abcdef")
                 for each in self.digests
@@ -148,6 +155,16 @@ class Manifest:
         }
         return next((parts for parts, fit in fits.items() if not fit), "")
 
+    def _numbers_fit(self) -> bool:
+        whole = all(type(c) is int for c in self.label)
+        return whole and -1 <= min(self.label) <= max(self.label) < len(self.classes)
+
+    def _texts_fit(self) -> bool:
+        if not all(type(text) is str and read_names(text, "a label") == text for text in self.label):
+            return False
+        named = {name for text in self.label for way in (False, True) for name in names_of(text, unknown=way)}
+        return named <= set(self.classes)
+
 
 def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress) -> Manifest:
     """The manifest of a folder's files as they are now; all of them are read once more, for their hashes."""
@@ -159,7 +176,9 @@ def take(folder: Folder, data: ImageSet, threads: int | None, progress: Progress
     return Manifest(
         list(data.classes),
         paths,
-        torch.cat([data.train_labels, data.test_labels]).tolist(),
+        [rows[path][1] for path in paths]
+        if folder.listing.several
+        else torch.cat([data.train_labels, data.test_labels]).tolist(),
         stamps,
         _digests(where, threads, progress),
         labeled=0 if data.labeled is None else len(data.labeled),

@@ -6,20 +6,40 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import torch
 
 from ups_fast.data.classes import class_order, lookalikes
+from ups_fast.data.label_sets import names_of
+from ups_fast.data.split import split_label_sets
 from ups_fast.data.table import LABELED, NAMES, PARTS, UNLABELED, Row
 from ups_fast.seeds import derive
 
 
 def classes_of(
-    where: str, rows: Collection[Row], notes: list[str], problems: list[str], noun: str = "image"
+    where: str,
+    rows: Collection[Row],
+    notes: list[str],
+    problems: list[str],
+    noun: str = "image",
+    *,
+    several: bool = False,
 ) -> list[str]:
-    """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit."""
+    """Names of the classes, in order. It is a problem where a part is missing or its classes do not fit.
+
+    several  each row has any number of names, as `label_sets` writes them
+    """
+    unknown = [name for _, text in rows for name in names_of(text, unknown=True)] if several else []
+    if several:
+        named = [(part, names_of(text) if text else [""]) for part, text in rows]
+        rows = [(part, name) for part, names in named for name in names]
     counts = Counter(name for part, name in rows if part != UNLABELED)
     found = {wanted: class_order(name for part, name in rows if part == wanted) for wanted in PARTS}
     classes = found[LABELED]
-    if len(classes) < 2:
+    if strange := sorted(set(unknown) - set(classes)):
+        problems.append(f"{where!r} calls the class {strange[0]!r} unknown, of which no {noun} is labeled")
+    if several and not classes:
+        problems.append(f"{where!r} must have labeled {noun}s of at least one class, got none")
+    elif len(classes) < 2 and not several:
         got = f"only {classes[0]!r}" if classes else "none"
         problems.append(f"{where!r} must have labeled {noun}s of at least two classes, got {got}")
     if odd := [name for name in classes if name.encode(errors="replace").decode() != name]:
@@ -42,7 +62,7 @@ def classes_of(
 def held_out(
     where: str,
     paths: Sequence[str],  # [N] names, by which the draw is made
-    label: np.ndarray,  # -1 of all but the labeled images
+    label: np.ndarray,  # -1 of all but the labeled images; of several labels [N, C]
     content: np.ndarray,  # [N] of each the place of the first that is equal
     classes: list[str],
     share: float,
@@ -51,6 +71,8 @@ def held_out(
     noun: str = "image",
 ) -> np.ndarray:
     """The labeled images, as places in paths, that become the test part; its draw is one of contents, not files."""
+    if label.ndim == 2:
+        return _held_sets(where, label, content, share, seed, notes, noun)
     held: list[np.ndarray] = []
     single: list[str] = []
     for c, name in enumerate(classes):
@@ -73,4 +95,31 @@ def held_out(
     if single:
         some = ", ".join(map(repr, single[:5]))
         notes.append(f"no test {noun} is of class {some}: it has a single labeled {noun}")
+    return index
+
+
+def _held_sets(
+    where: str,
+    label: np.ndarray,  # int8 [N, C]
+    content: np.ndarray,
+    share: float,
+    seed: int,
+    notes: list[str],
+    noun: str,
+) -> np.ndarray:
+    """The same of several labels: each class keeps its share of the images that stay, one at least."""
+    members = np.flatnonzero((label >= 0).any(1))
+    drawn = np.unique(content[members])
+    left = len(drawn) - max(1, int(share * len(drawn) + 0.5))
+    if left < 1:
+        raise ValueError(
+            f"{where!r} has no test {noun}s, and not the two different labeled {noun}s of which one could be held "
+            f"out: label more, or give test {noun}s"
+        )
+    _, held = split_label_sets(torch.from_numpy(label[drawn]), left, derive(seed, "held out"))
+    index = members[np.isin(content[members], drawn[held.numpy()])]
+    notes.append(
+        f"there are no test {noun}s, so {len(index):,} of the {len(members):,} labeled ones ({share:.0%}, drawn by "
+        f"seed {seed}) are held out to test and not trained on"
+    )
     return index

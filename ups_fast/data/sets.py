@@ -20,6 +20,7 @@ from torch import Tensor
 from ups_fast.data.arrays import read_arrays, read_features
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
+from ups_fast.data.mosaics import mosaics_of
 from ups_fast.data.split import stratified_split
 from ups_fast.files import home
 from ups_fast.machine import memory_bytes
@@ -30,6 +31,7 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
     """Reads the data set `name` from `root` (data.root), downloading it there first where that is possible.
 
     digits         the 1,797 8x8 handwritten digits that scikit-learn ships; root is not used
+    mosaics        two by two of them in an image of 16x16, which has several labels; likewise
     cifar10, cifar100, svhn
                    as torchvision stores them, downloaded on first use
     fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
@@ -37,7 +39,7 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
                    [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
                    images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
-                   for this image)
+                   for this image). Of several labels all of them are [N, C]: 1, 0, or -1 where it is unknown
     features       the same with rows of numbers in place of images: float32 or float16 [N, d]; or root is an .npy or
                    .parquet file of all rows, with a CSV file of their labels beside it. Without test rows,
                    `test_share` of the labeled ones is held out, drawn by `seed`
@@ -46,6 +48,7 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
     """
     readers: dict[str, Callable[[Path], ImageSet]] = {
         "digits": _digits,
+        "mosaics": lambda root: mosaics_of(_digits(root)),
         "cifar10": _cifar10,
         "cifar100": _cifar100,
         "svhn": _svhn,

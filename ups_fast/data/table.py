@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_fast.data.cells import read_cell
+from ups_fast.data.label_sets import read_names
 from ups_fast.words import are, many
 
 PARTS = LABELED, UNLABELED, TEST, VAL = "labeled", "unlabeled", "test", "val"
@@ -26,13 +27,30 @@ _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf
 _DELIMITERS = ",;\t|"
 
 
-def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
+def has_several(file: Path) -> bool:
+    """Whether a table has a column labels, for any number of classes, in place of label.
+
+    Raises ValueError with one sentence where it has both, or is no table.
+    """
+    with _csv_file(repr(str(file))):
+        table, _ = _reader(_text(file), ("path", "labels"))
+        names = set(_header(next(table, [])))
+    if {"label", "labels"} <= names:
+        raise ValueError(
+            f"{str(file)!r} must have a column label, or labels for several classes, and has both"
+        )
+    return {"path", "labels"} <= names
+
+
+def read_table(file: Path, notes: list[str], problems: list[str], *, several: bool = False) -> Rows:
     """The images that a table lists, by their paths relative to its folder.
 
     It has a line of column names with path, label (empty: unlabeled) and perhaps split (train, val, test or empty).
     Other columns are ignored. Fields are separated by commas, or as spreadsheets in Europe do by semicolons or tabs;
     the text is UTF-8, or UTF-16 with its byte order mark. Cells may be written by `cells.write_cell`. Paths may have
     any Unicode form, backslashes, or blanks around them: what is there decides.
+
+    several  a column labels is in place of label, as `label_sets` describes it
 
     Raises ValueError with one sentence that names the line. `problems` gets one where no file is there.
     """
@@ -41,7 +59,7 @@ def read_table(file: Path, notes: list[str], problems: list[str]) -> Rows:
     repeated = 0
     tree = Tree(file.parent)
     with _csv_file(where):
-        table, names, skipped = _opened(file, ("path", "label"))
+        table, names, skipped = _opened(file, ("path", "labels" if several else "label"))
         for row in table:
             if not any(map(str.strip, row)):
                 continue  # a line of delimiters alone is what is left of a spreadsheet
@@ -180,6 +198,8 @@ def _row(row: Mapping[str, str], tree: Tree, line: str) -> tuple[str, Row]:
 
 def _part(row: Mapping[str, str], line: str, noun: str) -> Row:
     label = read_cell(row.get("label", "").strip()).strip()
+    if "labels" in row:
+        label = read_names(row["labels"], line)
     split = row.get("split", "").strip().lower()
     if split not in ("", "train", VAL, TEST):
         raise ValueError(f"{line} must have the split train, val, test or nothing, got {split!r}")

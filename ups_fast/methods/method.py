@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ups_fast.models import Network
 from ups_fast.schema import key
-from ups_fast.selection import PseudoLabels, Thresholds
+from ups_fast.selection import Thresholds
+from ups_fast.tasks import SINGLE, Task
 
 
 class Group(NamedTuple):
@@ -52,10 +53,10 @@ class Known(NamedTuple):
 
     round: int
     last: bool  # no round comes after it
-    labels: Tensor  # int64 [N], to be read at `labeled` only
+    labels: Tensor  # int64 [N], of several labels int8 [N, C]; to be read at `labeled` only
     labeled: Tensor  # int64 [L], sample ids
     unlabeled: Tensor  # int64 [U], likewise
-    found: PseudoLabels | None  # by the last round's network
+    found: Any  # by the last round's network, a record of the task such as PseudoLabels; None: nothing yet
     generator: torch.Generator
 
 
@@ -84,6 +85,7 @@ class Setting:
     features: int = 0  # width of what the classifier gets
     labeled_repeats: int = 1
     ema: float = 0.0  # decay of an average of the weights, which then labels and is tested; 0: none
+    task: Task = SINGLE  # what a label is
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Method(nn.Module):
     continues: ClassVar[bool] = False
     two_views: ClassVar[bool] = False  # it needs a strong view that differs from the weak one
     many_heads: ClassVar[bool] = False  # its loss trains several heads, each as if it were alone
+    many_labels: ClassVar[bool] = False  # it serves samples with several labels, too
     splits: ClassVar[bool] = True  # its loss treats the groups of a batch differently, by their place
 
     network: Network  # the one that is trained
@@ -112,7 +115,7 @@ class Method(nn.Module):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.options, self.n_classes, self.n_images = setting.options, setting.n_classes, setting.n_images
-        self.decay = setting.ema
+        self.decay, self.task = setting.ema, setting.task
         self.network = setting.network()
         self.ema = frozen_copy(self.network) if self.decay else None
 
@@ -144,9 +147,8 @@ class Method(nn.Module):
 
     def targets(self, known: Known) -> Targets:
         """By default the labels, beside all unlabeled samples."""
-        target = torch.full_like(known.labels, -1)
-        target[known.labeled] = known.labels[known.labeled]
-        return Targets({"labeled": known.labeled, "unlabeled": known.unlabeled}, {"target": target})
+        tables = self.task.given(known.labels, known.labeled)
+        return Targets({"labeled": known.labeled, "unlabeled": known.unlabeled}, tables)
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         """The groups of the round's batches; `sizes` are those of the lists. ValueError where it cannot be."""
@@ -194,7 +196,7 @@ class Method(nn.Module):
         if self.ema is not None:
             average(self.ema, self.network, self.decay)
 
-    def keep(self, found: PseudoLabels, round: int) -> PseudoLabels:
+    def keep(self, found: Any, round: int) -> Any:
         """Which of the selected labels of a round stay positive, before the class balance. By default all."""
         return found
 
@@ -221,7 +223,7 @@ class Method(nn.Module):
 class Look(NamedTuple):
     """What a method may look at when a round ends."""
 
-    found: PseudoLabels  # of the unlabeled samples, on the host
+    found: Any  # of the unlabeled samples, a record of the task on the host
     labels: Tensor  # int64 [N], to be read at `labeled` only
     labeled: Tensor  # int64 [L], sample ids of those that can be read
     # int64 [n] sample ids -> float32 [n, D], of clean images, on the device.

@@ -25,14 +25,15 @@ from ups_fast.methods.method import (
     Targets,
     epoch_steps,
 )
-from ups_fast.ops import ups_loss
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.schema import key
-from ups_fast.selection import PseudoLabels, Thresholds
+from ups_fast.selection import Thresholds
 
 
 class UPS(Method):
     splits = False  # a row's target says what it is
     many_heads = True
+    many_labels = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -40,20 +41,13 @@ class UPS(Method):
 
     def targets(self, known: Known) -> Targets:
         """True labels of the labeled part, pseudo-labels and negative classes of the last labeling."""
-        found, labeled = known.found, known.labeled
-        _, tables = super().targets(known)
-        target = tables["target"]
-        negative = torch.zeros(len(target), (self.n_classes + 31) // 32, dtype=torch.int32)
-        positives, negatives = labeled, labeled[:0]
+        found, positives = known.found, known.labeled
+        tables = self.task.given(known.labels, known.labeled)
+        tables, kept, negatives = self.task.learned(tables, found, self.n_classes)
         if found is not None:
-            kept = found.index[found.positive]
-            target[kept] = found.label[found.positive]
-            negative[found.index] = found.negative
-            negatives = found.index[found.negative.any(dim=1)]
-            positives = expand(
-                torch.cat([labeled.repeat(self.repeat), kept]), len(negatives), known.generator
-            )
-        return Targets({"positive": positives, "negative": negatives}, {**tables, "negative": negative})
+            positives = torch.cat([positives.repeat(self.repeat), kept])
+            positives = expand(positives, len(negatives), known.generator)
+        return Targets({"positive": positives, "negative": negatives}, tables)
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         """Shares a batch in proportion to the positives (as expanded) and the negatives.
@@ -83,22 +77,7 @@ class UPS(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """One forward pass over the joined batch, so that batch-norm sees both kinds."""
-        return heads_loss(
-            self.members(batch.images, batch.keys), batch.rows["target"], batch.rows["negative"]
-        )
-
-
-def heads_loss(
-    logits: Tensor,  # [H, B, C]
-    target: Tensor,  # int64 [B]
-    negative: Tensor | None = None,  # int32 [B, ceil(C / 32)]
-) -> Tensor:
-    """The sum over heads of their `ups_loss`, so that each learns as it would alone."""
-    heads = len(logits)
-    if heads == 1:
-        return ups_loss(logits[0], target, target >= 0, negative)
-    target, negative = target.repeat(heads), None if negative is None else negative.repeat(heads, 1)
-    return heads * ups_loss(logits.flatten(0, 1), target, target >= 0, negative)
+        return self.task.loss(self.members(batch.images, batch.keys), batch.rows)
 
 
 def expand(positives: Tensor, n_neg: int, generator: torch.Generator) -> Tensor:
@@ -119,12 +98,13 @@ class Supervised(Method):
     continues = True
     splits = False
     many_heads = True
+    many_labels = True
 
     def lay_out(self, sizes: dict[str, int], batch_size: int) -> Layout:
         return Layout((Group("labeled", batch_size),), epoch_steps(list(sizes.values()), batch_size))
 
     def loss(self, batch: Batch) -> Tensor:
-        return heads_loss(self.members(batch.images, batch.keys), batch.rows["target"])
+        return self.task.loss(self.members(batch.images, batch.keys), batch.rows)
 
 
 @dataclass

@@ -47,6 +47,7 @@ class Network(nn.Module, ABC):
     classes: list[str]  # names, C of them
     channels: int  # 1 or 3
     size: list[int]  # [H, W], to which images must be scaled and cropped
+    task: str  # "single", or "multilabel" where each class has a probability of its own
     columns: int  # of networks on features, in place of these two
     mean: Tensor  # float32 [channels, 1, 1], on the network's device, of pixels in [0, 1]; of features [d]
     std: Tensor  # likewise

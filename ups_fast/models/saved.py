@@ -94,6 +94,7 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         _check_about(about)
         model = _filled(about, weights)
+        model.task = about.get("task", "single")
         for name in ("classes", *_SHAPE):
             if name in about:
                 setattr(model, name, about[name])
@@ -137,6 +138,8 @@ def _check_about(about: Any) -> None:
     numbers = all(type(each) in (int, float) and abs(each) < most for each in (*mean, *std))  # NaN is not
     if not numbers or not len(mean) == len(std) == (columns or n) or min(std) <= 0:
         raise ValueError("mean or std in its metadata do not fit")
+    if about.get("task", "multilabel") != "multilabel":
+        raise ValueError("task in its metadata is unknown")
     size = about.get("size", [1, 1])
     if len(size) != 2 or not all(type(each) is int and 0 < each <= 2**16 for each in size):
         raise ValueError("size in its metadata does not fit")

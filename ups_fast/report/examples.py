@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ups_fast.data import Images, ImageSet
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.gallery import Group, Section, Shown, confusion_table, page_of
 from ups_fast.report.thumbnails import thumbnails
 from ups_fast.report.to_review import Review
-from ups_fast.selection import PseudoLabels
+from ups_fast.tasks import MULTI, task_of
 from ups_fast.words import many
 
 
@@ -48,6 +50,7 @@ class _Labels:
     data: ImageSet
     review: Review | None
     first: int  # the training set's index that counts as 0
+    several: bool = False  # a sample may be of several classes: `found` has each class of each sample
 
     def title(self, i: int, first: int = 0) -> str:
         """The file of a sample, or its index."""
@@ -57,19 +60,29 @@ class _Labels:
         return name if len(name) <= _TITLE else f"...{name[-_TITLE:]}"
 
     def name(self, c: int) -> str:
-        return self.classes[c] if c >= 0 else "no label"
+        """Of several labels, C + c stands for "not of class c"."""
+        n = len(self.classes)
+        return "no label" if c < 0 else self.classes[c] if c < n else f"not {self.classes[c - n]}"
+
+    def given(self, i: int) -> str:
+        """What a labeled sample was said to be."""
+        label = self.data.train_labels[i]
+        if not self.several:
+            return self.name(int(label))
+        return " and ".join(self.name(c) for c in (label == 1).nonzero()[:, 0].tolist()) or "nothing"
 
     def nearest(self, i: int) -> str:
         """The labeled sample that is nearest, and its class."""
         if self.review is None or i not in self.review.nearest:
             return ""
         other = self.review.nearest[i]
-        return f"{self.title(other)} ({self.name(int(self.data.train_labels[other]))})"
+        return f"{self.title(other)} ({self.given(other)})"
 
     def shown(self, place: int, note: str = "") -> Shown:  # of the U samples
         found, truth = self.found, int(self.truth[place])
         i, label = int(found.index[place]), int(found.label[place])
         confidence, std = float(found.confidence[place]), float(found.std[place])
+        truth += label * (self.several and truth >= len(self.classes))  # not of this class
         return Shown(
             i,
             self.title(i, self.first),
@@ -87,8 +100,8 @@ class _Labels:
 def examples(
     data: ImageSet,
     images: Images,  # the training set as the run has it: which are gone
-    found: PseudoLabels,  # of the last round: U samples, on the CPU
-    truth: Tensor,  # int64 [U], -1 where unknown
+    found: Any,  # of the last round: U samples, a record of the task on the CPU
+    truth: Tensor,  # int64 [U] or int8 [U, C], -1 where unknown
     review: Review
     | None = None,  # None: without given labels that look wrong and what is unlike all labeled ones
     *,
@@ -99,7 +112,9 @@ def examples(
 
     The choice depends on the labels alone: the same run has the same examples.
     """
-    labels = _Labels(found, truth, data.classes, data, review, first)
+    task = task_of(data.train_labels)
+    entries, truth = task.entries(found, truth)
+    labels = _Labels(entries, truth, data.classes, data, review, first, task is MULTI)
     pictures = data.noun == "image"
     most = IMAGES if pictures else ROWS
     makers = (_by_class, _least_certain, _rejected, _confusions, _suspects, _unfamiliar)
@@ -169,7 +184,7 @@ def _confusions(labels: _Labels, most: Most) -> Iterator[Section]:
     found, truth, n = labels.found, labels.truth, len(labels.classes)
     known = (truth >= 0) & (found.label >= 0)
     wrong = known & (truth != found.label)
-    if not bool(wrong.any()):
+    if labels.several or not bool(wrong.any()):
         return
     pair = truth * n + found.label
     kinds, counts = np.unique(pair[wrong].numpy(), return_counts=True)
@@ -216,6 +231,10 @@ def _unfamiliar(labels: _Labels, most: Most) -> Iterator[Section]:
         return
     noun, ratio = labels.data.noun, review.unfamiliar
     index = labels.found.index.tolist()
+    if labels.several:  # each sample once, by its most confident class
+        order = labels.found.confidence.nan_to_num(-1.0).argsort().tolist()
+        best = {index[place]: place for place in order}
+        index = [i if best[i] == place else -1 for place, i in enumerate(index)]
     far = [(-ratio[i], place) for place, i in enumerate(index) if ratio.get(i, 0) > 1]
     some = [labels.shown(place, f"{-each:.1f} x") for each, place in sorted(far)[: most.samples]]
     trusted = int(labels.found.positive[torch.tensor([place for _, place in far], dtype=torch.int64)].sum())

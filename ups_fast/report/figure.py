@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ups_fast.calibration import Reliability, ece, reliability
 from ups_fast.config import Config
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.sentences import Rows, headline, one_training
-from ups_fast.selection import PseudoLabels
-from ups_fast.state import Row
+from ups_fast.state import Row, headline_of, is_multi
+from ups_fast.tasks import MULTI, SINGLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ DASHES = (0, (4, 3))
 MOST_POINTS = 6000  # of the plane: further ones would only lie on top of each other
 
 
-def draw(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, labeled: int) -> Figure:
+def draw(rows: Rows, pseudo_labels: Any, truth: Tensor, cfg: Config, labeled: int) -> Figure:
     """The four panels as a matplotlib figure; arguments as in `write_report`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -56,19 +57,17 @@ def draw(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, la
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
         figure.text(0.06, 0.918, _subline(pseudo_labels, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
-        _draw_counts(
-            counts,
-            rows,
-            len(pseudo_labels.index),
-            all_known=bool((truth >= 0).all()),
-            parts=one_training(cfg),
+        multi, all_known = is_multi(rows[-1]), bool((truth >= 0).all())
+        labels, truth = (MULTI if multi else SINGLE).entries(pseudo_labels, truth)
+        _draw_counts(counts, rows, len(labels.index), all_known=all_known, parts=one_training(cfg))
+        _draw_calibration(calibration, _bins(rows[-1], labels, truth))
+        _draw_plane(
+            plane, labels, truth, cfg, ("is of the class", "is not") if multi else ("correct", "wrong")
         )
-        _draw_calibration(calibration, _bins(rows[-1], pseudo_labels, truth))
-        _draw_plane(plane, pseudo_labels, truth, cfg)
     return figure
 
 
-def _subline(pseudo_labels: PseudoLabels, cfg: Config, labeled: int) -> str:
+def _subline(pseudo_labels: Any, cfg: Config, labeled: int) -> str:
     rounds = "Round 0 trained on the labeled images alone."
     if one_training(cfg):
         rounds = f"Rounds are parts of one training by {cfg.method.name}."
@@ -117,7 +116,7 @@ def _by_round(axes: Axes, rows: Rows) -> None:
 
 def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     curves = [
-        ("test set", [row["test_acc"] for row in rows], BLUE, "-o"),
+        ("test set", [headline_of(row) for row in rows], BLUE, "-o"),
         ("positive pseudo-labels", [row["positive_acc"] for row in rows], GREEN, "--s"),
         ("negative pseudo-labels", [row["negative_acc"] for row in rows], MUTED, ":^"),
     ]
@@ -130,12 +129,14 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     # Room for the numbers below the first and last point, and for half a marker at 100.
     axes.set_ylim(low - 0.1 * (high - low), min(high, 100 + 0.03 * (high - low)))
     for row in (rows[0], rows[-1])[: len(rows)]:
-        if row["test_acc"] is None:
+        if (share := headline_of(row)) is None:
             continue
-        value = 100 * row["test_acc"]
+        value = 100 * share
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
     unknown = "" if any_known else ". The true classes of unlabeled images are not known"
-    _title(axes, "Accuracy by round", f"Correct answers in percent{unknown}")
+    multi = is_multi(rows[-1])
+    what = "mAP, and correct pseudo-labels," if multi else "Correct answers"
+    _title(axes, "mAP by round" if multi else "Accuracy by round", f"{what} in percent{unknown}")
     _legend(axes)
     _by_round(axes, rows)
 
@@ -145,17 +146,20 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, par
 
     rounds = [row["round"] for row in rows]
     positives = np.array([row["positives"] for row in rows])
-    others = np.array([row["negative_samples"] for row in rows])
+    multi = is_multi(rows[-1])
+    others = np.array([row["negatives" if multi else "negative_samples"] for row in rows])
     if all_known:
         right = np.array([round(row["positives"] * (row["positive_acc"] or 0)) for row in rows])
         axes.bar(rounds, right, 0.7, color=BLUE, label="positive, correct")
         axes.bar(rounds, positives - right, 0.7, bottom=right, color=VERMILION, label="positive, wrong")
     else:
         axes.bar(rounds, positives, 0.7, color=BLUE, label="positive")
-    axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label="negative classes only")
+    pale = "negative" if multi else "negative classes only"
+    axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label=pale)
     axes.axhline(unlabeled, color=INK, lw=1, ls=DASHES)
     what = "whose labels pass the limits" if parts else "that a next round would train on"
-    _title(axes, "What was selected", f"Unlabeled images {what}")
+    of = "Pairs of unlabeled image and class" if multi else "Unlabeled images"
+    _title(axes, "What was selected", f"{of} {what}")
     _legend(axes)
     _by_round(axes, rows)
     _note(axes, f"all {unlabeled:,}", (axes.get_xlim()[1], unlabeled), (0, 3), ha="right")
@@ -197,7 +201,9 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
     axes.grid(color=RULE)
 
 
-def _draw_plane(axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> None:
+def _draw_plane(
+    axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, names: tuple[str, str]
+) -> None:
     tau, kappa = cfg.select.tau_p, cfg.select.kappa_p
     finite = np.flatnonzero(pseudo_labels.label >= 0)
     drawn = finite
@@ -220,15 +226,16 @@ def _draw_plane(axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Con
         _note(axes, f"kappa_p = {kappa:g}", (left, kappa), (5, 4), zorder=4)
     groups = [
         ("truth unknown", ~known, MUTED, "o", 9, 0.45),
-        ("correct", known & correct, BLUE, "o", 9, 0.45),
-        ("wrong", known & ~correct, VERMILION, "X", 22, 0.9),
+        (names[0], known & correct, BLUE, "o", 9, 0.45),
+        (names[1], known & ~correct, VERMILION, "X", 22, 0.9),
     ]
     for name, members, color, marker, size, alpha in groups:
         if members.any():
             dots: Any = {"color": color, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
             axes.scatter(x[members], y[members], size, label=name, **dots)
     sampled = len(drawn) < len(finite)
-    points = f"{MOST_POINTS:,} of {len(finite):,} images" if sampled else "One point per image"
+    of = "image" if names[0] == "correct" else "pair"
+    points = f"{MOST_POINTS:,} of {len(finite):,} {of}s" if sampled else f"One point per {of}"
     _title(axes, "Confidence and uncertainty", f"{points}. The tinted corner passes both limits")
     _legend(axes)
     axes.set(xlim=(left, 1.02), ylim=(0, top))

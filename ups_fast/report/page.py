@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +19,14 @@ from ups_fast.calibration import recall
 from ups_fast.config import Config
 from ups_fast.data.classes import uneven
 from ups_fast.files import write_atomic
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report import comparison
 from ups_fast.report.comparison import Comparison
 from ups_fast.report.figure import draw
 from ups_fast.report.gallery import STYLE, text_table
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
-from ups_fast.selection import PseudoLabels
-from ups_fast.state import Row
+from ups_fast.state import Row, headline_of, is_multi
+from ups_fast.tasks import MULTI, SINGLE
 
 _STYLE = """
 :root {
@@ -72,11 +75,17 @@ _CORNER = {
 }
 
 
+_CLASS_NUMBERS = {
+    False: "Recall is the share of a class's images that get its label.",
+    True: "AP is average precision. ECE is the calibration error of the class's probability.",
+}
+
+
 def write_report(
     run_dir: str | Path,
     rows: Rows,
-    pseudo_labels: PseudoLabels,  # of the last round: U samples, on the CPU
-    truth: Tensor | None,  # int64 [U], -1 where unknown; None: all unknown
+    pseudo_labels: Any,  # of the last round: U samples, a record of the task on the CPU
+    truth: Tensor | None,  # int64 [U] or int8 [U, C], -1 where unknown; None: all unknown
     cfg: Config,
     classes: Sequence[str],  # C names
     *,
@@ -96,20 +105,19 @@ def write_report(
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
     counts = {"labeled": class_labels, "validation images": class_vals, "test images": class_tests}
-    table = _class_table(rows[-1], pseudo_labels, truth, classes, counts)
+    entries, truth = (MULTI if is_multi(rows[-1]) else SINGLE).entries(pseudo_labels, truth)
+    table = _class_table(rows[-1], entries, truth, classes, counts)
+    told = summary(rows, entries, truth, cfg)
     if class_labels and (note := uneven(classes, class_labels)):
         notes = [note, *notes]
-    text = _page(
-        rows, pseudo_labels, truth, cfg, classes, notes, image.getvalue(), table, baselines, examples
-    )
+    text = _page(rows, told, cfg, classes, notes, image.getvalue(), table, baselines, examples)
     write_atomic(page, text.encode("utf-8", "replace"))
     return png, page
 
 
 def _page(
     rows: Rows,
-    pseudo_labels: PseudoLabels,
-    truth: Tensor,
+    told: str,
     cfg: Config,
     classes: Sequence[str],
     notes: Sequence[str],
@@ -140,7 +148,7 @@ def _page(
 <body>
 <main>
 <h1>{title}</h1>
-<p>{html.escape(summary(rows, pseudo_labels, truth, cfg))}</p>
+<p>{html.escape(told)}</p>
 {better}<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
@@ -148,7 +156,7 @@ def _page(
 <h2>Rounds</h2>
 {text_table(*_round_table(rows))}
 {rivals}{examples}<h2>Classes, last round</h2>
-<p class="muted">Recall is the share of a class's images that get its label. Correct is the share of a class's
+<p class="muted">{_CLASS_NUMBERS[is_multi(rows[-1])]} Correct is the share of a class's
  positive pseudo-labels that are right.</p>
 {text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
@@ -169,10 +177,10 @@ def _baselines(found: Comparison, rows: Rows, cfg: Config) -> tuple[str, str]:
 
 
 def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    judged = rows[-1].get("val_acc") is not None
+    judged = headline_of(rows[-1], "val") is not None
     head = [
         "round",
-        "test",
+        "test mAP" if is_multi(rows[-1]) else "test",
         *(["validation"] if judged else []),
         "positives",
         "correct",
@@ -187,8 +195,8 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     body = [
         [
             str(row["round"]),
-            percent(row["test_acc"]),
-            *([percent(row["val_acc"])] if judged else []),
+            percent(headline_of(row)),
+            *([percent(headline_of(row, "val"))] if judged else []),
             f"{row['positives']:,}",
             percent(row["positive_acc"]),
             f"{row['negatives']:,}",
@@ -213,20 +221,24 @@ def _class_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns that nothing is known of are left out."""
     n, names = len(classes), range(len(classes))
-    positive = [pseudo_labels.positive & (pseudo_labels.label == c) for c in names]
-    judged = [truth[each & (truth >= 0)] for each in positive]
+    kept = pseudo_labels.positive
+    positives = torch.bincount(pseudo_labels.label[kept], minlength=n)
+    judged = torch.bincount(pseudo_labels.label[kept & (truth >= 0)], minlength=n)
+    right = torch.bincount(pseudo_labels.label[kept & (pseudo_labels.label == truth)], minlength=n)
     columns: dict[str, Sequence[str]] = {"class": classes, "number": list(map(str, names))}
     for name, count in counts.items():
         if count is not None:
             columns[name] = [f"{each:,}" for each in count]
     if (found := row.get("test_recall")) is not None:
         columns["test recall"] = list(map(percent, found))
-    if bool((truth >= 0).any()):
+    if is_multi(row):
+        columns["test AP"] = list(map(percent, row["test_ap"]))
+        columns["test ECE"] = list(map(_decimals, row["test_class_ece"]))
+    elif bool((truth >= 0).any()):
         columns["unlabeled recall"] = list(map(percent, recall(pseudo_labels.label, truth, n)))
-    columns["positives"] = [f"{int(each.sum()):,}" for each in positive]
-    columns["correct"] = [
-        percent(float((each == c).double().mean()) if len(each) else None) for c, each in enumerate(judged)
-    ]
+    columns["positives"] = [f"{each:,}" for each in positives.tolist()]
+    shares = (right.double() / judged).tolist()
+    columns["correct"] = [percent(None if math.isnan(share) else share) for share in shares]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 

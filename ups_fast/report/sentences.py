@@ -12,8 +12,8 @@ from ups_fast.calibration import interval
 from ups_fast.config import Config
 from ups_fast.methods import METHODS
 from ups_fast.models.saved import BEST
-from ups_fast.selection import PseudoLabels
-from ups_fast.state import Row
+from ups_fast.pseudo_labels import PseudoLabels
+from ups_fast.state import Row, headline_of, is_multi
 
 Rows = Sequence[Row]  # one per round
 
@@ -21,12 +21,13 @@ Rows = Sequence[Row]  # one per round
 def headline(rows: Rows, cfg: Config) -> str:
     """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
     name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "features", "folder") else cfg.data.name
-    first, last = rows[0]["test_acc"], rows[-1]["test_acc"]
+    first, last = headline_of(rows[0]), headline_of(rows[-1])
+    word = "mAP" if is_multi(rows[-1]) else "accuracy"
     if one_training(cfg):
-        return f"{name}: test accuracy {percent(last)} by {cfg.method.name}"
+        return f"{name}: test {word} {percent(last)} by {cfg.method.name}"
     if len(rows) == 1:
-        return f"{name}: test accuracy {percent(last)} after one round"
-    return f"{name}: test accuracy {percent(first)} → {percent(last)} in {len(rows)} rounds"
+        return f"{name}: test {word} {percent(last)} after one round"
+    return f"{name}: test {word} {percent(first)} → {percent(last)} in {len(rows)} rounds"
 
 
 def one_training(cfg: Config) -> bool:
@@ -35,11 +36,16 @@ def one_training(cfg: Config) -> bool:
 
 
 def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
-    last, unlabeled = rows[-1], len(pseudo_labels.index)
-    kept = f"{last['positives']:,} of {unlabeled:,} unlabeled images have a positive pseudo-label"
+    """`pseudo_labels` and `truth` as `Task.entries` gives them."""
+    last, unlabeled, multi = rows[-1], len(pseudo_labels.index), is_multi(rows[-1])
+    score = headline_of(last)
+    of = "pairs of unlabeled image and class" if multi else "unlabeled images have a positive pseudo-label"
+    kept = f"{last['positives']:,} of {unlabeled:,} {of}" + " are labeled as positive" * multi
     if last["positive_acc"] is not None:
         kept += f", {percent(last['positive_acc'])} of them correct"
     told = f"{last['negative_samples']:,} others have negative ones"
+    if multi:
+        told = f"{last['negatives']:,} are labeled as negative"
     if last["negative_acc"] is not None:
         told += f", {percent(last['negative_acc'])} of which are correct"
     known = int((truth >= 0).sum())
@@ -48,25 +54,27 @@ def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config)
         if guess := test_guess(last):
             told += f". {guess}"
     elif known < unlabeled:
-        told += f" (checked on the {known:,} images whose true class is known)"
-    if last["test_acc"] is None:
+        told += f" (checked on the {known:,} {'pairs' if multi else 'images'} whose true class is known)"
+    if score is None:
         return f"No test image could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
     step = ""
-    if len(rows) > 1 and rows[0]["test_acc"] is not None and not one_training(cfg):
-        step = f", {100 * (last['test_acc'] - rows[0]['test_acc']):+.1f} points from round 0"
-    right = f"The network is right on {percent(last['test_acc'])} of the test images{step}."
+    if len(rows) > 1 and (first := headline_of(rows[0])) is not None and not one_training(cfg):
+        step = f", {100 * (score - first):+.1f} points from round 0"
+    right = f"The network is right on {percent(score)} of the test images{step}."
+    if multi:
+        right = f"Mean average precision on the test images is {percent(score)}{step}."
     sentences = f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows)}"
     return " ".join(sentences.split())
 
 
 def chosen(rows: Rows) -> str:
     """By what the best network was chosen."""
-    judged = [row for row in rows if row.get("val_acc") is not None]
+    judged = [(score, row["round"]) for row in rows if (score := headline_of(row, "val")) is not None]
     if not judged:
         return "There are no validation images, so no round was chosen as the best."
-    best = max(judged, key=lambda row: (row["val_acc"], row["round"]))
-    right = percent(best["val_acc"])
-    return f"{BEST} holds the network of round {best['round']}, the best on validation images ({right})."
+    score, number = max(judged)
+    right = percent(score)
+    return f"{BEST} holds the network of round {number}, the best on validation images ({right})."
 
 
 def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
@@ -93,7 +101,7 @@ def advice(rows: Rows, cfg: Config) -> str:
         **_augmentation(cfg),
     }
     help_ = [words for words, open_ in settings.items() if open_]
-    if (rows[-1]["test_acc"] or 0) >= (rows[0]["test_acc"] or 0) or one_training(cfg):
+    if (headline_of(rows[-1]) or 0) >= (headline_of(rows[0]) or 0) or one_training(cfg):
         return ""
     return f"The last round is worse than round 0 on the test images. What may help: {', '.join(help_)}."
 
@@ -117,22 +125,21 @@ def test_guess(row: Row) -> str:
         low, high = interval(accuracy, count)
         share = f"{percent(accuracy)} of them with the right label"
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
-    took = f"The same thresholds select {count:,} of {of_all:,} test images{right}"
+    what = "pairs of test image and class" if is_multi(row) else "test images"
+    took = f"The same thresholds select {count:,} of {of_all:,} {what}{right}"
     return f"{took}. This estimates how good the pseudo-labels are"
 
 
 def recall_line(row: Row, classes: Sequence[str], most: int = 10) -> str:
-    """The test recall of each class, the lowest first, for a console; empty where it is not known."""
-    found = [
-        (each, name)
-        for each, name in zip(row.get("test_recall") or [], classes, strict=False)
-        if each is not None
-    ]
+    """The test recall or AP of each class, the lowest first, for a console; empty where it is not known."""
+    values = row.get("test_ap") or row.get("test_recall") or []
+    found = [(each, name) for each, name in zip(values, classes, strict=False) if each is not None]
     if not found:
         return ""
     lowest = sorted(found, key=lambda each: each[0])[:most]
     more = f" and {len(found) - most:,} more" if len(found) > most else ""
-    return f"test recall by class, lowest first: {', '.join(f'{n!r} {percent(r)}' for r, n in lowest)}{more}"
+    what = "AP" if is_multi(row) else "recall"
+    return f"test {what} by class, lowest first: {', '.join(f'{n!r} {percent(r)}' for r, n in lowest)}{more}"
 
 
 def percent(share: float | None) -> str:

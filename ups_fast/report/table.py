@@ -12,13 +12,13 @@ import numpy as np
 
 from ups_fast.data.cells import csv_line, write_cell
 from ups_fast.files import write_atomic
-from ups_fast.reference import Selection, unpack_mask
-from ups_fast.selection import PseudoLabels
+from ups_fast.pseudo_labels import MultiPseudoLabels, PseudoLabels
+from ups_fast.reference import MultiLabelSelection, Selection, unpack_mask
 
 
 def write_pseudo_labels(
     path: str | Path,
-    pseudo_labels: PseudoLabels,  # U samples, on the CPU
+    pseudo_labels: PseudoLabels | MultiPseudoLabels,  # U samples, on the CPU
     classes: Sequence[str],  # C names
     *,
     first: int = 0,  # the training set's index that counts as 0
@@ -38,13 +38,23 @@ def write_pseudo_labels(
     name        the label's class name
     path        the image's file, where it has one, as in the folder or table that was read
 
+    Of several labels, without name:
+
+    labels      names of the classes of at least probability 0.5 and of those that are positive, separated by ";". ";"
+                alone: none. Empty: the network gave no finite answer, or the image could not be read
+    confidence  of each of these, separated by spaces, and so std and positive
+    negative    numbers as above
+
     A name or path that a spreadsheet would run as a formula begins with an apostrophe more; `scan` takes it away again.
     """
     table = io.StringIO(newline="")
-    columns = ["index", "label", "confidence", "std", "positive", "negative"]
-    columns += [*(["unfamiliar"] if unfamiliar is not None else []), "name", *(["path"] if names else [])]
+    multi = isinstance(pseudo_labels, MultiPseudoLabels)
+    columns = ["index", "labels" if multi else "label", "confidence", "std", "positive", "negative"]
+    columns += ["unfamiliar"] if unfamiliar is not None else []
+    columns += [*([] if multi else ["name"]), *(["path"] if names else [])]
     write = label_table(table, columns)
-    for index, row in zip(pseudo_labels.index.tolist(), label_rows(pseudo_labels, classes), strict=True):
+    rows = multi_rows if multi else label_rows
+    for index, row in zip(pseudo_labels.index.tolist(), rows(pseudo_labels, classes), strict=True):  # type: ignore[arg-type]
         row |= {"index": str(index - first), "path": names[index] if names else ""}
         write(row | {"unfamiliar": f"{(unfamiliar or {}).get(index, math.nan):.3f}"})
     # A file's name may be no text.
@@ -57,7 +67,7 @@ def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, 
 
     def write(row: Mapping[str, str]) -> None:
         # Numbers are the table's own and stay numbers: -1 is no formula.
-        text = ("name", "path", "error")
+        text = ("name", "labels", "path", "error")
         file.write(csv_line(write_cell(row[name]) if name in text else row[name] for name in columns))
 
     return write
@@ -81,4 +91,24 @@ def label_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Itera
             "positive": str(positive),
             "negative": " ".join(map(str, np.flatnonzero(negative))),
             "name": classes[label] if label >= 0 else "",
+        }
+
+
+def multi_rows(
+    found: MultiPseudoLabels | MultiLabelSelection, classes: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """The same of several labels."""
+    positive, negative = (
+        unpack_mask(each, len(classes)).numpy() for each in (found.positive, found.negative)
+    )
+    columns = zip(found.confidence.numpy(), found.std.numpy(), positive, negative, strict=True)
+    for confidence, std, kept, excluded in columns:
+        there = np.flatnonzero((confidence >= 0.5) | kept).tolist()
+        answered = bool(np.isfinite(confidence).any())
+        yield {
+            "labels": (";".join(classes[c] for c in there) or ";") if answered else "",
+            "confidence": " ".join(str(confidence[c]) for c in there),
+            "std": " ".join(str(std[c]) for c in there),
+            "positive": " ".join(str(int(kept[c])) for c in there),
+            "negative": " ".join(map(str, np.flatnonzero(excluded))),
         }

@@ -24,6 +24,7 @@ from ups_fast.review import next_to_label, suspects, unfamiliar
 from ups_fast.selection import features_of, labeling_rows
 
 COUNT = 20  # samples to label next
+MOST_CLASSES = 100  # of several labels, whose given ones are judged
 _TEXT = ("reason", "name", "likely_name", "path")
 
 
@@ -71,19 +72,23 @@ def write_review(
     ids, features, p = _seen(network, samples, "unlabeled")
     labeled, known, _ = _seen(network, samples, "labeled")
     # All that can fail comes before the first file.
-    found = next_to_label(features, p, COUNT)
+    several = samples.labels.ndim == 2
+    found = next_to_label(features, p, COUNT, several=several)
     wrong, far = _suspects(labeled, known, samples), unfamiliar(known, features)
     place = ids[torch.from_numpy(found.place)].tolist()
     rows = []
     for rank, i in enumerate(place):
         a, b = int(found.first[rank]), int(found.second[rank])
         shares = p[found.place[rank]]
-        reason = f"{classes[a]} {shares[a]:.0%} or {classes[b]} {shares[b]:.0%}, std {std.get(i, 0.0):.2f}"
+        both = f"{classes[a]} {shares[a]:.0%}", f"{classes[b]} {shares[b]:.0%}"
+        reason = f"{both[0]} or {both[1]}, std {std.get(i, 0.0):.2f}"
+        if several:
+            reason = f"{' and '.join(dict.fromkeys(both))}, std at most {std.get(i, 0.0):.2f}"
         path = {"path": names[i]} if names else {}
         rows.append({"rank": str(rank + 1), "index": str(i - first), "reason": reason, **path})
     columns = ["rank", "index", "reason", *(["path"] if names else [])]
     _write(folder / NEXT, columns, rows)
-    _write_suspects(folder / SUSPECTS, wrong, classes, names)
+    _write_suspects(folder / SUSPECTS, wrong, classes, names, several=several)
     there = np.flatnonzero(far.nearest >= 0)
     at = ids[torch.from_numpy(there)].tolist()
     ratio = dict(zip(at, far.ratio[there].tolist(), strict=True))
@@ -92,19 +97,45 @@ def write_review(
 
 
 def _suspects(ids: Tensor, features: np.ndarray, samples: Samples) -> list[Suspect]:
-    found = suspects(features, samples.truth("labeled", ids).numpy())
+    truth = samples.truth("labeled", ids).numpy()
+    if truth.ndim == 2:
+        return _suspect_marks(ids, features, truth)
+    found = suspects(features, truth)
     place = ids[torch.from_numpy(found.place)].tolist()
     columns = (found.given.tolist(), found.likely.tolist(), found.p_given.tolist(), found.p_likely.tolist())
     return [Suspect(*row) for row in zip(place, *columns, strict=True)]
 
 
+def _suspect_marks(ids: Tensor, features: np.ndarray, truth: np.ndarray) -> list[Suspect]:  # [L, C]: 1, 0, -1
+    """Of several labels each class is a question of its own; of very many classes the most frequent are asked."""
+    n_classes, found = truth.shape[1], []
+    for c in np.argsort(-(truth == 1).sum(0), kind="stable")[:MOST_CLASSES].tolist():
+        known = np.flatnonzero(truth[:, c] >= 0)
+        each = suspects(features[known], truth[known, c].astype(np.int64))
+        # Number C + c stands for "not of class c".
+        number = {1: c, 0: n_classes + c}
+        for place, given, likely, p_given, p_likely in zip(*vars(each).values(), strict=True):
+            i = int(ids[known[place]])
+            found.append(Suspect(i, number[given], number[likely], float(p_given), float(p_likely)))
+    return sorted(found, key=lambda each: each.p_given - each.p_likely)
+
+
 def _write_suspects(
-    path: Path, found: Sequence[Suspect], classes: Sequence[str], names: Sequence[str] | None
+    path: Path,
+    found: Sequence[Suspect],
+    classes: Sequence[str],
+    names: Sequence[str] | None,
+    *,
+    several: bool,
 ) -> None:
-    rows = []
+    n, rows = len(classes), []
+    if several:  # a label is 1 or 0 then
+        classes = [*classes, *(f"not {name}" for name in classes)]
     for rank, (i, given, likely, p_given, p_likely) in enumerate(found):
         row = {"rank": str(rank + 1), "index": str(i), "label": str(given), "name": classes[given]}
         row |= {"likely": str(likely), "likely_name": classes[likely]}
+        if several:
+            row |= {"label": str(int(given < n)), "likely": str(int(likely < n))}
         row |= {"p_label": f"{p_given:.3f}", "p_likely": f"{p_likely:.3f}"}
         rows.append({**row, "path": names[i]} if names else row)
     columns = ["rank", "index", "label", "name", "likely", "likely_name", "p_label", "p_likely"]
@@ -129,7 +160,8 @@ def _seen(network: Network, samples: Samples, name: str) -> tuple[Tensor, np.nda
             logits = torch.cat([each for _, each in parts])
         else:
             logits = torch.cat([network.classify(x.to(images.device)) for x in features.split(rows)])
-    return ids, features.cpu().numpy(), logits.double().softmax(1).cpu().numpy()
+    p = logits.double().sigmoid() if samples.labels.ndim == 2 else logits.double().softmax(1)
+    return ids, features.cpu().numpy(), p.cpu().numpy()
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

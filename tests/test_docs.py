@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ups_fast
-from ups_fast import config, label_studio, predict
+from ups_fast import config, label_studio, predict, study
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS
 from ups_fast.models import build
@@ -149,15 +149,16 @@ def test_options_exist(page, capsys):
         ("predict", predict.main, []),
         ("label_studio tasks", label_studio.main, ["tasks"]),
         ("label_studio merge", label_studio.main, ["merge"]),
+        ("study", study.main, []),
     ]:
         with pytest.raises(SystemExit):
             main([*verb, "--help"])
-        known = re.findall(r"--[a-z]+", capsys.readouterr().out)
+        known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
         every.update(known)
         for words in commands(page, f"python -m ups_fast.{program}"):
-            assert len(words) >= 2 and all(word in known for word in words if word.startswith("--"))
+            assert len(words) >= (1 if program == "study" else 2) and all(word in known for word in words if word.startswith("--"))
     for span in spans(page):
-        assert not re.fullmatch(r"--[a-z]+", span) or span in every, span
+        assert not re.fullmatch(r"--[a-z-]+", span) or span in every, span
 
 
 @each_page

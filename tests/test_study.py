@@ -39,7 +39,7 @@ keys:
   train: {{rounds: 2, min_steps: 0, batch_size: 25}}
   select.heads: 1
   select.passes: 2
-seeds: [0, 1]
+seeds: [0]
 tables:
   Selection:
     none: {{select.tau_p: 0, select.tau_n: 0, select.kappa_p: .inf}}
@@ -176,7 +176,7 @@ def test_words_change_the_base_but_not_what_a_variant_changes(tmp_path, tiny):
 def test_a_dry_run_lists_the_trials_and_writes_nothing(tiny, capsys):
     assert study.main([*tiny, "--dry-run", "--workers", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[1].split() == ["ups-seed0", "to", "do"]
+    assert len(lines) == 4 and lines[1].split() == ["ups-seed0", "to", "do"]
     assert not Path(tiny[1].partition("=")[2]).exists()
 
 
@@ -209,23 +209,22 @@ def test_a_study_with_a_trial_that_diverges_and_again(tiny, tmp_path, capsys, th
     """Data are read once for a seed, and a trial that is done is not trained again."""
     assert study.main([*tiny, "--workers", "1"]) == 2
     err = capsys.readouterr().err
-    assert "2 of 8 trials are not done, such as decay_1e30-seed0: training diverged in round 0" in err
+    assert "1 of 4 trials are not done, such as decay_1e30-seed0: training diverged in round 0" in err
     lines = lines_of(tmp_path)
-    assert len(lines) == 8 and [name for name, line in lines.items() if "error" in line] == [
-        "decay_1e30-seed0",
-        "decay_1e30-seed1",
-    ]
-    best = lines["ups-seed1"]
-    last = json.loads((tmp_path / "out/trials/ups-seed1/metrics.jsonl").read_text().splitlines()[-1])
-    assert (best["variant"], best["keys"], best["seed"]) == ("UPS", {}, 1) and best["unlabeled"] == 100
+    assert [name for name, line in lines.items() if "error" in line] == ["decay_1e30-seed0"] and len(
+        lines
+    ) == 4
+    best = lines["ups-seed0"]
+    last = json.loads((tmp_path / "out/trials/ups-seed0/metrics.jsonl").read_text().splitlines()[-1])
+    assert (best["variant"], best["keys"], best["seed"]) == ("UPS", {}, 0) and best["unlabeled"] == 100
     assert all(best[key] == last[key] for key in ("test_acc", "positives", "ece_selected"))
     assert lines["none-seed0"]["positives"] == 100
     page = (tmp_path / "out/study.html").read_text()
-    assert "6 of 8 trials done" in page and "training diverged" in page
+    assert "3 of 4 trials done" in page and "training diverged" in page
 
     kept = {path: path.read_bytes() for path in (tmp_path / "out/trials").glob("ups-*/*.*")}
     assert study.main([*tiny, "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("  done") == 6
+    assert capsys.readouterr().out.count("  done") == 3
     assert study.main([*tiny, "train.lr=0.2"]) == 2  # the trials there have another
     assert "train.lr is 0.2 and was 0.1" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in kept} == kept
@@ -442,7 +441,6 @@ def test_the_page_needs_no_network_and_shows_what_it_is_given():
     assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
     assert "<td>91.0 ± 1.0</td>" in page and "6 of 7 trials done" in page
     assert "&lt;script&gt;" in page and "&lt;i&gt;training diverged" in page and "<i>" not in page
-    assert page == study_page("S", tables, keys, [*records, bad], "lr: 1 <"), "the same page again"
 
 
 def test_without_truth_the_page_has_what_is_known():

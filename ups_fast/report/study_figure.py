@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]  # a line of study.jsonl
 # Okabe and Ito's colors that are dark enough for lines on white. Markers tell the curves apart without color.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#7A5195", "#8C6D1F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#8C6D1F", "#56B4E9")
 MARKERS = "os^DvPX"
 MOST_CURVES, MOST_CELLS = 7, 6
+FEW = 5  # labels of a cell say little
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -41,29 +42,46 @@ _STYLE: Any = {
 }
 
 
-def curves(variants: Mapping[str, Sequence[Record]]) -> str:
-    """What other limits would keep, as SVG: a curve for each variant, the mean over its seeds. "" without truth."""
+def curves(variants: Mapping[str, Sequence[Record]], base: str = "") -> str:
+    """What other limits would keep, as SVG: a curve for each variant, the mean over its seeds. "" without truth.
+
+    base  the variant that looks the same in every picture
+    """
     shown = {name: found for name, found in variants.items() if any(each["by_confidence"] for each in found)}
     shown = dict(list(shown.items())[:MOST_CURVES])
     if not shown:
         return ""
     with _figure(3) as (figure, (kappa, tau, share)):
-        for (name, found), color, marker in zip(shown.items(), COLORS, MARKERS, strict=False):
-            how: dict[str, Any] = {"color": color, "marker": marker, "ms": 4.5, "lw": 1.5}
+        styles = iter(zip(COLORS, MARKERS, strict=True))
+        for name, found in shown.items():
+            color, marker = (INK, "*") if name == base else next(styles)
+            how: dict[str, Any] = {
+                "color": color,
+                "marker": marker,
+                "ms": 9 if name == base else 4.5,
+                "lw": 1.5,
+            }
             for axes, key in ((kappa, "by_kappa"), (tau, "by_tau")):
                 axes.plot([_mean([each[key][i][2] for each in found]) for i in range(len(KAPPAS))], **how)
             rows = np.array([each["by_confidence"] for each in found if each["by_confidence"]])
             share.plot(100 * np.array(SHARES), 100 * rows.mean(0), color=color, lw=1.5, alpha=0.7)
             at = _mean([each["positives"] / each["unlabeled"] for each in found])
             right = _mean([each["positive_acc"] for each in found])
-            share.plot([at], [right], color=color, marker=marker, ms=9, mec="white", ls="none")
-            figure_line = dict(how, ms=6)
-            kappa.plot([], [], label=name, **figure_line)
+            share.plot(
+                [at],
+                [right],
+                color=color,
+                marker=marker,
+                ms=13 if name == base else 9,
+                mec="white",
+                ls="none",
+            )
+            kappa.plot([], [], label=name, **how)
         _ticks(kappa, [*(f"{each:g}" for each in KAPPAS[:-1]), "none"], "kappa_p: largest std that is kept")
         _ticks(tau, [f"{each:g}" for each in TAUS], "tau_p: least confidence that is kept")
         _title(kappa, "Calibration error by kappa", "ECE % of what the limit would keep at tau_p")
         _title(tau, "Calibration error by tau", "ECE % of what the limit would keep at kappa_p")
-        _title(share, "Accuracy by share", "Right, %, of the most confident. Large marks: what was selected")
+        _title(share, "Accuracy by share", "Right % of the most confident labels")
         for axes in (kappa, tau):
             axes.set_ylim(bottom=0)
         share.set(xlim=(0, 102), xlabel="share of the unlabeled samples that is kept, %")
@@ -110,14 +128,15 @@ def cells(variants: Mapping[str, Sequence[Record]]) -> str:
         for axes, (name, found) in zip(panels, sums.items(), strict=False):
             n, wrong = found[:, first:, 0], found[:, first:, 1]
             share = np.where(n > 0, wrong / np.maximum(n, 1), np.nan)
-            axes.pcolormesh(share, cmap=colors, vmin=0, vmax=1, edgecolor="white", lw=1)
+            shade = np.where(n < FEW, np.nan, share)
+            axes.pcolormesh(shade, cmap=colors, vmin=0, vmax=1, edgecolor="white", lw=1)
             for y, x in zip(*np.nonzero(n), strict=True):
-                ink = "white" if share[y, x] > 0.4 else INK
+                ink = MUTED if n[y, x] < FEW else "white" if share[y, x] > 0.4 else INK
                 text = f"{100 * share[y, x]:.0f}"
                 axes.text(x + 0.5, y + 0.42, text, ha="center", va="center", fontsize=7.5, color=ink)
             axes.set_xticks(range(11 - first), [f"{c / 10:g}" for c in range(first, 11)])
             axes.set_yticks(range(8), edges)
-            axes.tick_params(length=0)
+            axes.tick_params(length=0, pad=5)
             axes.spines[["left", "bottom"]].set_visible(False)
             axes.set(xlabel="confidence", ylabel="std over the passes")
             axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)

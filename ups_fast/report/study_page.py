@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ups_fast.report import study_figure
 from ups_fast.report.gallery import text_table
 from ups_fast.report.page import document
-from ups_fast.report.study_figure import MOST_CURVES, Record
+from ups_fast.report.study_figure import FEW, MOST_CURVES, Record
 from ups_fast.words import many
 
 # Of a table the columns: their titles, and the share in % that they show.
@@ -31,11 +31,13 @@ READING = """\
 <b>negatives right</b>: share of the negative classes that the sample truly is not.
 <b>ECE</b>: calibration error of all labels, and of the selected ones. <b>seconds</b>: median of a trial.</p>
 """
-WOULD = "What other limits would keep of the last labeling, without new training."
+WOULD = """What other limits would keep of the last labeling, without new training. Large marks on the right:
+what was selected, above the curve if uncertainty finds better labels than confidence alone."""
 CELLS = """\
 <h2>Where labels are wrong</h2>
 <p class="muted">Of the labels in each cell of confidence and uncertainty the share that is wrong, in %, of all seeds
-together. Empty cells have no label. The variants are those of the first table.</p>
+together. Cells of fewer than {few} labels are pale, and empty ones have none. The variants are those of the first
+table.</p>
 """
 
 
@@ -59,6 +61,7 @@ def study_page(
     """The whole page as HTML. A trial whose line has "error" counts in no mean, and is listed."""
     good = [each for each in records if "error" not in each]
     by_variant = {name: [each for each in good if each["variant"] == name] for name in keys}
+    base = next((name for name, changed in keys.items() if not changed), "")
     body = [f"<p>{html.escape(_summary(keys, records))}</p>\n"]
     bad = [each for each in records if "error" in each]
     if bad:
@@ -73,7 +76,7 @@ def study_page(
         points = [(value, found[name]) for name, value in table.values.items() if name in found]
         if len(points) > 1:
             body.append(_picture(study_figure.trained(table.key, points), f"Results by {table.key}"))
-        if picture := study_figure.curves(found):
+        if picture := study_figure.curves(found, base):
             more = f" Only the first {MOST_CURVES} variants." if len(found) > MOST_CURVES else ""
             body += [
                 f'<p class="muted">{WOULD}{more}</p>\n',
@@ -81,11 +84,8 @@ def study_page(
             ]
     first = {name: by_variant[name] for name in tables[0].variants} if tables else {}
     if picture := study_figure.cells(first):
-        body += [CELLS, _picture(picture, "Share of wrong labels by confidence and std")]
-    changes = [
-        [name, ", ".join(f"{k}={v}" for k, v in changed.items()) or "-"] for name, changed in keys.items()
-    ]
-    body.append("<h2>What each variant changes</h2>\n" + text_table(["variant", "keys"], changes) + "\n")
+        body += [CELLS.format(few=FEW), _picture(picture, "Share of wrong labels by confidence and std")]
+    body.append(f"<h2>What each variant changes</h2>\n<ul>{''.join(map(_changes, keys.items()))}</ul>\n")
     body.append(f"<h2>Settings of the base</h2>\n<pre>{html.escape(settings)}</pre>\n")
     return document(html.escape(title), "".join(body))
 
@@ -100,6 +100,12 @@ def _summary(keys: Mapping[str, object], records: Sequence[Record]) -> str:
         made = sorted({f"ups_fast {each['ups_fast']}, torch {each['torch']}" for each in done})
         said += f", {minutes:,.1f} minutes of training and labeling in all. {'; '.join(made)}"
     return said + "."
+
+
+def _changes(variant: tuple[str, Mapping[str, object]]) -> str:
+    name, changed = variant
+    keys = ", ".join(f"{key}={value}" for key, value in changed.items())
+    return f"<li><b>{html.escape(name)}</b>: {html.escape(keys or 'nothing')}</li>"
 
 
 def _table(variants: Mapping[str, Sequence[Record]]) -> tuple[list[str], list[list[str]]]:

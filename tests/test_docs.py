@@ -111,6 +111,8 @@ def recipe_for(word: str) -> list[str]:
         return [f"method.name={owners(word.partition('=')[0])[0]}"]
     if word == "model.freeze=true":
         return ["model.name=lite0", "data.ops=", "data.cutout=0"]
+    if word == "select.tau_p=0":
+        return ["select.tau_n=0"]
     return loose if word == "select.passes=1" else ["train.round0_batch_size=0"]
 
 

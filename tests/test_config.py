@@ -23,7 +23,7 @@ from ups_fast.machine import pick_device
 from ups_fast.methods import METHODS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "study")
 BASE = "data: {name: digits, n_labels: 40}\n"
 
 

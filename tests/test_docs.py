@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ups_fast
-from ups_fast import config, label_studio, predict
+from ups_fast import config, label_studio, predict, study
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS
 from ups_fast.models import build
@@ -111,6 +111,8 @@ def recipe_for(word: str) -> list[str]:
         return [f"method.name={owners(word.partition('=')[0])[0]}"]
     if word == "model.freeze=true":
         return ["model.name=lite0", "data.ops=", "data.cutout=0"]
+    if word == "select.tau_p=0":
+        return ["select.tau_n=0"]
     return loose if word == "select.passes=1" else ["train.round0_batch_size=0"]
 
 
@@ -149,15 +151,17 @@ def test_options_exist(page, capsys):
         ("predict", predict.main, []),
         ("label_studio tasks", label_studio.main, ["tasks"]),
         ("label_studio merge", label_studio.main, ["merge"]),
+        ("study", study.main, []),
     ]:
         with pytest.raises(SystemExit):
             main([*verb, "--help"])
-        known = re.findall(r"--[a-z]+", capsys.readouterr().out)
+        known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
         every.update(known)
         for words in commands(page, f"python -m ups_fast.{program}"):
-            assert len(words) >= 2 and all(word in known for word in words if word.startswith("--"))
+            assert len(words) >= (1 if program == "study" else 2)
+            assert all(word in known for word in words if word.startswith("--"))
     for span in spans(page):
-        assert not re.fullmatch(r"--[a-z]+", span) or span in every, span
+        assert not re.fullmatch(r"--[a-z-]+", span) or span in every, span
 
 
 @each_page

@@ -54,6 +54,10 @@ ORDER = [
     "predict",
     "export",
     "label_studio",
+    "trials",
+    "workers",
+    "study_file",
+    "study",
 ]
 BASE = {
     "seeds",

@@ -134,3 +134,68 @@ def report(
 def or_none(value: Tensor | float) -> float | None:
     """For JSON: a mean over nothing, which is NaN, becomes None."""
     return None if math.isnan(value) else float(value)
+
+
+# What other limits would keep of one labeling -----------------------------------------------------------------
+
+KAPPAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, math.inf)
+TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+SHARES = tuple(i / 20 for i in range(1, 21))
+Kept = list[list[float | None]]  # of each limit: the share kept, the share right of these, their ECE
+
+
+def by_limit(
+    pseudo_labels: PseudoLabels,  # on the host
+    truth: Tensor,  # int64 [U], -1 where unknown
+    *,
+    tau: float | None = None,
+    kappa: float | None = None,
+) -> Kept:
+    """What would be kept, without new training: for each of KAPPAS at `tau`, or else for each of TAUS below `kappa`.
+
+    kappa  with no `tau`: None keeps labels of any std, as one pass does
+    """
+    known = (truth >= 0) & (pseudo_labels.label >= 0)
+    if tau is not None:
+        sure = pseudo_labels.confidence >= tau
+        kept = [sure & (pseudo_labels.std < limit) for limit in KAPPAS]
+    else:
+        sure = pseudo_labels.std < (math.inf if kappa is None else kappa)
+        kept = [sure & (pseudo_labels.confidence >= limit) for limit in TAUS]
+    return [_worth(pseudo_labels, truth, each & known, int(known.sum())) for each in kept]
+
+
+def _worth(found: PseudoLabels, truth: Tensor, kept: Tensor, total: int) -> list[float | None]:
+    right = (found.label == truth)[kept]
+    error = ece(reliability(found.confidence[kept], right))
+    return [or_none(kept.sum() / max(1, total)), or_none(right.double().mean()), or_none(error)]
+
+
+def by_confidence(
+    pseudo_labels: PseudoLabels,  # on the host
+    truth: Tensor,  # int64 [U], -1 where unknown
+) -> list[float]:
+    """The share right of the most confident labels: of each of SHARES of all. Empty where no truth is known."""
+    known = (truth >= 0) & (pseudo_labels.label >= 0)
+    right, confidence = (pseudo_labels.label == truth)[known], pseudo_labels.confidence[known]
+    order = confidence.argsort(descending=True, stable=True)
+    mean = right[order].double().cumsum(0) / torch.arange(1, len(right) + 1)
+    return [float(mean[max(1, round(share * len(mean))) - 1]) for share in SHARES] if len(mean) else []
+
+
+def error_cells(
+    pseudo_labels: PseudoLabels,  # on the host
+    truth: Tensor,  # int64 [U], -1 where unknown
+) -> list[
+    list[list[int]]
+]:  # [7, 10, 2]: std below each of KAPPAS by tenths of confidence; how many, and wrong
+    """Labels of known truth, counted by their uncertainty and confidence."""
+    known = (truth >= 0) & (pseudo_labels.label >= 0)
+    confidence, std = pseudo_labels.confidence[known], pseudo_labels.std[known].contiguous()
+    column = (confidence * 10).long().clamp(0, 9)
+    row = torch.searchsorted(torch.tensor(KAPPAS[:-1]), std, right=True)
+    place, size = 10 * row + column, 10 * len(KAPPAS)
+    wrong = (pseudo_labels.label != truth)[known]
+    counts = [torch.bincount(each, minlength=size) for each in (place, place[wrong])]
+    cells: list[list[list[int]]] = torch.stack(counts, 1).reshape(len(KAPPAS), 10, 2).tolist()
+    return cells

@@ -97,7 +97,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], free: Collection[str] =
             check_plain(folder / TENSORBOARD / name, folder=True)
     with locked(folder / LOCK) as warning:
         if known.exists():
-            _check_config(known, config, free)
+            check_config(known, config, free)
         else:
             write_atomic(known, config_file.write(config).encode())
         with writing(folder):
@@ -133,7 +133,8 @@ def read_config(path: Path) -> dict[Any, Any]:
     return tree
 
 
-def _check_config(path: Path, config: Mapping[str, Any], free: Collection[str]) -> None:
+def check_config(path: Path, config: Mapping[str, Any], free: Collection[str] = FREE_KEYS) -> None:
+    """Raises RunFolderError where the config.yaml at `path` contradicts `config` in more than the keys `free`."""
     tree = read_config(path)
     here, there = dict(_flat(config)), dict(_flat(tree))
     if not here.keys() & there.keys():

@@ -352,7 +352,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError or FileNotFoundError with one sentence that names the key.
     """
     path = Path(os.path.expanduser(path))
-    words = dict(_parse(word) for word in overrides)
+    words = dict(parse_word(word) for word in overrides)
     if "method.name" in words:
         _check_method(words["method.name"])
     try:
@@ -597,25 +597,26 @@ def _key_lines(found: Iterable[Key], width: int) -> Iterator[str]:
 def _read(path: Path) -> dict[str, Any]:
     """The YAML file as {dotted key: value}."""
     flat: dict[str, Any] = {}
-    for name, value in _flatten(config_file.read(path)):
+    for name, value in flatten(config_file.read(path)):
         if name in flat:
             raise ValueError(f"{shown(name)} is given twice")
         flat[name] = value
     return flat
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys in groups, as a file may have them, as (dotted key, value)."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in (*_GROUPS, "engine") and isinstance(value, Mapping):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         elif (
             key not in (*_GROUPS, "engine") or value is not None
         ):  # "train:" with nothing under it changes nothing
             yield key, value
 
 
-def _parse(word: str) -> tuple[str, Any]:
+def parse_word(word: str) -> tuple[str, Any]:
     """One "key=value" word of the command line."""
     name, equals, raw = word.partition("=")
     if not equals:

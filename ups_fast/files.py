@@ -52,6 +52,10 @@ class RunFolderError(ValueError):
     """A run's folder cannot be used as asked. The message is a sentence; what was there is unchanged."""
 
 
+class InUse(RunFolderError):
+    """Another process works in the folder."""
+
+
 class NotDense(ValueError):
     """A file holds a tensor without plain memory: a sparse or quantized one, or one of torch's meta device."""
 
@@ -189,7 +193,7 @@ def _lock(descriptor: int, path: Path) -> str:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return ""
         except BlockingIOError:
-            raise RunFolderError(f"run_dir={path.parent} is in use by another process") from None
+            raise InUse(f"run_dir={path.parent} is in use by another process") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise RunFolderError(f"{path} could not be locked: {error.strerror}") from error

@@ -137,18 +137,9 @@ def _page(
     confused += text_table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
     better, rivals = _baselines(baselines, rows, cfg) if baselines else ("", "")
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_STYLE}{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p>{html.escape(told)}</p>
+    return document(
+        title,
+        f"""<p>{html.escape(told)}</p>
 {better}<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
@@ -161,7 +152,24 @@ def _page(
 {text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
 <pre>{settings}</pre>
-</main>
+""",
+    )
+
+
+def document(title: str, body: str) -> str:
+    """A whole page without links to other files; both arguments are HTML."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{_STYLE}{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}</main>
 </body>
 </html>
 """

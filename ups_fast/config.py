@@ -21,14 +21,15 @@ from ups_fast import config_file
 from ups_fast.machine import device_parts
 from ups_fast.methods import METHODS, Options
 from ups_fast.models.mlp import widths_of
-from ups_fast.models.options import ModelConfig
+from ups_fast.models.options import MOST_FRAMES, ModelConfig
 from ups_fast.models.pretrained import LITE
 from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, typed
 from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
+DATA_SETS = ("digits", "moving_digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
+OF_CLIPS = ("npz", "moving_digits")  # data sets that are, or may be, of clips
 
 
 @dataclass
@@ -56,6 +57,13 @@ class DataConfig:
         within="[0, 4096]",
     )
     channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
+    frames: int = key(
+        0,
+        "For clips: how many frames the network gets. Training draws where they start, all else reads the middle of "
+        "the clip. 0: as many as there are.",
+        within=f"[0, {MOST_FRAMES}]",
+    )
+    stride: int = key(1, "For clips: of so many frames the network gets one.", within="[1, 1000]")
     test_share: float = key(
         0.2,
         "For folder and features without a test part: the share of labeled images that is held out to test.",
@@ -469,7 +477,18 @@ def validate(cfg: Config) -> None:
         raise ValueError(
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
+    _validate_clips(cfg)
     device_parts(cfg.device)
+
+
+def _validate_clips(cfg: Config) -> None:
+    data = cfg.data
+    if data.name not in OF_CLIPS and (data.frames or data.stride > 1):
+        raise ValueError(
+            f"data.frames and data.stride are for clips, got {data.frames} and {data.stride} for data.name={data.name}"
+        )
+    if data.frames == 1:
+        raise ValueError("data.frames must be at least 2, or 0 for as many as there are, got 1")
 
 
 def _validate_freeze(cfg: Config) -> None:

@@ -23,6 +23,7 @@ from ups_fast.data import (
     ImageSet,
     Listing,
     Noise,
+    ResidentClips,
     ResidentFeatures,
     ResidentImages,
     as_file_set,
@@ -34,6 +35,7 @@ from ups_fast.data import (
     scan,
     stratified_split,
 )
+from ups_fast.data.clips import framed
 from ups_fast.data.equal import notes_on_equal_arrays
 from ups_fast.data.fingerprint import array_record
 from ups_fast.data.manifest import Changed, Manifest, compare, take
@@ -66,6 +68,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
     """
     if cfg.data.name != "folder":
         data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+        data = framed(data, cfg.data.frames, cfg.data.stride)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
     run_dir, root = Path(cfg.run_dir).resolve(), home(cfg.data.root).resolve()
@@ -202,10 +205,18 @@ def open_images(
         rows = data.test_images if test else data.train_images
         return ResidentFeatures(rows, mean=data.mean, std=data.std, device=device)
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
-    images, names, unreadable = data.train_images, data.names, data.unreadable
+    images, names, unreadable, lengths = data.train_images, data.names, data.unreadable, data.lengths
     if test:
+        lengths = data.test_lengths
         images, names, unreadable = data.test_images, data.test_names, data.test_unreadable
     common["unreadable"] = unreadable
+    if len(data.shape) == 4:
+        if cfg.data.loader not in ("auto", "resident"):
+            raise ValueError(f"data.loader={cfg.data.loader} is for images, and clips live in memory: use auto")
+        with naming_key("data.crop"):
+            return ResidentClips(
+                images, frames=data.shape[1], stride=data.stride, lengths=lengths, **common
+            )
     if not data.in_files and cfg.data.loader in ("auto", "resident"):
         with naming_key("data.crop"):
             return ResidentImages(images, **common)
@@ -240,7 +251,7 @@ def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     data = cfg.data
     if len(shape) == 1:
         return {"strong": Noise(data.noise, data.drop_columns, data.views), "weak": Noise()}
-    weak = Policy(flip=data.flip, crop=data.crop or min(shape[1:]) // 8)
+    weak = Policy(flip=data.flip, crop=data.crop or min(shape[-2:]) // 8)
     return {"strong": image_policy(cfg), "weak": weak}
 
 

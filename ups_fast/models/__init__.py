@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from ups_fast.models.backbone import LIBRARIES, Backbone
+from ups_fast.models.backbone import LIBRARIES, VIDEO, Backbone
+from ups_fast.models.clips import Conv2Plus1D
 from ups_fast.models.cnn13 import CNN13
 from ups_fast.models.ensemble import Ensemble
 from ups_fast.models.frozen import LARGEST_INPUT, Frozen
@@ -18,7 +19,7 @@ from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
+__all__ = ["CNN13", "MLP", "Backbone", "Conv2Plus1D", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
 
 
 def build(
@@ -27,6 +28,7 @@ def build(
     n_classes: int,
     channels: int = 0,
     size: int | Sequence[int] = 0,
+    frames: int = 0,
     columns: int = 0,
     heads: int = 1,
     dropout: float,
@@ -43,7 +45,9 @@ def build(
     name         "wrn-d-k" with d = 6n + 4 up to 1000 and k up to 100 (such as "wrn-28-2"), or "cnn13"; for real
                  images "torchvision:NAME" or "timm:NAME", an image classifier of that library, or "lite0", "lite1" or
                  "lite2", see `Backbone`; for features "linear" or "mlp-w[-w...]" with hidden layers of these widths
-                 (such as "mlp-256")
+                 (such as "mlp-256"); for clips "conv2plus1d-w" with w channels in its first block, at most 512, or
+                 "video:NAME", a network of torchvision.models.video
+    frames       of clips, at least 2: the network takes float32 [B, channels, frames, H, W]; 0: of images
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
     heads        that many networks side by side, each with weights of its own: see `MLP`, and on images `Ensemble`
     channels     1 or 3
@@ -55,7 +59,7 @@ def build(
     activation   WRN only: "mish" or "leaky_relu" (slope 0.1). CNN-13 always has LeakyReLU 0.1.
     bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
                  eval mode means anything, so short runs want the default. WRN and CNN-13 only.
-    weights      networks of torchvision and timm only: file of pretrained weights, "" for none
+    weights      networks of torchvision and timm, video:NAME too, only: file of pretrained weights, "" for none
     freeze       these only, too: the network is never trained, but `head`, a network on its features, see `Frozen`
     input_size   with freeze: the length to which the shorter side of the images is scaled. 0: as they are
 
@@ -73,9 +77,11 @@ def build(
         raise ValueError(f"preact must be 'published' or 'fixed', got {preact!r}")
     if activation not in ("mish", "leaky_relu"):
         raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
+    if frames and (frames < 2 or columns):
+        raise ValueError(f"frames must be at least 2, and 0 for features and images, got {frames}")
     library = name.partition(":")[0] if ":" in name else ""
-    if weights and library not in LIBRARIES:
-        raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
+    if weights and library not in (*LIBRARIES, VIDEO):
+        raise ValueError(f"weights are for torchvision:NAME, timm:NAME and video:NAME alone, got {weights} for {name}")
 
     if widths_of(head) is None:
         raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-128, got {head!r}")
@@ -88,6 +94,9 @@ def build(
     if (widths is not None) != bool(columns):
         fits = "linear or mlp-WIDTH, such as mlp-256" if columns else "another: this one is for features"
         raise ValueError(f"name must be {fits}, got {name!r} for {'features' if columns else 'images'}")
+    if (library == VIDEO or name.startswith("conv2plus1d-")) != bool(frames):
+        fits = "conv2plus1d-WIDTH or video:NAME" if frames else "another: this one is for clips"
+        raise ValueError(f"name must be {fits}, got {name!r} for {'clips' if frames else 'images'}")
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     if widths is not None:
@@ -101,6 +110,7 @@ def build(
             n_classes=n_classes,
             channels=channels,
             size=(height, width),
+            frames=frames,
             dropout=dropout,
             preact=preact,
             activation=activation,
@@ -121,8 +131,13 @@ def build(
             dropout=dropout,
             weights=weights,
         )
-    if pretrained:
-        model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
+    if pretrained or library == VIDEO:
+        shape = (frames, height, width) if frames else (height, width)
+        model = Backbone(name, n_classes, channels, shape, dropout=dropout, weights=weights)
+    elif match := re.fullmatch(r"conv2plus1d-([0-9]{1,9})", name):
+        model = Conv2Plus1D(
+            int(match[1]), n_classes, channels, frames, dropout=dropout, bn_momentum=bn_momentum
+        )
     elif name == "cnn13":
         model = CNN13(n_classes, channels, dropout=dropout, bn_momentum=bn_momentum)
     elif match := re.fullmatch(r"wrn-([0-9]{1,9})-([0-9]{1,9})", name):
@@ -139,7 +154,8 @@ def build(
     else:
         raise ValueError(
             "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), or 'torchvision:NAME' or 'timm:NAME', "
-            f"or 'lite0', or for features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
+            f"or 'lite0', for features 'linear' or 'mlp-w' (such as 'mlp-256'), or for clips 'conv2plus1d-w' (such as "
+            f"'conv2plus1d-16') or 'video:NAME', got {name!r}"
         )
 
     if min(height, width) < model.min_size:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ups_fast.schema import key
 
+MOST_FRAMES = 4096  # of a clip that a network gets
+
 
 @dataclass
 class ModelConfig:
@@ -13,11 +15,12 @@ class ModelConfig:
         "wrn-28-2",
         "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...) or cnn13. For photographs torchvision:NAME or "
         "timm:NAME, such as torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their "
-        "weights. For features linear or mlp-WIDTH, such as mlp-256.",
+        "weights. For clips conv2plus1d-WIDTH, such as conv2plus1d-16, or video:NAME of torchvision, such as "
+        "video:r2plus1d_18. For features linear or mlp-WIDTH, such as mlp-256.",
     )
     weights: str = key(
         "",
-        "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
+        "File of pretrained weights for torchvision, timm and video networks, .safetensors or .pth. Each new network starts "
         "from it. Empty: none.",
     )
     freeze: bool = key(

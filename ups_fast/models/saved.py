@@ -16,19 +16,19 @@ from torch import nn
 from ups_fast.files import RunFolderError, home, misfit, open_regular, write_atomic
 from ups_fast.machine import pick_device
 from ups_fast.models import Network, build
-from ups_fast.models.options import ModelConfig
+from ups_fast.models.options import MOST_FRAMES, ModelConfig
 from ups_fast.models.pretrained import library_name
 from ups_fast.schema import keys_of
 from ups_fast.words import line_of, shown
 
 MODEL = "model.safetensors"  # in a run's folder: the network of the last round
-# What a network is made for: images, or rows of so many columns.
-_SHAPE = ("channels", "size", "columns")
+# What a network is made for: images, clips of so many frames, or rows of so many columns.
+_SHAPE = ("channels", "size", "frames", "columns")
 BEST = "best.safetensors"  # of the round of highest validation accuracy
 
 
 def rebuild(about: Mapping[str, Any]) -> Network:
-    """A new network as `about` says: model (the config's values), heads, classes, and channels and size, or columns."""
+    """A new network as `about` says: model (the config's values), heads, classes, and its kind of samples (_SHAPE)."""
     shape = {name: about[name] for name in _SHAPE if name in about}
     return build(n_classes=len(about["classes"]), heads=about.get("heads", 1), **shape, **about["model"])
 
@@ -49,8 +49,8 @@ def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Network:
     """The network of a run's last finished round, in eval mode on `device`.
 
-    It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, or of features float32
-    [B, d], as (feature - mean) / std. It returns logits float32 [B, n_classes]. Its attributes say what belongs to
+    It takes float32 [B, channels, H, W], of clips [B, channels, T, H, W], pixels normalized as
+    (pixel / 255 - mean) / std, or of features float32 [B, d], as (feature - mean) / std. It returns logits float32 [B, n_classes]. Its attributes say what belongs to
     it, see `Network`.
 
     Args:
@@ -94,7 +94,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
                 setattr(model, name, about[name])
         for name in ("mean", "std"):
             value = torch.tensor(about[name], dtype=torch.float32)
-            value = value if "columns" in about else value.view(-1, 1, 1)
+            ones = 0 if "columns" in about else 3 if "frames" in about else 2
+            value = value.view(-1, *[1] * ones)
             model.register_buffer(name, value, persistent=False)  # goes where the network goes
     except RunFolderError:
         raise
@@ -118,7 +119,7 @@ def _check_about(about: Any) -> None:
     columns, n = about.get("columns"), about.get("channels")
     if columns is None and (type(n) is not int or n not in (1, 3)):
         raise ValueError("channels in its metadata is neither 1 nor 3")
-    for name, highest in (("columns", 10**7), ("heads", 1000)):
+    for name, highest in (("columns", 10**7), ("heads", 1000), ("frames", MOST_FRAMES)):
         if name in about and not (type(about[name]) is int and 1 <= about[name] <= highest):
             raise ValueError(f"{name} in its metadata is no possible number")
     for name in ("classes", "mean", "std", *([] if columns else ["size"])):

@@ -100,7 +100,7 @@ def examples(
     The choice depends on the labels alone: the same run has the same examples.
     """
     labels = _Labels(found, truth, data.classes, data, review, first)
-    pictures = data.noun == "image"
+    pictures = len(data.shape) > 1
     most = IMAGES if pictures else ROWS
     makers = (_by_class, _least_certain, _rejected, _confusions, _suspects, _unfamiliar)
     sections = [section for make in makers for section in make(labels, most)]

@@ -28,8 +28,18 @@ from ups_fast.selection import Thresholds
 from ups_fast.words import said, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA_SETS = ("digits", "moving_digits", "cifar10", "cifar100", "svhn", "fashion_mnist", "npz", "features", "folder")
-OF_CLIPS = ("npz", "moving_digits")  # data sets that are, or may be, of clips
+DATA_SETS = (
+    "digits",
+    "moving_digits",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "fashion_mnist",
+    "npz",
+    "features",
+    "folder",
+)
+OF_CLIPS = ("npz", "folder", "moving_digits")  # data sets that are, or may be, of clips
 
 
 @dataclass
@@ -60,7 +70,7 @@ class DataConfig:
     frames: int = key(
         0,
         "For clips: how many frames the network gets. Training draws where they start, all else reads the middle of "
-        "the clip. 0: as many as there are.",
+        "the clip. 0: as many as there are, and of a folder its images. Else its video files are read.",
         within=f"[0, {MOST_FRAMES}]",
     )
     stride: int = key(1, "For clips: of so many frames the network gets one.", within="[1, 1000]")
@@ -489,6 +499,14 @@ def _validate_clips(cfg: Config) -> None:
         )
     if data.frames == 1:
         raise ValueError("data.frames must be at least 2, or 0 for as many as there are, got 1")
+    if data.name == "folder" and data.stride > 1 and not data.frames:
+        raise ValueError(f"data.stride={data.stride} is for clips: say how many frames by data.frames, got 0")
+    if data.frames and data.resized_crop:
+        raise ValueError(
+            f"data.resized_crop is for images, got {data.resized_crop} with data.frames={data.frames}"
+        )
+    if data.frames and data.loader in ("dali", "plain"):
+        raise ValueError(f"data.loader={data.loader} is for images, and clips live in memory: use auto")
 
 
 def _validate_freeze(cfg: Config) -> None:

@@ -30,11 +30,14 @@ from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_fi
 try:
     from ups_fast.checkpoint import CONFIG, read_config
     from ups_fast.data.classes import suffixes
-    from ups_fast.data.folder import seen_by_people
+    from ups_fast.data.clips import middle
+    from ups_fast.data.folder import CLIPS, IMAGES, seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
+    from ups_fast.data.images import memory_format
     from ups_fast.data.reading import in_order
     from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
     from ups_fast.data.row_files import either, is_row_file, look_at, rows_of
+    from ups_fast.data.video import check_installed, clip_of, read_clip
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
@@ -53,7 +56,7 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
 
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
 DESCRIPTION = """\
-Label image files, or rows of features, with the network of a finished run.
+Label image files, clips, or rows of features, with the network of a finished run.
 
 RUN is the folder of the run. FILES are files, folders with such files at any
 depth, or patterns such as 'photos/*.jpg'. The table has a row for each image:
@@ -61,8 +64,8 @@ number and name of its label, confidence and standard deviation over the run's
 dropout passes, 1 if the label passes the run's thresholds, the classes that the
 image surely is not, and an error for a file that cannot be read.
 
-A run on features takes .npy, .npz or .parquet files. The table has a row for
-each of their rows, such as rows.npy[17]."""
+A run on clips takes video files, one on features .npy, .npz or .parquet files.
+Of these the table has a row for each of their rows, such as rows.npy[17]."""
 REMEDY = "end other programs, or use --device cpu"
 
 
@@ -78,14 +81,18 @@ class Predictor:
     def __init__(self, run_dir: str | Path, device: str = "auto", *, best: bool = False) -> None:
         model = load_model(run_dir, device, best=best)
         self.model, self.classes = model, model.classes
-        self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images
+        self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images or clips
+        self.frames = getattr(model, "frames", 0)  # of clips; 0: it is for images
         if not self.columns:
             self.channels, (self.height, self.width) = model.channels, model.size
-        shape = [self.columns] if self.columns else [self.channels, self.height, self.width]
+        shape = [self.columns]
+        if not self.columns:
+            shape = [self.channels, *([self.frames] if self.frames else []), self.height, self.width]
         self.device = next(model.parameters()).device
         path = home(run_dir) / CONFIG
         try:
             config = read_config(path)
+            self.stride = int(config.get("data", {}).get("stride", 1))
             select = config["select"]
             names = ("tau_p", "tau_n", "kappa_p", "kappa_n", "temp_nl")
             self.thresholds = {name: float(select[name]) for name in names}
@@ -114,13 +121,25 @@ class Predictor:
         if isinstance(model, Frozen):
             self.rows = labeling_rows(self.device, model.seen(model.size))
 
+    @property
+    def kinds(self) -> Collection[str]:
+        """Suffixes of the files that the network is for."""
+        return ROW_SUFFIXES if self.columns else CLIPS.suffixes if self.frames else SUFFIXES
+
     def count(self, paths: Sequence[str]) -> int:
         """How many images or rows the files are. Raises ValueError where they are not for this network."""
         if self.columns:
             return sum(file.n for file in look_at(paths, self.columns))
         if odd := next(filter(is_row_file, paths), None):
+            kind, article = ("clip", "a") if self.frames else ("image", "an")
             raise ValueError(
-                f"{odd!r} must be an image: the run's network is for images, and not for features"
+                f"{odd!r} must be {article} {kind}: the run's network is for {kind}s, and not for features"
+            )
+        if self.frames:
+            check_installed()
+        if self.frames and self.height != self.width:
+            raise ValueError(
+                f"clips of files are read as squares, and this network takes {self.height}x{self.width}"
             )
         return len(paths)
 
@@ -137,8 +156,11 @@ class Predictor:
 
         return zip(paths, in_order(read, paths, threads), strict=True)
 
-    def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
-        """An image file as the network takes it. Raises DamagedImage."""
+    def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C], or [T, H, W, C]
+        """An image or video file as the network takes it. Raises DamagedImage."""
+        if self.frames:
+            clip = read_clip(path, clip_of(self.frames, self.stride, self.height, self.channels))
+            return middle(torch.from_numpy(clip), self.frames).numpy()
         if self.height == self.width:
             with picture(path, self.channels, ENOUGH * self.height) as found:
                 return resize_crop(found.pixels, self.height)
@@ -149,7 +171,9 @@ class Predictor:
         return image
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Selection:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
+    def __call__(
+        self, images: np.ndarray
+    ) -> Selection:  # uint8 [n, .., H, W, C] or [n, d], n at most self.rows
         """`mc_select` of the run's passes over the images, on the host, negatives packed."""
         n = len(images)
         keys = torch.tensor([_number(image) for image in images], device=self.device)
@@ -158,8 +182,8 @@ class Predictor:
         if self.columns:
             pixels = (batch[filling].float() - self.model.mean) / self.model.std
         else:
-            pixels = (batch.permute(0, 3, 1, 2)[filling] / 255 - self.model.mean) / self.model.std
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            pixels = (batch.movedim(-1, 1)[filling] / 255 - self.model.mean) / self.model.std
+            pixels = pixels.contiguous(memory_format=memory_format(pixels.ndim))
         with mc_dropout(self.model, active=False):
             logits = passes_over(self.model, pixels, keys[filling], self.passes, 0, self.skip)
         found = mc_select(logits, **self.thresholds, packed=True)
@@ -225,9 +249,12 @@ def find(
         if not files:
             what = "is no file or folder, and no file matches it"
             if os.path.isdir(place):
-                what = "holds no images" if kinds is SUFFIXES else f"holds no file {either(kinds)}"
-                if others and kinds is SUFFIXES:
-                    what += f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
+                wanted = next((each for each in (IMAGES, CLIPS) if each.suffixes is kinds), None)
+                what = f"holds no {wanted.noun}s" if wanted else f"holds no file {either(kinds)}"
+                if others and wanted:
+                    what += (
+                        f" of a kind that is read, but {suffixes(others)}; convert them to {wanted.instead}"
+                    )
                 elif others:
                     what += f", but {suffixes(others)}"
             raise ValueError(f"{word!r} {what}")
@@ -309,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.check_kernels(pick_device(args.device))
         predictor = Predictor(args.run, args.device, best=args.best)
         passed: Counter[str] = Counter()
-        paths = find(args.files, passed, ROW_SUFFIXES if predictor.columns else SUFFIXES)
+        paths = find(args.files, passed, predictor.kinds)
         if passed:
             console.print(f"{many(passed.total(), 'file')} ignored for the suffix: {suffixes(passed)}")
         if predictor.unfinished:

@@ -61,8 +61,8 @@ class ResidentClips:
         needed = span(frames, stride)
         if min(frames, stride) < 1 or needed > self._held:
             raise ValueError(
-                f"frames and stride must be at least 1 and fit into the {self._held} frames of a clip, got {frames} and "
-                f"{stride}"
+                f"frames and stride must be at least 1 and fit into the {self._held} frames of a clip, got {frames} "
+                f"and {stride}"
             )
         self.frames = clips.to(home).contiguous().view(-1, *size)  # [N * F, H, W, C]
         self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
@@ -177,13 +177,18 @@ def framed(data: ImageSet, frames: int, stride: int) -> ImageSet:
 
 def clean_clip(data: ImageSet, i: int, *, test: bool = False) -> Tensor:  # uint8 [T, H, W, C]
     """What a clean batch shows of a clip, before it is normalized."""
-    clip, lengths = (
-        (data.test_images[i], data.test_lengths) if test else (data.train_images[i], data.lengths)
-    )
-    frames, own = data.shape[1], len(clip) if lengths is None else int(lengths[i])
-    needed = span(frames, data.stride)
-    first = max(0, own - needed) // 2
-    return clip[first : first + needed : data.stride]
+    clips, lengths = data.train_images, data.lengths
+    if test:
+        clips, lengths = data.test_images, data.test_lengths
+    own = clips.shape[1] if lengths is None else int(lengths[i])
+    return middle(clips[i, :own], data.shape[1], data.stride)
+
+
+def middle(clip: Tensor, frames: int, stride: int = 1) -> Tensor:  # [F, H, W, C] -> [T, H, W, C]
+    """Of a clip that is too short, the last frame is repeated."""
+    needed = span(frames, stride)
+    first = max(0, len(clip) - needed) // 2
+    return clip[torch.arange(first, first + needed, stride).clamp(max=len(clip) - 1)]
 
 
 def still(clip: np.ndarray) -> bool:  # [F, H, W, C]

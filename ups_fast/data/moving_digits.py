@@ -38,15 +38,18 @@ def moving(digits: ImageSet) -> ImageSet:
 
 
 def _clips(
-    digits: np.ndarray, random: np.random.RandomState
-) -> tuple[torch.Tensor, torch.Tensor]:  # [N, 8, 8] -> [N, T, 16, 16, 1], int64 [N]
+    digits: np.ndarray,  # uint8 [N, 8, 8]
+    random: np.random.RandomState,
+) -> tuple[torch.Tensor, torch.Tensor]:  # uint8 [N, T, 16, 16, 1], int64 [N]
     n, height, width = digits.shape
     labels = random.permutation(n) % len(MOTIONS)
-    places, speeds = random.randint(SIDE, size=(n, 2)), random.randint(1, 3, size=n)
+    places = np.asarray(random.randint(SIDE, size=(n, 2)))
+    speeds = np.asarray(random.randint(1, 3, size=n))
     clips = np.zeros((n, FRAMES, SIDE, SIDE), np.uint8)
     clips[:, :, :height, :width] = digits[:, None]
     steps = np.array(list(MOTIONS.values()))
     for i, clip in enumerate(clips):
         for t, frame in enumerate(clip):
-            frame[:] = np.roll(frame, places[i] + t * speeds[i] * steps[labels[i]], (0, 1))
+            down, right = (places[i] + t * speeds[i] * steps[labels[i]]).tolist()
+            frame[:] = np.roll(frame, (down, right), (0, 1))
     return torch.from_numpy(clips).unsqueeze(-1), torch.from_numpy(labels.astype(np.int64))

@@ -38,9 +38,9 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
     fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
                    them) or as torchvision stores them; otherwise downloaded
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
-                   [N, H, W, 1] or [N, H, W, 3]; clips [N, T, H, W, 1] or [N, T, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
-                   images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
-                   for this image)
+                   [N, H, W, 1] or [N, H, W, 3]; clips [N, T, H, W, 1] or [N, T, H, W, 3]), labels y_labeled, y_test
+                   (integers 0..K-1); perhaps x_val and y_val, images for validation; and, where the truth of
+                   unlabeled images is known, y_unlabeled (-1: unknown for this image)
     features       the same with rows of numbers in place of images: float32 or float16 [N, d]; or root is an .npy or
                    .parquet file of all rows, with a CSV file of their labels beside it. Without test rows,
                    `test_share` of the labeled ones is held out, drawn by `seed`

@@ -16,7 +16,9 @@ from ups_fast.data.image import DamagedImage, resize_crop
 from ups_fast.data.memory import budget
 from ups_fast.words import line_of, many
 
-SUFFIXES = frozenset(f".{kind}" for kind in "mp4 m4v mov avi mkv webm gif mpg mpeg wmv".split())
+SUFFIXES = frozenset(
+    f".{kind}" for kind in ["mp4", "m4v", "mov", "avi", "mkv", "webm", "gif", "mpg", "mpeg", "wmv"]
+)
 # A file is what its content says, but only of these kinds: playlists, for one, would open other files.
 _FORMATS = "mov,matroska,webm,avi,gif,mpeg,mpegvideo,asf"
 NO_PYAV = "PyAV is not installed, which decodes video files: pip install av, or ups_fast[video]"
@@ -32,6 +34,16 @@ class Clip(NamedTuple):
     stride: int
     size: int
     channels: int  # 1 or 3
+
+
+KEPT = (
+    4  # times as many frames as a network gets are kept of a file, so that training can draw where they start
+)
+
+
+def clip_of(frames: int, stride: int, size: int, channels: int) -> Clip:
+    """What is read of a file for a network that gets so many frames."""
+    return Clip(KEPT * frames, stride, size, channels)
 
 
 def check_installed() -> None:
@@ -63,7 +75,9 @@ def read_clip(path: str | Path, clip: Clip) -> np.ndarray:  # uint8 [F, size, si
             with budget.hold(width * height * _HELD):
                 frames = list(_frames(container, name, wanted, clip))
     if len(frames) < max(1, _ENOUGH * len(wanted)):
-        raise DamagedImage(f"{name} ends early: {len(frames):,} of {many(len(wanted), 'frame')} can be decoded")
+        raise DamagedImage(
+            f"{name} ends early: {len(frames):,} of {many(len(wanted), 'frame')} can be decoded"
+        )
     return np.stack(frames)
 
 

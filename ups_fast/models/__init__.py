@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from ups_fast.models.backbone import LIBRARIES, VIDEO, Backbone
+from ups_fast.models.backbone import LIBRARIES, VIDEO, VIDEO_NAMES, Backbone
 from ups_fast.models.clips import Conv2Plus1D
 from ups_fast.models.cnn13 import CNN13
 from ups_fast.models.ensemble import Ensemble
@@ -19,7 +19,18 @@ from ups_fast.models.network import Dropout, Network
 from ups_fast.models.pretrained import LITE
 from ups_fast.models.wrn import WideResNet
 
-__all__ = ["CNN13", "MLP", "Backbone", "Conv2Plus1D", "Dropout", "Ensemble", "Frozen", "Network", "WideResNet", "build"]
+__all__ = [
+    "CNN13",
+    "MLP",
+    "Backbone",
+    "Conv2Plus1D",
+    "Dropout",
+    "Ensemble",
+    "Frozen",
+    "Network",
+    "WideResNet",
+    "build",
+]
 
 
 def build(
@@ -46,7 +57,7 @@ def build(
                  images "torchvision:NAME" or "timm:NAME", an image classifier of that library, or "lite0", "lite1" or
                  "lite2", see `Backbone`; for features "linear" or "mlp-w[-w...]" with hidden layers of these widths
                  (such as "mlp-256"); for clips "conv2plus1d-w" with w channels in its first block, at most 512, or
-                 "video:NAME", a network of torchvision.models.video
+                 "video:NAME" with torchvision's name, or "r3d_18", "r2plus1d_18" or "mc3_18"
     frames       of clips, at least 2: the network takes float32 [B, channels, frames, H, W]; 0: of images
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
     heads        that many networks side by side, each with weights of its own: see `MLP`, and on images `Ensemble`
@@ -77,11 +88,15 @@ def build(
         raise ValueError(f"preact must be 'published' or 'fixed', got {preact!r}")
     if activation not in ("mish", "leaky_relu"):
         raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
+    if name in VIDEO_NAMES:
+        name = f"{VIDEO}:{name}"
     if frames and (frames < 2 or columns):
         raise ValueError(f"frames must be at least 2, and 0 for features and images, got {frames}")
     library = name.partition(":")[0] if ":" in name else ""
     if weights and library not in (*LIBRARIES, VIDEO):
-        raise ValueError(f"weights are for torchvision:NAME, timm:NAME and video:NAME alone, got {weights} for {name}")
+        raise ValueError(
+            f"weights are for torchvision:NAME, timm:NAME and video:NAME alone, got {weights} for {name}"
+        )
 
     if widths_of(head) is None:
         raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-128, got {head!r}")

@@ -16,6 +16,7 @@ from ups_fast.words import did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
 VIDEO = "video"  # torchvision's networks for clips
+VIDEO_NAMES = ("r3d_18", "r2plus1d_18", "mc3_18")  # of these, which need no VIDEO before them
 _SIZED = {"vit": "image_size", "maxvit": "input_size"}  # families of torchvision that are built for one size
 
 
@@ -32,8 +33,9 @@ class Backbone(Network):
     classifier given its features.
 
     name     "torchvision:NAME" or "timm:NAME", a classifier that ends in its linear layer; or "lite0", "lite1" or
-             "lite2" with the weights that are installed; or for clips "video:NAME", such as "video:r3d_18"
-    size     (height, width), of clips (frames, height, width); transformers may take no other, convolutional networks all larger ones too
+             "lite2" with the weights that are installed; or for clips "video:NAME", of torchvision.models.video
+    size     (height, width), of clips (frames, height, width); transformers may take no other, convolutional networks
+             all larger ones too
     dropout  of each of these Dropouts, in [0, 1)
     weights  file of pretrained weights in the library's own names: .safetensors, or what torch.save made of a
              state_dict; "" for none, then the library's initialization from the global torch generator. A

@@ -50,8 +50,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     """The network of a run's last finished round, in eval mode on `device`.
 
     It takes float32 [B, channels, H, W], of clips [B, channels, T, H, W], pixels normalized as
-    (pixel / 255 - mean) / std, or of features float32 [B, d], as (feature - mean) / std. It returns logits float32 [B, n_classes]. Its attributes say what belongs to
-    it, see `Network`.
+    (pixel / 255 - mean) / std, or of features float32 [B, d], as (feature - mean) / std. It returns logits float32
+    [B, n_classes]. Its attributes say what belongs to it, see `Network`.
 
     Args:
         run_dir: the folder of the run; ~ stands for the home folder.

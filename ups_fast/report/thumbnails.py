@@ -67,7 +67,12 @@ def thumbnail(pixels: np.ndarray) -> Thumbnail:  # uint8 [H, W, C], or of a clip
     options: dict[str, Any] = {} if exact else {"quality": _QUALITY}
     if pixels.ndim == 4:
         kind = "webp"
-        played = {"save_all": True, "append_images": images[1:], "duration": _PLAYED // len(images), "loop": 0}
+        played = {
+            "save_all": True,
+            "append_images": images[1:],
+            "duration": _PLAYED // len(images),
+            "loop": 0,
+        }
         options = {**played, "lossless": exact, **options}
     image.save(file, kind, **options)
     source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -31,6 +31,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DATA_SETS = (
     "digits",
     "moving_digits",
+    "ucf101",
     "cifar10",
     "cifar100",
     "svhn",
@@ -39,7 +40,7 @@ DATA_SETS = (
     "features",
     "folder",
 )
-OF_CLIPS = ("npz", "folder", "moving_digits")  # data sets that are, or may be, of clips
+OF_CLIPS = ("npz", "folder", "moving_digits", "ucf101")  # data sets that are, or may be, of clips
 
 
 @dataclass
@@ -52,8 +53,8 @@ class DataConfig:
     )
     root: str = key(
         "data",
-        "Where the data set is, or where to download it. For npz the .npz file, for features an .npz, .npy or .parquet "
-        "file, for folder a folder or a CSV file.",
+        "Where the data set is, or where to download it; ucf101 must be there. For npz the .npz file, for features an "
+        ".npz, .npy or .parquet file, for folder a folder or a CSV file.",
     )
     n_labels: int = key(
         0,
@@ -63,10 +64,11 @@ class DataConfig:
     )
     size: int = key(
         0,
-        "For folder: the shorter side is scaled to this length and the middle of the longer one is kept. Else 0.",
+        "For folder and ucf101: the shorter side is scaled to this length and the middle of the longer one is kept. "
+        "Else 0.",
         within="[0, 4096]",
     )
-    channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
+    channels: int = key(3, "For folder and ucf101: 3 for color, 1 for gray.", within="[1, 3]")
     frames: int = key(
         0,
         "For clips: how many frames the network gets. Training draws where they start, all else reads the middle of "
@@ -479,11 +481,12 @@ def validate(cfg: Config) -> None:
             f"data.resized_crop is for images that are read from a folder's files, got {data.resized_crop} with "
             f"data.name={data.name} and data.loader={data.loader}"
         )
-    if data.name == "folder" and not data.size:
+    if data.name in ("folder", "ucf101") and not data.size:
         raise ValueError(
-            "data.size must say to which side the images of a folder are scaled, such as 64, got 0"
+            f"data.size must say to which side the {'clips' if data.frames else 'images'} of a folder are scaled, such "
+            "as 64, got 0"
         )
-    if data.name != "folder" and data.size:
+    if data.name not in ("folder", "ucf101") and data.size:
         raise ValueError(
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
@@ -499,6 +502,10 @@ def _validate_clips(cfg: Config) -> None:
         )
     if data.frames == 1:
         raise ValueError("data.frames must be at least 2, or 0 for as many as there are, got 1")
+    if data.name == "ucf101" and not data.frames:
+        raise ValueError(
+            "data.frames must say how many frames of each clip the network gets, such as 16, got 0"
+        )
     if data.name == "folder" and data.stride > 1 and not data.frames:
         raise ValueError(f"data.stride={data.stride} is for clips: say how many frames by data.frames, got 0")
     if data.frames and data.resized_crop:

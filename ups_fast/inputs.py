@@ -41,6 +41,7 @@ from ups_fast.data.fingerprint import array_record
 from ups_fast.data.folder import CLIPS, Wanted
 from ups_fast.data.folder import IMAGES as PICTURES
 from ups_fast.data.manifest import Changed, Manifest, compare, take
+from ups_fast.data.ucf101 import read_ucf101
 from ups_fast.data.video import Clip, check_installed, clip_of
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
@@ -69,7 +70,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
 
     Raises ValueError with one sentence.
     """
-    if cfg.data.name != "folder":
+    if cfg.data.name not in ("folder", "ucf101"):
         data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
         data = framed(data, cfg.data.frames, cfg.data.stride)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
@@ -80,13 +81,17 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
         raise ValueError(
             f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
         )
-    known = _known_files(cfg)
+    known = _known_files(cfg) if cfg.data.name == "folder" else None
     with progress_bar(console) as bar:
 
         def progress(what: str) -> Callable[[int, int], None]:
             task = bar.add_task(what, total=None, now="")
             return lambda done, total: bar.update(task, completed=done, total=total)
 
+        if cfg.data.name == "ucf101":
+            assert clip is not None
+            data = read_ucf101(cfg.data.root, clip, threads=threads, progress=progress("reading clips"))
+            return framed(data, cfg.data.frames, 1)
         if known:
             folder, gone = _as_known(cfg, known, progress("comparing files"))
             console.print("the run goes on with the files of its first start")

@@ -145,7 +145,8 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
         f"labeled {noun} of class {name!r}": folder.labeled[folder.label[folder.labeled] == c]
         for c, name in enumerate(folder.classes)
     }
-    needed |= {f"unlabeled {noun}": folder.unlabeled, f"test {noun}": folder.test}
+    needed |= {f"unlabeled {noun}": folder.unlabeled} if len(folder.unlabeled) else {}
+    needed |= {f"test {noun}": folder.test}
     needed |= {f"validation {noun}": folder.val} if len(folder.val) else {}
     for what, index in needed.items():
         if not keep[index].any():

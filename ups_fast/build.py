@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ups_fast.config import Config, limits_of
 from ups_fast.data import Images, ImageSet, Noise
 from ups_fast.data.fingerprint import fingerprint
+from ups_fast.data.images import memory_format
 from ups_fast.folder import Nowhere, RunFolder
 from ups_fast.frozen import open_features
 from ups_fast.fullgraph import fullgraph
@@ -151,8 +152,8 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     method = make(setting)
     policies = policies_of(cfg, shape)
     _check_method(cfg, method, policies, len(labeled), len(unlabeled), len(val))
-    memory_format: Any = {"memory_format": torch.channels_last}
-    method.to(device, **memory_format)
+    lying: Any = {"memory_format": memory_format(max(4, 1 + len(shape)))}
+    method.to(device, **lying)
     with naming_key("runtime.step"):
         plan = plan_step(cfg.runtime.step, cfg.runtime.precision, device)
     with naming_key("select.mc_layers"):
@@ -196,7 +197,9 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
 
 def _about(cfg: Config, data: ImageSet) -> dict[str, Any]:
     """What a saved network says of itself. A pretrained one may have a mean and std of pixels of its own."""
-    shape: dict[str, Any] = {"channels": data.shape[0], "size": list(data.shape[1:])}
+    shape: dict[str, Any] = {"channels": data.shape[0], "size": list(data.shape[-2:])}
+    if len(data.shape) == 4:
+        shape["frames"] = data.shape[1]
     if len(data.shape) == 1:
         shape = {"columns": data.shape[0]}
     mean, std = data.mean, data.std

@@ -23,7 +23,7 @@ from ups_fast.methods import METHODS, Options
 from ups_fast.models import KINDS
 from ups_fast.models.dropouts import has_maps
 from ups_fast.models.mlp import widths_of
-from ups_fast.models.options import ModelConfig
+from ups_fast.models.options import MOST_FRAMES, ModelConfig
 from ups_fast.models.pretrained import LITE
 from ups_fast.schema import NOUN, Key, check, hint, interval, key, keys_of, typed
 from ups_fast.selection import Thresholds
@@ -32,9 +32,10 @@ from ups_fast.words import said, shown
 SOURCES = (*KINDS, "augment", "heads")
 RECIPES = Path(__file__).parent / "recipes"
 DATA_SETS = (
-    *("digits", "mosaics", "cifar10", "cifar100", "svhn", "fashion_mnist", "voc2007", "voc2012"),
-    *("npz", "features", "folder"),
+    *("digits", "mosaics", "moving_digits", "cifar10", "cifar100", "svhn", "fashion_mnist"),
+    *("voc2007", "voc2012", "ucf101", "npz", "features", "folder"),
 )
+OF_CLIPS = ("npz", "folder", "moving_digits", "ucf101")  # data sets that are, or may be, of clips
 
 
 @dataclass
@@ -47,8 +48,8 @@ class DataConfig:
     )
     root: str = key(
         "data",
-        "Where the data set is, or where to download it. For npz the .npz file, for features an .npz, .npy or .parquet "
-        "file, for folder a folder or a CSV file.",
+        "Where the data set is, or where to download it; ucf101 must be there. For npz the .npz file, for features an "
+        ".npz, .npy or .parquet file, for folder a folder or a CSV file.",
     )
     n_labels: int = key(
         0,
@@ -58,11 +59,18 @@ class DataConfig:
     )
     size: int = key(
         0,
-        "For folder and voc: the shorter side is scaled to this length and the middle of the longer one is kept. "
-        "Else 0.",
+        "For folder, voc and ucf101: the shorter side is scaled to this length and the middle of the longer one is "
+        "kept. Else 0.",
         within="[0, 4096]",
     )
-    channels: int = key(3, "For folder: 3 for color, 1 for gray.", within="[1, 3]")
+    channels: int = key(3, "For folder and ucf101: 3 for color, 1 for gray.", within="[1, 3]")
+    frames: int = key(
+        0,
+        "For clips: how many frames the network gets. Training draws where they start, all else reads the middle of "
+        "the clip. 0: as many as there are, and of a folder its images. Else its video files are read.",
+        within=f"[0, {MOST_FRAMES}]",
+    )
+    stride: int = key(1, "For clips: of so many frames the network gets one.", within="[1, 1000]")
     test_share: float = key(
         0.2,
         "For folder and features without a test part: the share of labeled images that is held out to test.",
@@ -484,14 +492,17 @@ def validate(cfg: Config) -> None:
             f"data.resized_crop is for images that are read from a folder's files, got {data.resized_crop} with "
             f"data.name={data.name} and data.loader={data.loader}"
         )
-    if files and not data.size:
+    scaled = files or data.name == "ucf101"
+    if scaled and not data.size:
         raise ValueError(
-            f"data.size must say to which side the images of a {data.name} are scaled, such as 64, got 0"
+            f"data.size must say to which side the {'clips' if data.frames else 'images'} of a {data.name} are scaled, "
+            "such as 64, got 0"
         )
-    if not files and data.size:
+    if not scaled and data.size:
         raise ValueError(
             f"data.size is for data.name=folder, images of {data.name} keep theirs, got {data.size}"
         )
+    _validate_clips(cfg)
     device_parts(cfg.device)
 
 
@@ -526,6 +537,28 @@ def _validate_uncertainty(cfg: Config) -> None:
         raise ValueError(
             f"{source} changes features by data.noise and data.drop_columns, but both are 0: set one of them"
         )
+
+
+def _validate_clips(cfg: Config) -> None:
+    data = cfg.data
+    if data.name not in OF_CLIPS and (data.frames or data.stride > 1):
+        raise ValueError(
+            f"data.frames and data.stride are for clips, got {data.frames} and {data.stride} for data.name={data.name}"
+        )
+    if data.frames == 1:
+        raise ValueError("data.frames must be at least 2, or 0 for as many as there are, got 1")
+    if data.name == "ucf101" and not data.frames:
+        raise ValueError(
+            "data.frames must say how many frames of each clip the network gets, such as 16, got 0"
+        )
+    if data.name == "folder" and data.stride > 1 and not data.frames:
+        raise ValueError(f"data.stride={data.stride} is for clips: say how many frames by data.frames, got 0")
+    if data.frames and data.resized_crop:
+        raise ValueError(
+            f"data.resized_crop is for images, got {data.resized_crop} with data.frames={data.frames}"
+        )
+    if data.frames and data.loader in ("dali", "plain"):
+        raise ValueError(f"data.loader={data.loader} is for images, and clips live in memory: use auto")
 
 
 def _validate_freeze(cfg: Config) -> None:

@@ -29,9 +29,8 @@ from ups_fast.terminal import ended
 try:
     from ups_fast.checkpoint import CONFIG, read_config
     from ups_fast.data import load_set
-    from ups_fast.data.image import SUFFIXES
+    from ups_fast.data.clips import middle
     from ups_fast.data.manifest import Manifest
-    from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
     from ups_fast.display import open_console
     from ups_fast.files import check_new, home, read_bytes, write_atomic
     from ups_fast.inputs import FILES
@@ -57,6 +56,8 @@ RUN is the folder of the run. The file takes raw pixels, uint8 [batch, channels,
 height, width], or rows of features, float32 [batch, columns]. It returns
 probabilities, float32 [batch, classes], without dropout. Classes, thresholds
 and sizes are in its metadata.
+
+A network for clips takes [batch, channels, frames, height, width].
 
 The file is checked on some of the run's test images. FILES are other images, or
 files of rows, to check it on: use them where the run's data are gone."""
@@ -214,7 +215,8 @@ def _about(predictor: Predictor) -> dict[str, str]:
     taken = "float32 [batch, columns], features as they are, not standardized"
     if not predictor.columns:
         colors = "gray" if predictor.channels == 1 else "red, green, blue"
-        taken = f"uint8 [batch, channels, height, width], {colors}, 0 to 255"
+        sizes = "channels, frames, height, width" if predictor.frames else "channels, height, width"
+        taken = f"uint8 [batch, {sizes}], {colors}, 0 to 255"
     limits = {key: x if math.isfinite(x) else str(x) for key, x in predictor.thresholds.items()}
     return {
         "ups_fast": ups_fast.__version__,
@@ -226,10 +228,11 @@ def _about(predictor: Predictor) -> dict[str, str]:
 
 
 def _size(predictor: Predictor) -> list[int]:
-    """[d], or [channels, H, W]."""
+    """[d], [channels, H, W] or [channels, T, H, W]."""
     if predictor.columns:
         return [predictor.columns]
-    return [predictor.channels, predictor.height, predictor.width]
+    frames = [predictor.frames] if predictor.frames else []
+    return [predictor.channels, *frames, predictor.height, predictor.width]
 
 
 # The check ---------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def _compare(answer: Function, other: Function, samples: Tensor) -> Check:
 def _samples(run_dir: str | Path, predictor: Predictor, files: Sequence[str]) -> Tensor:
     """Some samples as `Answer` takes them: of the files, or of the run's test part."""
     if files:
-        paths = find(files, kinds=ROW_SUFFIXES if predictor.columns else SUFFIXES)
+        paths = find(files, kinds=predictor.kinds)
         predictor.count(paths)  # are they for this network?
         found = _read(predictor, paths)
     else:
@@ -261,7 +264,7 @@ def _samples(run_dir: str | Path, predictor: Predictor, files: Sequence[str]) ->
                 "give images or rows after RUN"
             ) from error
     samples = torch.from_numpy(found)
-    return samples if predictor.columns else samples.permute(0, 3, 1, 2).contiguous()
+    return samples if predictor.columns else samples.movedim(-1, 1).contiguous()
 
 
 def _own(folder: Path, predictor: Predictor) -> np.ndarray:
@@ -272,15 +275,19 @@ def _own(folder: Path, predictor: Predictor) -> np.ndarray:
         manifest = Manifest.read(read_bytes(folder / FILES))
         base = home(root) if home(root).is_dir() else home(root).parent
         return _read(predictor, [str(base / path) for path in manifest.paths[manifest.train :]])
-    part = load_set(data["name"], root, test_share=data["test_share"], seed=config["seed"]).test_images
-    rows = part[_spread(len(part))]
+    found = load_set(data["name"], root, test_share=data["test_share"], seed=config["seed"])
+    rows = found.test_images[_spread(len(found.test_images))]
+    if predictor.frames:
+        rows = torch.stack([middle(clip, predictor.frames, predictor.stride) for clip in rows])
     there, shape = list(rows.shape[1:]), _size(predictor)
     if there != (shape if predictor.columns else [*shape[1:], shape[0]]):
         raise ValueError(f"data.root={root} has samples {there} now, and the network takes {shape}")
     return (rows.float() if predictor.columns else rows).numpy()
 
 
-def _read(predictor: Predictor, paths: Sequence[str]) -> np.ndarray:  # uint8 [n, H, W, C] or float32 [n, d]
+def _read(
+    predictor: Predictor, paths: Sequence[str]
+) -> np.ndarray:  # uint8 [n, .., H, W, C] or float32 [n, d]
     """The first that can be read, of images spread over all files."""
     if not predictor.columns:
         paths = [paths[i] for i in _spread(len(paths))]

@@ -23,6 +23,7 @@ from ups_fast.data import (
     ImageSet,
     Listing,
     Noise,
+    ResidentClips,
     ResidentFeatures,
     ResidentImages,
     as_file_set,
@@ -35,9 +36,14 @@ from ups_fast.data import (
     split_label_sets,
     stratified_split,
 )
+from ups_fast.data.clips import framed
 from ups_fast.data.equal import notes_on_equal_arrays
 from ups_fast.data.fingerprint import array_record
+from ups_fast.data.folder import CLIPS, Wanted
+from ups_fast.data.folder import IMAGES as PICTURES
 from ups_fast.data.manifest import Changed, Manifest, compare, take
+from ups_fast.data.ucf101 import read_ucf101
+from ups_fast.data.video import Clip, check_installed, clip_of
 from ups_fast.data.voc import VOC, voc
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
@@ -66,22 +72,28 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
 
     Raises ValueError with one sentence.
     """
-    if cfg.data.name not in ("folder", *VOC):
+    if cfg.data.name not in ("folder", "ucf101", *VOC):
         data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+        data = framed(data, cfg.data.frames, cfg.data.stride)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
     size, channels, threads = cfg.data.size, cfg.data.channels, cfg.threads or None
+    wanted, clip = _wanted(cfg)
     run_dir, root = Path(cfg.run_dir).resolve(), home(cfg.data.root).resolve()
     if run_dir == root or root in run_dir.parents:
         raise ValueError(
             f"run_dir={cfg.run_dir} must not lie in data.root, where its pictures would become data"
         )
-    known = _known_files(cfg)
+    known = _known_files(cfg) if cfg.data.name == "folder" else None
     with progress_bar(console) as bar:
 
         def progress(what: str) -> Callable[[int, int], None]:
             task = bar.add_task(what, total=None, now="")
             return lambda done, total: bar.update(task, completed=done, total=total)
 
+        if cfg.data.name == "ucf101":
+            assert clip is not None
+            data = read_ucf101(cfg.data.root, clip, threads=threads, progress=progress("reading clips"))
+            return framed(data, cfg.data.frames, 1)
         if cfg.data.name in VOC:  # published files, which are not compared at every start
             folder = voc(cfg.data.name, root)
         elif known:
@@ -89,18 +101,22 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             console.print("the run goes on with the files of its first start")
         else:
             with naming_key("data.root"):
-                folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
+                folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed, wanted=wanted)
             if (tests := len(folder.test)) < FEW_TESTS:
-                note = f"only {tests:,} test images: each of them is {100 / tests:.1f} points of accuracy"
+                note = f"only {tests:,} test {wanted.noun}s: each of them is {100 / tests:.1f} points of accuracy"
                 folder = replace(folder, notes=[*folder.notes, note])
-        needed = len(folder.paths) * size * size * channels
+        needed = len(folder.paths) * (clip.most if clip else 1) * size * size * channels
         why = _why_not_in_memory(cfg, needed, memory(device) // 2)
         damaged: list[Damaged] = []
-        reading = progress("reading images")
+        reading = progress(f"reading {wanted.noun}s")
+        if why and clip:
+            raise ValueError(f"clips must be in memory, but {why}: lower data.size or data.frames")
         if not why:
-            keep = known is not None
-            data, _ = as_image_set(folder, size, channels, keep=keep, threads=threads, progress=reading)
-            console.print(f"all images are in memory: {needed / 2**20:,.1f} MiB")
+            more: dict[str, Any] = {"keep": known is not None, "threads": threads, "progress": reading}
+            data, _ = as_image_set(folder, size, channels, clip=clip, **more)
+            if clip:
+                data = framed(data, cfg.data.frames, 1)  # the files were read by data.stride
+            console.print(f"all {wanted.noun}s are in memory: {needed / 2**20:,.1f} MiB")
         else:
             if known is None:
                 folder, damaged = check(folder, cache=_readable(cfg), threads=threads, progress=reading)
@@ -135,7 +151,7 @@ def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]
     base = place if place.is_dir() else place.parent
     try:
         found, now = compare(
-            known, base, lambda: _listing(cfg.data.root), threads=cfg.threads or None, progress=progress
+            known, base, lambda: _listing(cfg), threads=cfg.threads or None, progress=progress
         )
     except Changed as error:
         raise ValueError(
@@ -145,9 +161,19 @@ def _as_known(cfg: Config, known: Manifest, progress: Callable[[int, int], None]
     return known.folder(found, now.paths, now.note), now.gone
 
 
-def _listing(root: str) -> Listing:
+def _wanted(cfg: Config) -> tuple[Wanted, Clip | None]:
+    """Which files of a folder are read, and of clips what of each."""
+    data = cfg.data
+    if not data.frames:
+        return PICTURES, None
+    with naming_key("data.frames"):
+        check_installed()
+    return CLIPS, clip_of(data.frames, data.stride, data.size, data.channels)
+
+
+def _listing(cfg: Config) -> Listing:
     with naming_key("data.root"):
-        return listing(root)
+        return listing(cfg.data.root, _wanted(cfg)[0])
 
 
 def _again(data: ImageSet, known: Manifest, gone: list[int]) -> ImageSet:
@@ -208,10 +234,18 @@ def open_images(
         rows = data.test_images if test else data.train_images
         return ResidentFeatures(rows, mean=data.mean, std=data.std, device=device)
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device, "policy": policy}
-    images, names, unreadable = data.train_images, data.names, data.unreadable
+    images, names, unreadable, lengths = data.train_images, data.names, data.unreadable, data.lengths
     if test:
+        lengths = data.test_lengths
         images, names, unreadable = data.test_images, data.test_names, data.test_unreadable
     common["unreadable"] = unreadable
+    if len(data.shape) == 4:
+        if cfg.data.loader not in ("auto", "resident"):
+            raise ValueError(
+                f"data.loader={cfg.data.loader} is for images, and clips live in memory: use auto"
+            )
+        with naming_key("data.crop"):
+            return ResidentClips(images, frames=data.shape[1], stride=data.stride, lengths=lengths, **common)
     if not data.in_files and cfg.data.loader in ("auto", "resident"):
         with naming_key("data.crop"):
             return ResidentImages(images, **common)
@@ -248,7 +282,7 @@ def policies_of(cfg: Config, shape: tuple[int, ...]) -> dict[str, Any]:
     if len(shape) == 1:
         noise = Noise(data.noise, data.drop_columns)
         return {"strong": replace(noise, views=data.views), "weak": Noise(), "passes": noise}
-    weak = weak_policy(data.flip, data.crop, shape[1:])
+    weak = weak_policy(data.flip, data.crop, shape[-2:])
     return {"strong": image_policy(cfg), "weak": weak, "passes": weak}
 
 

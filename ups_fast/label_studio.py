@@ -58,7 +58,12 @@ def tasks(args: Namespace) -> str:
         raise ValueError(f"--out must be a file of the suffix .json, got {args.out}")
     for path in (out, config):
         check_new(path)
-    found, view = tasks_of(run, load_model(run).classes, args.prefix, args.next)
+    model = load_model(run)
+    if hasattr(model, "frames"):
+        raise ValueError(
+            f"{args.run} is a run on clips, of which no tasks are made: RUN must be on images or features"
+        )
+    found, view = tasks_of(run, model.classes, args.prefix, args.next)
     write_new(config, view.encode())
     try:
         write_new(out, write_tasks(found))

@@ -32,13 +32,15 @@ try:
     from ups_fast.checkpoint import CONFIG, read_config
     from ups_fast.config import SOURCES
     from ups_fast.data.classes import suffixes
+    from ups_fast.data.clips import middle
     from ups_fast.data.features import Noise
-    from ups_fast.data.folder import seen_by_people
+    from ups_fast.data.folder import CLIPS, IMAGES, seen_by_people
     from ups_fast.data.image import ENOUGH, SUFFIXES, DamagedImage, picture, read_image, resize_crop
-    from ups_fast.data.images import Draws
+    from ups_fast.data.images import Draws, memory_format
     from ups_fast.data.reading import in_order
     from ups_fast.data.row_files import SUFFIXES as ROW_SUFFIXES
     from ups_fast.data.row_files import either, is_row_file, look_at, rows_of
+    from ups_fast.data.video import check_installed, clip_of, read_clip
     from ups_fast.display import open_console, progress_bar
     from ups_fast.files import RunFolderError, home, load_arrays, read_bytes
     from ups_fast.machine import pick_device
@@ -46,7 +48,7 @@ try:
     from ups_fast.models.saved import load_model
     from ups_fast.modules import mc_dropout
     from ups_fast.ops import augment, augment_plan
-    from ups_fast.policy import Policy, weak_policy
+    from ups_fast.policy import AugmentPlan, Policy, weak_policy
     from ups_fast.reference import dropout_keys
     from ups_fast.report.table import label_rows, label_table, multi_rows
     from ups_fast.selection import labeling_rows, passes_over, skipped
@@ -60,7 +62,7 @@ except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothi
 HEAD = ["path", "label", "name", "confidence", "std", "positive", "negative", "error"]
 MULTI_HEAD = ["path", "labels", "confidence", "std", "positive", "negative", "error"]
 DESCRIPTION = """\
-Label image files, or rows of features, with the network of a finished run.
+Label image files, clips, or rows of features, with the network of a finished run.
 
 RUN is the folder of the run. FILES are files, folders with such files at any
 depth, or patterns such as 'photos/*.jpg'. The table has a row for each image:
@@ -71,8 +73,8 @@ image surely is not, and an error for a file that cannot be read.
 Where an image may have several labels, these columns have one value for each
 of its labels, and the names are separated by ";".
 
-A run on features takes .npy, .npz or .parquet files. The table has a row for
-each of their rows, such as rows.npy[17]."""
+A run on clips takes video files, one on features .npy, .npz or .parquet files.
+Of these the table has a row for each of their rows, such as rows.npy[17]."""
 REMEDY = "end other programs, or use --device cpu"
 
 
@@ -89,14 +91,18 @@ class Predictor:
         model = load_model(run_dir, device, best=best)
         self.model, self.classes, self.task = model, model.classes, TASKS[model.task]
         self.head = MULTI_HEAD if self.task is MULTI else HEAD
-        self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images
+        self.columns = getattr(model, "columns", 0)  # of rows; 0: the network is for images or clips
+        self.frames = getattr(model, "frames", 0)  # of clips; 0: it is for images
         if not self.columns:
             self.channels, (self.height, self.width) = model.channels, model.size
-        shape = [self.columns] if self.columns else [self.channels, self.height, self.width]
+        shape = [self.columns]
+        if not self.columns:
+            shape = [self.channels, *([self.frames] if self.frames else []), self.height, self.width]
         self.device = next(model.parameters()).device
         path = home(run_dir) / CONFIG
         try:
             config = read_config(path)
+            self.stride = int(config.get("data", {}).get("stride", 1))
             select = config["select"]
             names = ("tau_p", "tau_n", "kappa_p", "kappa_n", "temp_nl")
             self.thresholds = {name: float(select[name]) for name in names}
@@ -140,13 +146,25 @@ class Predictor:
             return noise
         return weak_policy(bool(data["flip"]), int(data["crop"]), self.model.size)
 
+    @property
+    def kinds(self) -> Collection[str]:
+        """Suffixes of the files that the network is for."""
+        return ROW_SUFFIXES if self.columns else CLIPS.suffixes if self.frames else SUFFIXES
+
     def count(self, paths: Sequence[str]) -> int:
         """How many images or rows the files are. Raises ValueError where they are not for this network."""
         if self.columns:
             return sum(file.n for file in look_at(paths, self.columns))
         if odd := next(filter(is_row_file, paths), None):
+            kind, article = ("clip", "a") if self.frames else ("image", "an")
             raise ValueError(
-                f"{odd!r} must be an image: the run's network is for images, and not for features"
+                f"{odd!r} must be {article} {kind}: the run's network is for {kind}s, and not for features"
+            )
+        if self.frames:
+            check_installed()
+        if self.frames and self.height != self.width:
+            raise ValueError(
+                f"clips of files are read as squares, and this network takes {self.height}x{self.width}"
             )
         return len(paths)
 
@@ -163,8 +181,11 @@ class Predictor:
 
         return zip(paths, in_order(read, paths, threads), strict=True)
 
-    def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C]
-        """An image file as the network takes it. Raises DamagedImage."""
+    def read(self, path: str) -> np.ndarray:  # uint8 [H, W, C], or [T, H, W, C]
+        """An image or video file as the network takes it. Raises DamagedImage."""
+        if self.frames:
+            clip = read_clip(path, clip_of(self.frames, self.stride, self.height, self.channels))
+            return middle(torch.from_numpy(clip), self.frames).numpy()
         if self.height == self.width:
             with picture(path, self.channels, ENOUGH * self.height) as found:
                 return resize_crop(found.pixels, self.height)
@@ -175,7 +196,7 @@ class Predictor:
         return image
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Any:  # uint8 [n, H, W, C] or [n, d], n at most self.rows
+    def __call__(self, images: np.ndarray) -> Any:  # uint8 [n, .., H, W, C] or [n, d], n at most self.rows
         """`mc_select` of the run's passes over the images, or its like for several labels; on the host, packed."""
         n = len(images)
         filling = torch.arange(self.rows).clamp(max=n - 1)  # one shape, so the same bits
@@ -206,22 +227,28 @@ class Predictor:
         """The batch as a network takes it, and that network: the head of a frozen one, which gets features."""
         if self.columns:
             return self.model, (batch.float() - self.model.mean) / self.model.std
-        pixels = (batch.permute(0, 3, 1, 2) / 255 - self.model.mean) / self.model.std
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = (batch.movedim(-1, 1) / 255 - self.model.mean) / self.model.std
+        pixels = pixels.contiguous(memory_format=memory_format(pixels.ndim))
         if isinstance(self.model, Frozen):
             return self.model.head, self.model.standardized(pixels)
         return self.model, pixels
 
     def _augmented(
         self, batch: Tensor, keys: Tensor
-    ) -> Tensor:  # uint8 [B, H, W, C], int64 [B] -> [P * B, C, H, W]
-        """Each image once for each pass, changed as its number and the pass say."""
+    ) -> Tensor:  # uint8 [B, .., H, W, C], int64 [B] -> [P * B, C, .., H, W]
+        """Each image once for each pass, changed as its number and the pass say; a clip's frames all alike."""
         assert isinstance(self.policy, Policy)
         ids, draw = Draws(self.passes, self.policy, 0).of(keys)
-        plan = augment_plan(ids, policy=self.policy, size=(self.height, self.width), seed=0, draw=draw)
-        rows, pixels = Draws(self.passes, self.policy, 0).of(torch.arange(len(batch)))[0], batch.contiguous()
+        size, frames = (self.height, self.width), batch[0, ..., 0, 0, 0].numel()
+        plan = augment_plan(ids, policy=self.policy, size=size, seed=0, draw=draw)
+        plan = AugmentPlan(plan.draws.repeat_interleave(frames, 0), self.policy, size)
+        pixels = batch.reshape(-1, *batch.shape[-3:]).contiguous()
         scale = {name: getattr(self.model, name).flatten().tolist() for name in ("mean", "std")}
-        return augment(pixels, rows, policy=self.policy, seed=0, draw=0, plan=plan, **scale)
+        rows = torch.arange(len(pixels)).repeat(self.passes)
+        made = augment(pixels, rows, policy=self.policy, seed=0, draw=0, plan=plan, **scale)
+        if batch.ndim == 4:
+            return made
+        return made.unflatten(0, (-1, frames)).movedim(1, 2)  # [P * B, C, T, H, W]
 
 
 class Answer(NamedTuple):
@@ -278,9 +305,12 @@ def find(
         if not files:
             what = "is no file or folder, and no file matches it"
             if os.path.isdir(place):
-                what = "holds no images" if kinds is SUFFIXES else f"holds no file {either(kinds)}"
-                if others and kinds is SUFFIXES:
-                    what += f" of a kind that is read, but {suffixes(others)}; convert them to JPEG or PNG"
+                wanted = next((each for each in (IMAGES, CLIPS) if each.suffixes is kinds), None)
+                what = f"holds no {wanted.noun}s" if wanted else f"holds no file {either(kinds)}"
+                if others and wanted:
+                    what += (
+                        f" of a kind that is read, but {suffixes(others)}; convert them to {wanted.instead}"
+                    )
                 elif others:
                     what += f", but {suffixes(others)}"
             raise ValueError(f"{word!r} {what}")
@@ -362,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.check_kernels(pick_device(args.device))
         predictor = Predictor(args.run, args.device, best=args.best)
         passed: Counter[str] = Counter()
-        paths = find(args.files, passed, ROW_SUFFIXES if predictor.columns else SUFFIXES)
+        paths = find(args.files, passed, predictor.kinds)
         if passed:
             console.print(f"{many(passed.total(), 'file')} ignored for the suffix: {suffixes(passed)}")
         if predictor.unfinished:

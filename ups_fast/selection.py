@@ -142,8 +142,11 @@ def _check_passes(model: nn.Module, passes: int, uncertainty: str, policy: Any) 
 
 
 def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
-    """How many images [C, H, W] or rows [d] a device takes at once, without gradients: no results depend on it."""
-    images = len(shape) == 3
+    """How many images [C, H, W], clips [C, T, H, W] or rows [d] a device takes at once, without gradients.
+
+    No results depend on it.
+    """
+    images = len(shape) > 1
     many = (8192 if device.type == "cuda" else 512) * 32 * 32
     return max(1, many // math.prod(shape[1:] if images else (max(256, shape[0]),)))
 

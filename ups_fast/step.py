@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ups_fast.data.images import Images, View
+from ups_fast.data.images import Images, View, memory_format
 from ups_fast.fullgraph import fullgraph
 from ups_fast.methods import Batch, Layout, Method
 from ups_fast.ops import has_kernels
@@ -88,7 +88,7 @@ class TrainStep:
         self.tables: dict[str, Tensor] = {}  # [N, ...] by sample id
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
-        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], or [B, d]
+        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], [B, C, T, H, W], or [B, d]
         self.layout, self.views = Layout((), 0), ()
         self.unreadable = 0  # how many images the tables know to be unreadable
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -152,8 +152,7 @@ class TrainStep:
         if views != self.views:
             shape = layout.rows, *self.images.shape
             self.batch = torch.zeros(shape, device=self.device)
-            if self.batch.ndim == 4:
-                self.batch = self.batch.to(memory_format=torch.channels_last)
+            self.batch = self.batch.to(memory_format=memory_format(self.batch.ndim))
             self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
         if self.method.splits and layout.groups != self.layout.groups:
             self.graph = None

@@ -22,8 +22,8 @@ from ups_fast.data import ImageSet
 from ups_fast.files import load_arrays, read_bytes
 from ups_fast.inputs import load_data
 from ups_fast.machine import pick_device
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.rounds import rounds
-from ups_fast.selection import PseudoLabels
 
 METRICS, SELECTION = "metrics.jsonl", "selection.npz"
 MOST_METRICS = 2**26  # bytes of a metrics.jsonl

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ups_fast.data.clips import ResidentClips
 from ups_fast.data.features import Noise, ResidentFeatures
 from ups_fast.data.folder import Folder, Listing, listing, scan
 from ups_fast.data.image import DamagedImage, read_image, resize_crop
@@ -28,6 +29,7 @@ __all__ = [
     "Listing",
     "Noise",
     "PlainImages",
+    "ResidentClips",
     "ResidentFeatures",
     "ResidentImages",
     "View",

@@ -227,18 +227,26 @@ def _refused(path: Path, why: str) -> NoReturn:
     raise _Refused(f"{str(path)!r} (data.root) {why}")
 
 
-def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] uint8
+def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] or [N, T, H, W, C] uint8
     array = arrays[key]
     got = f"{array.dtype} {list(array.shape)}"
-    channels_last = array.ndim == 4 and array.shape[3] in (1, 3)
+    channels_last = array.ndim in (4, 5) and array.shape[-1] in (1, 3)
     if array.ndim == 4 and array.shape[1] in (1, 3) and not channels_last:
         raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose(0, 2, 3, 1)")
+    if array.ndim == 5 and not channels_last and 3 in array.shape[1:3]:
+        order = "(0, 2, 3, 4, 1)" if array.shape[1] == 3 else "(0, 1, 3, 4, 2)"
+        raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose{order}")
     if array.dtype != np.uint8 or not (array.ndim == 3 or channels_last):
-        raise ValueError(f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], got {got}")
+        raise ValueError(
+            f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], or clips [N, T, H, W, 1] or "
+            f"[N, T, H, W, 3], got {got}"
+        )
     if array.size == 0:
         raise ValueError(f"{key} must not be empty, got {got}")
+    if array.ndim == 5 and array.shape[1] == 1:
+        raise ValueError(f"{key} must be clips of at least two frames, got {got}: use {key}[:, 0] as images")
     images = torch.from_numpy(np.ascontiguousarray(array))
-    return images if images.ndim == 4 else images.unsqueeze(-1)
+    return images.unsqueeze(-1) if images.ndim == 3 else images
 
 
 def _rows(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, d] float32 or float16

@@ -98,7 +98,7 @@ class ResidentFeatures:
             out[rows] = policy(self._standardized(self.seen[place]), keys)
 
 
-def drawn_views(keys: Tensor, views: int) -> Tensor:  # int32 [B] -> int64 [B]
+def drawn_views(keys: Tensor, views: int | Tensor) -> Tensor:  # int32 [B], int64 [] or [B] -> int64 [B]
     """Which of so many views of its row each key draws, all alike likely."""
     return (keys.long() & 0xFFFFFFFF) * views >> 32
 

@@ -1,4 +1,4 @@
-"""The index of a user's images, in folders or listed in a CSV file: which files there are and what is known of each."""
+"""The index of a user's images or clips, in folders or listed in a CSV file, and what is known of each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.data import video
 from ups_fast.data.classes import suffixes
 from ups_fast.data.equal import notes_on_equal_images, same_content
 from ups_fast.data.image import SUFFIXES
@@ -23,6 +25,18 @@ from ups_fast.files import home
 from ups_fast.words import many
 
 _NOBODYS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what systems leave beside people's images
+
+
+class Wanted(NamedTuple):
+    """The files that are looked for."""
+
+    noun: str
+    suffixes: frozenset[str]
+    instead: str  # what files of other kinds can be converted to
+
+
+IMAGES = Wanted("image", SUFFIXES, "JPEG or PNG")
+CLIPS = Wanted("clip", video.SUFFIXES, "MP4 or WebM")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ class Listing:
     several: bool = (
         False  # an image may be of several classes: its row has their names as `label_sets` writes them
     )
+    noun: str = "image"  # what its samples are
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,8 @@ class Folder:
     val: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [V] likewise, often none
 
 
-def listing(root: str | Path) -> Listing:
-    """Finds the images of `root`, as `scan` does, and leaves it to the caller to judge whether they are enough.
+def listing(root: str | Path, wanted: Wanted = IMAGES) -> Listing:
+    """Finds the files of `root`, as `scan` does, and leaves it to the caller to judge whether they are enough.
 
     Raises ValueError with one sentence where `root` is not there, or is no such folder or table.
     """
@@ -65,18 +80,18 @@ def listing(root: str | Path) -> Listing:
     problems: list[str] = []
     several = False
     if os.path.isdir(place):
-        base, rows = place, _folders(place, notes, problems)
+        base, rows = place, _folders(place, wanted, notes, problems)
     elif os.path.isfile(place):
         several = has_several(place)
         base, rows = place.parent, read_table(place, notes, problems, several=several)
     else:
         raise ValueError(f"there is no folder or CSV file {str(place)!r}")
-    classes = classes_of(str(place), rows.values(), notes, problems, several=several)
-    return Listing(base, rows, classes, notes, problems, several)
+    classes = classes_of(str(place), rows.values(), notes, problems, wanted.noun, several=several)
+    return Listing(base, rows, classes, notes, problems, several, wanted.noun)
 
 
-def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
-    """Finds the images of `root`; none is opened, unless to compare two files of one size.
+def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0, wanted: Wanted = IMAGES) -> Folder:
+    """Finds the images or clips of `root`; none is opened, unless to compare two files of one size.
 
     root  a folder with labeled/<class>/, unlabeled/ and perhaps val/<class>/ and test/<class>/, each with its images at
           any depth;
@@ -92,7 +107,7 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be above 0 and below 1, got {test_share}")
-    where, found = str(home(root)), listing(root)
+    where, found = str(home(root)), listing(root, wanted)
     if found.problems:
         raise ValueError(found.problems[0])
     rows, classes, notes = found.rows, found.classes, list(found.notes)
@@ -103,9 +118,10 @@ def scan(root: str | Path, *, test_share: float = 0.2, seed: int = 0) -> Folder:
     content = same_content(found.base, paths, np.asarray(known))
     if not (part == 2).any():
         drawn_from = np.where((part == 0).reshape(-1, *[1] * (label.ndim - 1)), label, -1)
-        part[held_out(where, paths, drawn_from, content, classes, test_share, seed, notes)] = 2
+        part[held_out(where, paths, drawn_from, content, classes, test_share, seed, notes, wanted.noun)] = 2
     labeled, unlabeled, test, val = (np.flatnonzero(part == p) for p in range(len(PARTS)))
-    notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, labeled, unlabeled, test, val)
+    parts = labeled, unlabeled, test, val
+    notes += notes_on_equal_images(lambda i: repr(paths[i]), label, content, *parts, noun=wanted.noun)
     return Folder(
         found.base,
         paths,
@@ -136,17 +152,19 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
     if not damaged:
         return folder
     where = repr(str(folder.root))
+    noun = folder.listing.noun if folder.listing else "image"
     keep = torch.ones(len(folder.paths), dtype=torch.bool)
     keep[list(damaged)] = False
     given = folder.label[folder.labeled]
     needed = {
-        f"labeled image of class {name!r}": folder.labeled[
+        f"labeled {noun} of class {name!r}": folder.labeled[
             given == c if given.ndim == 1 else given[:, c] == 1
         ]
         for c, name in enumerate(folder.classes)
     }
-    needed |= {"unlabeled image": folder.unlabeled, "test image": folder.test}
-    needed |= {"validation image": folder.val} if len(folder.val) else {}
+    needed |= {f"unlabeled {noun}": folder.unlabeled} if len(folder.unlabeled) else {}
+    needed |= {f"test {noun}": folder.test}
+    needed |= {f"validation {noun}": folder.val} if len(folder.val) else {}
     for what, index in needed.items():
         if not keep[index].any():
             raise ValueError(f"no {what} in {where} can be read: {damaged[int(index[0])]}")
@@ -164,9 +182,9 @@ def leave_out(folder: Folder, damaged: Mapping[int, str]) -> Folder:
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
-    where = repr(str(root))
-    there, stray = _folders_in(root, "")
+def _folders(root: Path, wanted: Wanted, notes: list[str], problems: list[str]) -> Rows:
+    where, images = repr(str(root)), f"{wanted.noun}s"
+    there, stray = _folders_in(root, "", wanted)
     if lacking := [part for part in (LABELED, UNLABELED) if part not in there]:
         problems.append(
             f"{where} must have the folders labeled/<class>/ and unlabeled/, "
@@ -180,28 +198,28 @@ def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
     if UNLABELED in there:
         unread: Counter[str] = Counter()
         row: Row = (UNLABELED, "")  # one for all
-        rows |= dict.fromkeys(_images_below(root, UNLABELED, unread, notes), row)
+        rows |= dict.fromkeys(_files_below(root, UNLABELED, wanted, unread, notes), row)
         if not rows and unread:
             problems.append(
-                f"{where} has no unlabeled images that can be read: {_unread('unlabeled/', unread)}"
+                f"{where} has no unlabeled {images} that can be read: {_unread('unlabeled/', unread, wanted)}"
             )
         ignored += unread
     for part in (LABELED, TEST, VAL):
         if part not in there:
             continue
-        names, stray_here = _folders_in(root, part)
+        names, stray_here = _folders_in(root, part, wanted)
         unread_in_part: Counter[str] = Counter()
         for name in names:
             before, unread = len(notes), Counter()
-            found = _images_below(root, f"{part}/{name}", unread, notes)
+            found = _files_below(root, f"{part}/{name}", wanted, unread, notes)
             unread_in_part += unread
             if not found and len(notes) > before:
                 problems.append(f"{where}: {notes[-1].removesuffix(' and is left out')}")
             elif not found:
                 place = repr(f"{part}/{name}")
-                empty = f"class folder {place} of {where} has no images"
+                empty = f"class folder {place} of {where} has no {images}"
                 if unread:
-                    empty += f" that can be read: {_unread(f'{part}/{name}', unread)}"
+                    empty += f" that can be read: {_unread(f'{part}/{name}', unread, wanted)}"
                 if part == LABELED:
                     problems.append(empty if unread else f"{empty}: put some there or delete it")
                 else:
@@ -211,23 +229,25 @@ def _folders(root: Path, notes: list[str], problems: list[str]) -> Rows:
         ignored += unread_in_part
         if part != LABELED and not any(row[0] == part for row in rows.values()):
             problems.append(
-                f"{part}/ of {where} has no images in class folders: "
-                + (_unread(f"{part}/", unread_in_part) if unread_in_part else "put some there")
-                + (", or delete it to have labeled images held out" if part == TEST else ", or delete it")
+                f"{part}/ of {where} has no {images} in class folders: "
+                + (_unread(f"{part}/", unread_in_part, wanted) if unread_in_part else "put some there")
+                + (f", or delete it to have labeled {images} held out" if part == TEST else ", or delete it")
             )
         stray += stray_here
     if stray:
-        notes.append(f"{many(len(stray), 'image')} outside of any class left out, the first: {stray[0]!r}")
+        notes.append(
+            f"{many(len(stray), wanted.noun)} outside of any class left out, the first: {stray[0]!r}"
+        )
     if ignored:
         notes.append(f"{many(ignored.total(), 'file')} ignored for the suffix: {suffixes(ignored)}")
     return rows
 
 
-def _unread(place: str, unread: Counter[str]) -> str:
+def _unread(place: str, unread: Counter[str], wanted: Wanted) -> str:
     """What to do with files of suffixes that are not read."""
     return (
         f"{place!r} has {many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); convert "
-        "them to JPEG or PNG"
+        f"them to {wanted.instead}"
     )
 
 
@@ -239,19 +259,19 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _folders_in(root: Path, part: str) -> tuple[list[str], list[str]]:
-    """Names of the folders in root/part, ascending, and paths of the images that lie directly in it."""
+def _folders_in(root: Path, part: str, wanted: Wanted) -> tuple[list[str], list[str]]:
+    """Names of the folders in root/part, ascending, and paths of the wanted files that lie directly in it."""
     try:
         names = sorted(filter(seen_by_people, os.listdir(root / part)))
     except OSError as error:
         raise ValueError(f"{str(root / part)!r} cannot be read ({error.strerror})") from error
     folders = [name for name in names if os.path.isdir(root / part / name)]
-    images = set(names).difference(folders)
-    return folders, sorted(posixpath.join(part, name) for name in images if _suffix(name) in SUFFIXES)
+    others = set(names).difference(folders)
+    return folders, sorted(posixpath.join(part, name) for name in others if _suffix(name) in wanted.suffixes)
 
 
-def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]) -> list[str]:
-    """Paths of the images at any depth below root/part; `ignored` counts the suffixes of other files.
+def _files_below(root: Path, part: str, wanted: Wanted, ignored: Counter[str], notes: list[str]) -> list[str]:
+    """Paths of the wanted files at any depth below root/part; `ignored` counts the suffixes of other files.
 
     A real folder is read once, under its own name before that of a link, and none that holds root/part itself.
     """
@@ -277,7 +297,7 @@ def _images_below(root: Path, part: str, ignored: Counter[str], notes: list[str]
                 links.append(path)
             elif entry.is_dir(follow_symlinks=False):
                 real.append(path)
-            elif _suffix(entry.name) not in SUFFIXES:
+            elif _suffix(entry.name) not in wanted.suffixes:
                 ignored[_suffix(entry.name)] += 1
             elif entry.is_symlink() or entry.is_file():  # a link to nothing counts: it is to be found damaged
                 found.append(path)

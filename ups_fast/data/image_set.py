@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set in memory, on the CPU: of images, or of features.
+    """A data set in memory, on the CPU: of images, of clips, or of features.
 
     train_labels are the truth: they give the labeled part its labels and serve reports on the rest.
     `labeled` holds the labeled indices into train where the data set itself decides them (npz), else None.
@@ -23,7 +23,7 @@ class ImageSet:
 
     name: str
     classes: list[str]
-    train_images: Tensor  # [N, H, W, C] uint8; features [N, d] float32 or float16
+    train_images: Tensor  # [N, H, W, C] uint8; clips [N, F, H, W, C]; features [N, d] float32 or float16
     # int64 [N], -1 where the truth is unknown; of several labels int8 [N, C]: 1, 0, or -1 where it is unknown.
     train_labels: Tensor
     test_images: Tensor  # likewise
@@ -43,28 +43,36 @@ class ImageSet:
     unreadable: Mapping[int, str] = field(default_factory=dict)  # of the training set
     test_unreadable: Mapping[int, str] = field(default_factory=dict)
     manifest: Manifest | None = None  # of files: what a run compares at every start
+    frames: int = 0  # that a network gets of a clip; 0: all of them
+    stride: int = 1  # and each of so many one
+    # int64 [N], of clips of other lengths: so many of their F frames are there, and the last one is repeated.
+    lengths: Tensor | None = None
+    test_lengths: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[C, H, W] of an image as a network gets it; [d] of features."""
+        """[C, H, W] of an image as a network gets it, [C, T, H, W] of a clip; [d] of features."""
         sizes = tuple(self.train_images.shape[1:])
-        return sizes if len(sizes) == 1 else (sizes[2], sizes[0], sizes[1])
+        if len(sizes) == 4 and self.frames:
+            sizes = (self.frames, *sizes[1:])
+        return sizes if len(sizes) == 1 else (sizes[-1], *sizes[:-1])
 
     @property
     def noun(self) -> str:
         """What its samples are called."""
-        return "row" if len(self.shape) == 1 else "image"
+        return {1: "row", 3: "image", 4: "clip"}[len(self.shape)]
 
 
-def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, H, W, C] uint8
+def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [N, .., C] uint8
     """Mean and std per channel of pixels in [0, 1], from exact sums. A constant channel gets std 1."""
-    n = images[..., 0].numel()
+    pixels = images.flatten(0, -2)  # [n, C]
+    n = len(pixels)
     total = torch.zeros(images.shape[-1], dtype=torch.int64)
     squares = torch.zeros_like(total)
-    for chunk in images.split(4096):  # a wide copy of all images at once would take gigabytes
+    for chunk in pixels.split(1 << 22):  # a wide copy of all images at once would take gigabytes
         wide = chunk.to(torch.int32)
-        total += wide.sum((0, 1, 2))
-        squares += wide.square().sum((0, 1, 2))
+        total += wide.sum(0)
+        squares += wide.square().sum(0)
     mean = tuple(s / n / 255 for s in total.tolist())
     variance = [
         (n * q - s * s) / n**2 / 255**2 for s, q in zip(total.tolist(), squares.tolist(), strict=True)

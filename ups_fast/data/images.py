@@ -1,6 +1,6 @@
 """What a run asks of images, wherever they live: `ResidentImages` on the device, `FileImages` in files.
 
-Features are images of a single dimension: `ResidentFeatures`.
+Features are images of a single dimension: `ResidentFeatures`. Clips have one more: `ResidentClips`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,21 @@ class Draws(NamedTuple):
         return index.repeat(self.passes), draw.repeat_interleave(len(index))
 
 
+def memory_format(ndim: int) -> torch.memory_format:
+    """In which order a batch of so many dimensions lies in memory: its channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return formats.get(ndim, torch.contiguous_format)
+
+
 class Images(Protocol):
     """A training or test set, read by sample id, a batch at a time.
 
-    A batch is a tensor float32 [B, C, H, W] in channels_last on the device, or [B, d], and each step writes over the
-    last one. What is drawn depends on seed, draw and sample id alone.
+    A batch is a tensor float32 [B, C, H, W] in channels_last on the device, [B, C, T, H, W] in channels_last_3d, or
+    [B, d], and each step writes over the last one. What is drawn depends on seed, draw and sample id alone.
     """
 
     device: torch.device
-    shape: tuple[int, ...]  # of an image in a batch: [C, H, W], of features [d]
+    shape: tuple[int, ...]  # of an image in a batch: [C, H, W], of a clip [C, T, H, W], of features [d]
     # Ids of images that are not there, each with a sentence: black, not to be learned from.
     unreadable: dict[int, str]
 

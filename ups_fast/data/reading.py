@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from ups_fast.data.folder import Folder, leave_out
 from ups_fast.data.image import ENOUGH, DamagedImage, picture, resize_crop
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import COARSE, PLAIN, is_plain, notes_on_looks, plain_rows
+from ups_fast.data.video import Clip, read_clip
 from ups_fast.files import RunFolderError, read_bytes, write_atomic, writing
 from ups_fast.machine import cores, memory_bytes
 
@@ -109,9 +111,9 @@ def _looks(file: str) -> list[str]:
 def _notes_on_looks(folder: Folder, odd: Mapping[int, Collection[str]]) -> list[str]:
     parts = {"labeled": folder.labeled, "unlabeled": folder.unlabeled}
     parts |= {"validation": folder.val, "test": folder.test}
-    return notes_on_looks(
-        odd, {part: ids.tolist() for part, ids in parts.items()}, lambda i: repr(folder.paths[i])
-    )
+    places = {part: ids.tolist() for part, ids in parts.items()}
+    noun = folder.listing.noun if folder.listing else "image"
+    return notes_on_looks(odd, places, lambda i: repr(folder.paths[i]), noun)
 
 
 def as_image_set(
@@ -119,11 +121,14 @@ def as_image_set(
     size: int,
     channels: int,
     *,
+    clip: Clip | None = None,
     keep: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[ImageSet, list[Damaged]]:
     """All images in memory, [size, size, channels] each, for sets that fit; and the files that could not be read.
+
+    clip  what is read of video files, in place of images: [clip.most, size, size, channels] each
 
     keep  these become black images that are told as unreadable, and no other changes its place; else they are left out.
           Then `folder` has the notes on what images look like already
@@ -137,11 +142,16 @@ def as_image_set(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     order = torch.cat([_training(folder), folder.test])
-    images = _room(len(order), size, channels)
-    pixels = images.numpy()
+    images = _room(len(order), (clip.most,) if clip else (), size, channels)
+    pixels, lengths = images.numpy(), torch.ones(len(order), dtype=torch.int64)
 
     def read(row: int, i: int) -> str | None:
         try:
+            if clip:
+                found_frames = read_clip(_file(folder, i), clip)
+                lengths[row] = n = len(found_frames)
+                pixels[row, :n], pixels[row, n:] = found_frames, found_frames[-1]
+                return None
             with picture(_file(folder, i), channels, ENOUGH * size) as found:
                 pixels[row] = resize_crop(found.pixels, size)
                 if found.coarse:
@@ -167,7 +177,7 @@ def as_image_set(
     notes = left.notes + ([] if keep else _notes_on_looks(folder, odd))
     if damaged and not keep:  # move up, one by one: a copy of all would need the memory twice
         for row, old in enumerate(old for old, i in enumerate(places) if i not in damaged):
-            pixels[row] = pixels[old]
+            pixels[row], lengths[row] = pixels[old], lengths[old]
     n = len(left.paths) - len(left.test)
     rows = {row: damaged[i] for row, i in enumerate(places) if keep and i in damaged}
     data = _image_set(
@@ -179,6 +189,8 @@ def as_image_set(
         damaged=() if keep else tuple(damaged[i] for i in sorted(damaged)),
         unreadable={row: why for row, why in rows.items() if row < n},
         test_unreadable={row - n: why for row, why in rows.items() if row >= n},
+        lengths=lengths[:n] if clip else None,
+        test_lengths=lengths[n : len(left.paths)] if clip else None,
     )
     return data, _listed(folder, damaged)
 
@@ -244,15 +256,18 @@ def _training(folder: Folder) -> Tensor:  # int64 [N]
     return torch.cat([folder.labeled, folder.unlabeled, folder.val])
 
 
-def _room(n: int, size: int, channels: int) -> Tensor:  # [n, size, size, channels] uint8
-    needed = n * size * size * channels
+def _room(
+    n: int, frames: tuple[int, ...], size: int, channels: int
+) -> Tensor:  # [n, *frames, size, size, channels]
+    needed = n * math.prod(frames) * size * size * channels
     memory = memory_bytes()
     if needed > memory:
+        noun = "clips" if frames else "images"
         raise ValueError(
-            f"{n:,} images of size={size} and channels={channels} take {needed / 2**30:,.0f} GiB, this machine has "
+            f"{n:,} {noun} of size={size} and channels={channels} take {needed / 2**30:,.0f} GiB, this machine has "
             f"{memory / 2**30:,.0f}: choose a smaller size"
         )
-    return torch.empty(n, size, size, channels, dtype=torch.uint8)
+    return torch.empty(n, *frames, size, size, channels, dtype=torch.uint8)
 
 
 def _file(folder: Folder, i: int) -> str:

@@ -21,6 +21,7 @@ from ups_fast.data.arrays import read_arrays, read_features
 from ups_fast.data.image_set import ImageSet, moments
 from ups_fast.data.looks import PLAIN, notes_on_looks, plain_rows
 from ups_fast.data.mosaics import mosaics_of
+from ups_fast.data.moving_digits import moving
 from ups_fast.data.split import stratified_split
 from ups_fast.files import home
 from ups_fast.machine import memory_bytes
@@ -32,14 +33,17 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
 
     digits         the 1,797 8x8 handwritten digits that scikit-learn ships; root is not used
     mosaics        two by two of them in an image of 16x16, which has several labels; likewise
+    moving_digits  clips of these that move: 1,437 to train and 360 to test, 8 frames of 16x16; the class is the
+                   direction
     cifar10, cifar100, svhn
                    as torchvision stores them, downloaded on first use
     fashion_mnist  the four IDX files, gzipped or not, directly in root (as Debian's dataset-fashion-mnist has
                    them) or as torchvision stores them; otherwise downloaded
     npz            root is the user's .npz file: images x_labeled, x_unlabeled, x_test (uint8 [N, H, W],
-                   [N, H, W, 1] or [N, H, W, 3]), labels y_labeled, y_test (integers 0..K-1); perhaps x_val and y_val,
-                   images for validation; and, where the truth of unlabeled images is known, y_unlabeled (-1: unknown
-                   for this image). Of several labels all of them are [N, C]: 1, 0, or -1 where it is unknown
+                   [N, H, W, 1] or [N, H, W, 3]; clips [N, T, H, W, 1] or [N, T, H, W, 3]), labels y_labeled, y_test
+                   (integers 0..K-1); perhaps x_val and y_val, images for validation; and, where the truth of
+                   unlabeled images is known, y_unlabeled (-1: unknown for this image). Of several
+                   labels all of them are [N, C]: 1, 0, or -1 where it is unknown
     features       the same with rows of numbers in place of images: float32 or float16 [N, d]; or root is an .npy or
                    .parquet file of all rows, with a CSV file of their labels beside it. Without test rows,
                    `test_share` of the labeled ones is held out, drawn by `seed`
@@ -49,6 +53,7 @@ def load_set(name: str, root: str, *, test_share: float = 0.2, seed: int = 0) ->
     readers: dict[str, Callable[[Path], ImageSet]] = {
         "digits": _digits,
         "mosaics": lambda root: mosaics_of(_digits(root)),
+        "moving_digits": lambda root: moving(_digits(root)),
         "cifar10": _cifar10,
         "cifar100": _cifar100,
         "svhn": _svhn,
@@ -75,9 +80,10 @@ def _looked_at(data: ImageSet) -> ImageSet:
 
     def name(i: int) -> str:
         part, ids = next(each for each in parts.items() if i in each[1])
-        return f"{part} image {i - ids.start:,}"
+        return f"{part} {data.noun} {i - ids.start:,}"
 
-    return replace(data, notes=(*data.notes, *notes_on_looks({i: [PLAIN] for i in rows}, parts, name)))
+    looks = notes_on_looks({i: [PLAIN] for i in rows}, parts, name, data.noun)
+    return replace(data, notes=(*data.notes, *looks))
 
 
 # --- digits -------------------------------------------------------------------------------------------------

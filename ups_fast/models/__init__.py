@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ups_fast.models.backbone import LIBRARIES, Backbone
+from ups_fast.models.backbone import LIBRARIES, VIDEO, VIDEO_NAMES, Backbone
+from ups_fast.models.clips import Conv2Plus1D
 from ups_fast.models.cnn13 import CNN13
 from ups_fast.models.dropouts import KINDS, DropBlock, SpatialDropout, has_maps
 from ups_fast.models.ensemble import Ensemble
@@ -27,6 +28,7 @@ __all__ = [
     "KINDS",
     "MLP",
     "Backbone",
+    "Conv2Plus1D",
     "DropBlock",
     "Dropout",
     "Ensemble",
@@ -48,6 +50,7 @@ def build(
     n_classes: int,
     channels: int = 0,
     size: int | Sequence[int] = 0,
+    frames: int = 0,
     columns: int = 0,
     heads: int = 1,
     dropout: float,
@@ -66,7 +69,10 @@ def build(
                  with d = 6n + 2 (such as "shake-26-2x96d") or "resnext-d-cxwd" with d = 9n + 2 (such as
                  "resnext-29-8x64d"), see `ShakeShake` and `ResNeXt`; for real images "torchvision:NAME" or
                  "timm:NAME", an image classifier of that library, or "lite0", "lite1" or "lite2", see `Backbone`; for
-                 features "linear" or "mlp-w[-w...]" with hidden layers of these widths (such as "mlp-256")
+                 features "linear" or "mlp-w[-w...]" with hidden layers of these widths (such as "mlp-256");
+                 for clips "conv2plus1d-w" with w channels in its first block, at most 512, or "video:NAME" with
+                 torchvision's name, or "r3d_18", "r2plus1d_18" or "mc3_18"
+    frames       of clips, at least 2: the network takes float32 [B, channels, frames, H, W]; 0: of images
     columns      of features, in place of channels and size: the network takes float32 [B, columns]
     heads        that many networks side by side, each with weights of its own: see `MLP`, and on images `Ensemble`
     channels     1 or 3
@@ -81,7 +87,7 @@ def build(
                  Shake-Shake ReLU.
     bn_momentum  in (0, 1]. The published WRN has 0.001; its running statistics need thousands of steps before
                  eval mode means anything, so short runs want the default. Not for a `Backbone`.
-    weights      networks of torchvision and timm only: file of pretrained weights, "" for none
+    weights      networks of torchvision and timm, video:NAME too, only: file of pretrained weights, "" for none
     freeze       these only, too: the network is never trained, but `head`, a network on its features, see `Frozen`
     input_size   with freeze: the length to which the shorter side of the images is scaled. 0: as they are
 
@@ -106,9 +112,15 @@ def build(
         raise ValueError(f"preact must be 'published' or 'fixed', got {preact!r}")
     if activation not in ("mish", "leaky_relu"):
         raise ValueError(f"activation must be 'mish' or 'leaky_relu', got {activation!r}")
+    if name in VIDEO_NAMES:
+        name = f"{VIDEO}:{name}"
+    if frames and (frames < 2 or columns):
+        raise ValueError(f"frames must be at least 2, and 0 for features and images, got {frames}")
     library = name.partition(":")[0] if ":" in name else ""
-    if weights and library not in LIBRARIES:
-        raise ValueError(f"weights are for torchvision:NAME and timm:NAME alone, got {weights} for {name}")
+    if weights and library not in (*LIBRARIES, VIDEO):
+        raise ValueError(
+            f"weights are for torchvision:NAME, timm:NAME and video:NAME alone, got {weights} for {name}"
+        )
 
     if widths_of(head) is None:
         raise ValueError(f"head must be linear or mlp-WIDTH, such as mlp-128, got {head!r}")
@@ -121,6 +133,9 @@ def build(
     if (widths is not None) != bool(columns):
         fits = "linear or mlp-WIDTH, such as mlp-256" if columns else "another: this one is for features"
         raise ValueError(f"name must be {fits}, got {name!r} for {'features' if columns else 'images'}")
+    if (library == VIDEO or name.startswith("conv2plus1d-")) != bool(frames):
+        fits = "conv2plus1d-WIDTH or video:NAME" if frames else "another: this one is for clips"
+        raise ValueError(f"name must be {fits}, got {name!r} for {'clips' if frames else 'images'}")
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     if widths is not None:
@@ -134,6 +149,7 @@ def build(
             n_classes=n_classes,
             channels=channels,
             size=(height, width),
+            frames=frames,
             dropout=dropout,
             dropout_kind=dropout_kind,
             preact=preact,
@@ -161,8 +177,11 @@ def build(
         "bn_momentum": bn_momentum,
     }
     numbers = [int(each) for each in re.findall("[0-9]{1,9}", name)]
-    if pretrained:
-        model = Backbone(name, n_classes, channels, (height, width), dropout=dropout, weights=weights)
+    if pretrained or library == VIDEO:
+        shape = (frames, height, width) if frames else (height, width)
+        model = Backbone(name, n_classes, channels, shape, dropout=dropout, weights=weights)
+    elif re.fullmatch(f"conv2plus1d-{_NUMBER}", name):
+        model = Conv2Plus1D(numbers[2], n_classes, channels, frames, dropout=dropout, bn_momentum=bn_momentum)
     elif name == "cnn13":
         model = CNN13(n_classes, channels, **common)
     elif re.fullmatch(f"shake-{_NUMBER}-2x{_NUMBER}d", name):
@@ -185,8 +204,9 @@ def build(
     else:
         raise ValueError(
             "model name must be 'cnn13' or 'wrn-d-k' (such as 'wrn-28-2'), 'shake-d-2xwd' or 'resnext-d-cxwd' (such as "
-            "'shake-26-2x96d' or 'resnext-29-8x64d'), or 'torchvision:NAME' or 'timm:NAME', or 'lite0', or for "
-            f"features 'linear' or 'mlp-w' (such as 'mlp-256'), got {name!r}"
+            "'shake-26-2x96d' or 'resnext-29-8x64d'), or 'torchvision:NAME' or 'timm:NAME', or 'lite0', for features "
+            "'linear' or 'mlp-w' (such as 'mlp-256'), or for clips 'conv2plus1d-w' (such as 'conv2plus1d-16') or "
+            f"'video:NAME', got {name!r}"
         )
 
     if min(height, width) < model.min_size:

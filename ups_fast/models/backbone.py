@@ -15,11 +15,15 @@ from ups_fast.models.pretrained import LITE, imported, library_name, load_weight
 from ups_fast.words import did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
+VIDEO = "video"  # torchvision's networks for clips
+VIDEO_NAMES = ("r3d_18", "r2plus1d_18", "mc3_18")  # of these, which need no VIDEO before them
 _SIZED = {"vit": "image_size", "maxvit": "input_size"}  # families of torchvision that are built for one size
 
 
 class Backbone(Network):
     """float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least the shorter side of `size`.
+
+    Of clips it takes [B, channels, T, H, W].
 
     Dropout by one rule for all architectures: a Dropout in front of the classifier, the last linear layer. Where
     that layer ends an nn.Sequential with dropout of its own (VGG, AlexNet), those in it act too, from the first
@@ -29,8 +33,9 @@ class Backbone(Network):
     classifier given its features.
 
     name     "torchvision:NAME" or "timm:NAME", a classifier that ends in its linear layer; or "lite0", "lite1" or
-             "lite2" with the weights that are installed
-    size     (height, width); transformers may take no other, convolutional networks all larger ones too
+             "lite2" with the weights that are installed; or for clips "video:NAME", of torchvision.models.video
+    size     (height, width), of clips (frames, height, width); transformers may take no other, convolutional networks
+             all larger ones too
     dropout  of each of these Dropouts, in [0, 1)
     weights  file of pretrained weights in the library's own names: .safetensors, or what torch.save made of a
              state_dict; "" for none, then the library's initialization from the global torch generator. A
@@ -47,7 +52,7 @@ class Backbone(Network):
         name: str,
         n_classes: int,
         channels: int,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         *,
         dropout: float,
         weights: str = "",
@@ -61,8 +66,10 @@ class Backbone(Network):
             classifier = _classifier(self.net, torch.empty(2, channels, *size, device="meta"))
         except Exception as error:  # each network has its own way to say so
             why = (str(error).splitlines() or [""])[0] or type(error).__name__
+            of = f" of {size[0]} frames" if len(size) == 3 else ""
             raise ValueError(
-                f"size: {name} cannot take {size[0]}x{size[1]} images with {channels} channels: {why}"
+                f"size: {name} cannot take {size[-2]}x{size[-1]} {'clips' if of else 'images'}{of} with {channels} "
+                f"channels: {why}"
             ) from error
         if not classifier:
             raise ValueError(
@@ -70,7 +77,7 @@ class Backbone(Network):
             )
         if weights:
             load_weights(self.net, weights, name, classifier)
-        self.min_size = min(size)
+        self.min_size = min(size[-2:])
         self.head = _cut(self.net, classifier, dropout)
 
     def prefix(
@@ -104,11 +111,11 @@ def pixel_scale(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) -> Callable[[], nn.Module]:
+def _builder(name: str, n_classes: int, channels: int, size: tuple[int, ...]) -> Callable[[], nn.Module]:
     """A function that makes the library's network; all that is wrong with the name is said here."""
     library, _, short = name.partition(":")
-    extra = {"torchvision": "train", "timm": "timm"}[library]
-    source = imported("torchvision.models" if library == "torchvision" else "timm", extra)
+    extra = {"torchvision": "train", VIDEO: "train", "timm": "timm"}[library]
+    source = imported("timm" if library == "timm" else "torchvision.models", extra)
     options: dict[str, Any] = {}
     if library == "timm":
         _check_name(name, short, source.list_models() + source.list_models(pretrained=True), "")
@@ -117,15 +124,16 @@ def _builder(name: str, n_classes: int, channels: int, size: tuple[int, int]) ->
             options["img_size"] = size
         return lambda: source.create_model(short, num_classes=n_classes, in_chans=channels, **options)
 
+    kind = source.video if library == VIDEO else source
     other = source.get_model_builder(short).__module__ if short in source.list_models() else ""
-    _check_name(name, short, source.list_models(module=source), other)
+    _check_name(name, short, source.list_models(module=kind), other)
     if (family := short.partition("_")[0]) in _SIZED:
         options[_SIZED[family]] = size[0] if family == "vit" else size  # a wrong width is found by the trial
 
     def build() -> nn.Module:
         net: nn.Module = source.get_model(short, weights=None, num_classes=n_classes, **options)
         if channels == 1:
-            first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+            first = next(module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
             first.in_channels, first.weight = 1, nn.Parameter(first.weight.detach().sum(1, keepdim=True))
         return net
 
@@ -136,7 +144,8 @@ def _check_name(name: str, short: str, names: list[str], other: str) -> None:
     if short in names:
         return
     if other:
-        raise ValueError(f"{name} is not an image classifier but of {other}")
+        what = "a classifier of clips" if name.startswith(VIDEO) else "an image classifier"
+        raise ValueError(f"{name} is not {what} but of {other}")
     hint = did_you_mean(short, names, lambda near: f"{name.partition(':')[0]}:{near}", most=3)
     raise ValueError(f"there is no network {name[:100]!r}{hint}")
 

@@ -33,7 +33,7 @@ class Chain(nn.Sequential):
 
 
 class Network(nn.Module, ABC):
-    """float32 [B, channels, H, W] -> logits float32 [B, n_classes], in two parts.
+    """float32 [B, channels, H, W], of clips [B, channels, T, H, W] -> logits float32 [B, n_classes], in two parts.
 
     `prefix` has no dropout that acts, so it is the same in every pass over an image and is computed once for all of
     them; `suffix` has the dropout. It is `embed`, which gives the features, and `classify`. With `skip`, the first so
@@ -48,13 +48,16 @@ class Network(nn.Module, ABC):
     channels: int  # 1 or 3
     size: list[int]  # [H, W], to which images must be scaled and cropped
     task: str  # "single", or "multilabel" where each class has a probability of its own
-    columns: int  # of networks on features, in place of these two
-    mean: Tensor  # float32 [channels, 1, 1], on the network's device, of pixels in [0, 1]; of features [d]
+    frames: int  # of networks on clips, T, beside these two
+    columns: int  # of networks on features, in their place
+    # float32 [channels, 1, 1], of clips [channels, 1, 1, 1], on the network's device, of pixels in [0, 1]; of
+    # features [d].
+    mean: Tensor
     std: Tensor  # likewise
 
     def forward(
         self,
-        images: Tensor,  # [B, channels, H, W]
+        images: Tensor,  # [B, channels, H, W], or [B, channels, T, H, W]
         keys: Tensor | None = None,  # int32 [B]: dropout drops by these; None: as nn.Dropout does
     ) -> Tensor:  # [B, n_classes]
         self.check(images)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ups_fast.schema import key
 
+MOST_FRAMES = 4096  # of a clip that a network gets
+
 
 @dataclass
 class ModelConfig:
@@ -13,13 +15,14 @@ class ModelConfig:
         "wrn-28-2",
         "Network: wrn-DEPTH-WIDTH (depth 10, 16, 22, 28, ...), cnn13, shake-26-2x96d or resnext-29-8x64d with any "
         "numbers that docs/data.md allows. For photographs torchvision:NAME or timm:NAME, such as "
-        "torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their weights. For "
+        "torchvision:resnet50, or lite0, lite1 or lite2, small ones that are installed with their weights. For clips "
+        "conv2plus1d-WIDTH, such as conv2plus1d-16, r3d_18, r2plus1d_18, mc3_18 or video:NAME of torchvision. For "
         "features linear or mlp-WIDTH, such as mlp-256.",
     )
     weights: str = key(
         "",
-        "File of pretrained weights for torchvision and timm networks, .safetensors or .pth. Each new network starts "
-        "from it. Empty: none.",
+        "File of pretrained weights for torchvision, timm and video networks, .safetensors or .pth. Each new network "
+        "starts from it. Empty: none.",
     )
     freeze: bool = key(
         False,

@@ -64,7 +64,7 @@ def load_weights(net: nn.Module, path: str, name: str, classifier: str) -> None:
         found = dict(zip(wanted, found.values(), strict=True))
     for key in found.keys() & wanted.keys():
         in_color = [*wanted[key].shape[:1], 3, *wanted[key].shape[2:]]
-        if wanted[key].ndim == 4 and wanted[key].shape[1] == 1 and list(found[key].shape) == in_color:
+        if wanted[key].ndim in (4, 5) and wanted[key].shape[1] == 1 and list(found[key].shape) == in_color:
             found[key] = found[key].float().sum(1, keepdim=True)
     old, new = found.get(f"{classifier}.weight"), wanted[f"{classifier}.weight"]
     replaced = old is None or (old.ndim == 2 and old.shape[1] == new.shape[1] and len(old) != len(new))

@@ -16,21 +16,21 @@ from torch import nn
 from ups_fast.files import RunFolderError, home, misfit, open_regular, write_atomic
 from ups_fast.machine import pick_device
 from ups_fast.models import KINDS, Network, build
-from ups_fast.models.options import ModelConfig
+from ups_fast.models.options import MOST_FRAMES, ModelConfig
 from ups_fast.models.pretrained import library_name
 from ups_fast.schema import keys_of
 from ups_fast.words import line_of, shown
 
 MODEL = "model.safetensors"  # in a run's folder: the network of the last round
-# What a network is made for: images, or rows of so many columns.
-_SHAPE = ("channels", "size", "columns")
+# What a network is made for: images, clips of so many frames, or rows of so many columns.
+_SHAPE = ("channels", "size", "frames", "columns")
 BEST = "best.safetensors"  # of the round of highest validation accuracy
 
 
 def rebuild(about: Mapping[str, Any]) -> Network:
     """A new network as `about` says.
 
-    It holds model (the config's values), heads, dropout_kind, classes, and channels and size, or columns.
+    It holds model (the config's values), heads, dropout_kind, classes, and its kind of samples (_SHAPE).
     """
     shape = {name: about[name] for name in _SHAPE if name in about}
     kind = about.get("dropout_kind", "dropout")
@@ -54,9 +54,9 @@ def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Network:
     """The network of a run's last finished round, in eval mode on `device`.
 
-    It takes float32 [B, channels, H, W], pixels normalized as (pixel / 255 - mean) / std, or of features float32
-    [B, d], as (feature - mean) / std. It returns logits float32 [B, n_classes]. Its attributes say what belongs to
-    it, see `Network`.
+    It takes float32 [B, channels, H, W], of clips [B, channels, T, H, W], pixels normalized as
+    (pixel / 255 - mean) / std, or of features float32 [B, d], as (feature - mean) / std. It returns logits float32
+    [B, n_classes]. Its attributes say what belongs to it, see `Network`.
 
     Args:
         run_dir: the folder of the run; ~ stands for the home folder.
@@ -100,7 +100,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
                 setattr(model, name, about[name])
         for name in ("mean", "std"):
             value = torch.tensor(about[name], dtype=torch.float32)
-            value = value if "columns" in about else value.view(-1, 1, 1)
+            ones = 0 if "columns" in about else 3 if "frames" in about else 2
+            value = value.view(-1, *[1] * ones)
             model.register_buffer(name, value, persistent=False)  # goes where the network goes
     except RunFolderError:
         raise
@@ -124,7 +125,7 @@ def _check_about(about: Any) -> None:
     columns, n = about.get("columns"), about.get("channels")
     if columns is None and (type(n) is not int or n not in (1, 3)):
         raise ValueError("channels in its metadata is neither 1 nor 3")
-    for name, highest in (("columns", 10**7), ("heads", 1000)):
+    for name, highest in (("columns", 10**7), ("heads", 1000), ("frames", MOST_FRAMES)):
         if name in about and not (type(about[name]) is int and 1 <= about[name] <= highest):
             raise ValueError(f"{name} in its metadata is no possible number")
     if about.get("dropout_kind", "dropout") not in tuple(KINDS):  # it may be a list

@@ -115,7 +115,7 @@ def examples(
     task = task_of(data.train_labels)
     entries, truth = task.entries(found, truth)
     labels = _Labels(entries, truth, data.classes, data, review, first, task is MULTI)
-    pictures = data.noun == "image"
+    pictures = len(data.shape) > 1
     most = IMAGES if pictures else ROWS
     makers = (_by_class, _least_certain, _rejected, _confusions, _suspects, _unfamiliar)
     sections = [section for make in makers for section in make(labels, most)]

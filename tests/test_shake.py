@@ -297,8 +297,8 @@ def test_a_stopped_run_goes_on_and_its_network_predicts(name, tmp_path, monkeypa
     words = [
         f"model.name={name}",
         "train.rounds=2",
-        "train.epochs=2",
-        "train.round0_epochs=2",
+        "train.epochs=6",
+        "train.round0_epochs=6",
         "select.passes=3",
     ]
     words += ["device=cpu", "threads=1", "report.baselines=false", "select.mc_layers=2", "select.heads=1"]
@@ -308,7 +308,7 @@ def test_a_stopped_run_goes_on_and_its_network_predicts(name, tmp_path, monkeypa
     step, steps = TrainStep._step, count()
 
     def interrupted(self: TrainStep) -> None:
-        if next(steps) == 5:
+        if next(steps) == 8:  # in the second round
             raise KeyboardInterrupt
         step(self)
 

@@ -30,7 +30,11 @@ BEST = "best.safetensors"  # of the round of highest validation accuracy
 def rebuild(about: Mapping[str, Any]) -> Network:
     """A new network as `about` says: model (the config's values), heads, classes, and channels and size, or columns."""
     shape = {name: about[name] for name in _SHAPE if name in about}
-    return build(n_classes=len(about["classes"]), heads=about.get("heads", 1), **shape, **about["model"])
+    network = build(n_classes=len(about["classes"]), heads=about.get("heads", 1), **shape, **about["model"])
+    for each in network.modules():
+        if isinstance(each, Network):
+            each.several = about.get("task") == "multilabel"
+    return network
 
 
 def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best: bool = False) -> None:

@@ -144,8 +144,8 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             X: float [n, d], features; or uint8 [n, H, W] or [n, H, W, 3], images.
-            y: [n], labels, all strings or all numbers; -1 (or "-1" among strings) for samples without one. Or of several
-                labels integers [n, C], C at least 2: 1, 0, or -1 where it is not known.
+            y: [n], labels, all strings or all numbers; -1 (or "-1" among strings) for samples without one. Or of
+                several labels integers [n, C], C at least 2: 1, 0, or -1 where it is not known.
 
         Returns:
             The estimator.

@@ -113,7 +113,8 @@ def cell_precision(
 
     >>> sure, unsure = torch.full((40,), 0.9), torch.full((40,), 0.6)
     >>> confidence, right = torch.cat([sure, unsure]), torch.arange(80) < 60
-    >>> cell_precision((confidence, torch.zeros(80)), right, (torch.tensor([0.95, 0.5]), torch.zeros(2))).round(decimals=2)
+    >>> new = torch.tensor([0.95, 0.5]), torch.zeros(2)
+    >>> cell_precision((confidence, torch.zeros(80)), right, new).round(decimals=2)
     tensor([0.9500, 0.5500])
     """
     if not len(right):

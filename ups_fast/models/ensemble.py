@@ -32,7 +32,7 @@ class Ensemble(Network):
         return torch.stack([each.prefix(images, skip) for each in self.networks])
 
     def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
-        return mean_answer(self._each(hidden, keys, skip))
+        return mean_answer(self._each(hidden, keys, skip), self.several)
 
     def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:  # [B, H * D]
         parts = zip(self.networks, hidden, self._keys(keys), strict=True)
@@ -40,7 +40,7 @@ class Ensemble(Network):
 
     def classify(self, features: Tensor) -> Tensor:
         parts = zip(self.networks, features.chunk(self.heads, 1), strict=True)
-        return mean_answer(torch.stack([each.classify(its) for each, its in parts]))
+        return mean_answer(torch.stack([each.classify(its) for each, its in parts]), self.several)
 
     def members(self, images: Tensor, keys: Tensor | None) -> Tensor:
         self.check(images)

@@ -78,7 +78,9 @@ class Frozen(Network):
     def new_head(self) -> MLP:
         """One of new weights, from torch's generator."""
         widths, columns, n_classes, dropout = self._head
-        return MLP(widths, columns, n_classes, dropout=dropout, heads=self.heads)
+        head = MLP(widths, columns, n_classes, dropout=dropout, heads=self.heads)
+        head.several = self.several
+        return head
 
     def with_head(self, head: nn.Module) -> Frozen:
         """This network, its head with the weights of that one."""

@@ -64,7 +64,7 @@ class MLP(Network):
         return self._run(x, None, 0, skip) if skip else x
 
     def suffix(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
-        return mean_answer(self._run(hidden, self._keys(keys), skip, len(self.layers)))
+        return mean_answer(self._run(hidden, self._keys(keys), skip, len(self.layers)), self.several)
 
     def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:
         """Of several heads, the mean."""
@@ -72,7 +72,7 @@ class MLP(Network):
         return self._enter(last, self._run(hidden, keys, skip, last), keys).mean(0)
 
     def classify(self, features: Tensor) -> Tensor:
-        return mean_answer(self.layers[-1](features[None].expand(self.heads, -1, -1)))
+        return mean_answer(self.layers[-1](features[None].expand(self.heads, -1, -1)), self.several)
 
     def members(self, images: Tensor, keys: Tensor | None) -> Tensor:
         return self._run(self.prefix(images), self._keys(keys), 0, len(self.layers))

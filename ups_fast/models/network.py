@@ -42,6 +42,7 @@ class Network(nn.Module, ABC):
 
     min_size: int  # of height and width
     heads = 1  # networks side by side, each with weights of its own
+    several = False  # labels: each class has a probability of its own
 
     # What belongs to a trained network. Only the networks that `ups_fast.load_model` returns have these.
     classes: list[str]  # names, C of them
@@ -141,8 +142,11 @@ def keys_by_head(keys: Tensor, heads: int) -> Tensor:  # int32 [B] -> [H * B]
     return dropout_keys(keys.long().repeat(heads) & 0xFFFFFFFF, seed=0, draw=head)
 
 
-def mean_answer(logits: Tensor) -> Tensor:  # [H, B, C] -> [B, C]
-    """The logarithm of the heads' mean probability."""
+def mean_answer(logits: Tensor, several: bool = False) -> Tensor:  # [H, B, C] -> [B, C]
+    """The logarithm of the heads' mean probability; of several labels what the sigmoid makes the mean of theirs."""
     if len(logits) == 1:
         return logits[0]
+    if several:
+        yes, no = (torch.nn.functional.logsigmoid(each).logsumexp(0) for each in (logits, -logits))
+        return yes - no
     return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))

@@ -35,7 +35,13 @@ def rebuild(about: Mapping[str, Any]) -> Network:
     shape = {name: about[name] for name in _SHAPE if name in about}
     kind = about.get("dropout_kind", "dropout")
     heads = about.get("heads", 1)
-    return build(n_classes=len(about["classes"]), heads=heads, dropout_kind=kind, **shape, **about["model"])
+    network = build(
+        n_classes=len(about["classes"]), heads=heads, dropout_kind=kind, **shape, **about["model"]
+    )
+    for each in network.modules():
+        if isinstance(each, Network):
+            each.several = about.get("task") == "multilabel"
+    return network
 
 
 def save_model(folder: Path, model: nn.Module, about: Mapping[str, Any], *, best: bool = False) -> None:

@@ -499,7 +499,7 @@ def test_config_files_load_and_say_only_what_differs(path):
 
 
 def test_the_files_have_names_of_their_own():
-    assert len({path.stem for path in FILES}) == len(FILES) == 33
+    assert len({path.stem for path in FILES}) == len(FILES) == 36
 
 
 @pytest.mark.parametrize(

@@ -237,10 +237,9 @@ def _images(arrays: dict[str, np.ndarray], key: str) -> Tensor:  # [N, H, W, C] 
         order = "(0, 2, 3, 4, 1)" if array.shape[1] == 3 else "(0, 1, 3, 4, 2)"
         raise ValueError(f"{key} must have its channels last, got {got}: use {key}.transpose{order}")
     if array.dtype != np.uint8 or not (array.ndim == 3 or channels_last):
-        raise ValueError(
-            f"{key} must be uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], or clips [N, T, H, W, 1] or "
-            f"[N, T, H, W, 3], got {got}"
-        )
+        kinds = "images [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+        kinds = "clips [N, T, H, W, 1] or [N, T, H, W, 3]" if array.ndim == 5 else kinds
+        raise ValueError(f"{key} must be uint8 {kinds}, got {got}")
     if array.size == 0:
         raise ValueError(f"{key} must not be empty, got {got}")
     if array.ndim == 5 and array.shape[1] == 1:

@@ -22,8 +22,8 @@ from benchmarks import features, record
 from ups_fast import config
 from ups_fast.build import Run, prepare
 from ups_fast.data import load_set
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.rounds import rounds
-from ups_fast.selection import PseudoLabels
 
 ROOT = Path(__file__).parents[1]
 RECORD = record.RESULTS / "uncertainty.jsonl"

@@ -24,9 +24,9 @@ from test_rounds import one_thread
 from ups_fast import study, workers
 from ups_fast.calibration import KAPPAS, TAUS, by_confidence, by_limit, error_cells, report
 from ups_fast.files import InUse
+from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report import study_figure
 from ups_fast.report.study_page import Table, study_page
-from ups_fast.selection import PseudoLabels
 from ups_fast.study_file import read
 from ups_fast.trials import check, record_of
 from ups_fast.workers import News, run_trials

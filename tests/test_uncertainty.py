@@ -32,7 +32,8 @@ from ups_fast.models import DropBlock, Ensemble, Network, SpatialDropout, build
 from ups_fast.models.saved import load_model
 from ups_fast.policy import Policy
 from ups_fast.predict import Predictor
-from ups_fast.selection import PseudoLabels, passes_over, pseudo_label
+from ups_fast.pseudo_labels import PseudoLabels
+from ups_fast.selection import passes_over, pseudo_label
 
 __all__ = ["one_thread"]  # the fixture
 MAPS = [SpatialDropout, DropBlock]

@@ -122,7 +122,10 @@ def npz(path: Path, **changes: Any) -> Path:
         (lambda x: x[:, :1], "x_labeled must be clips of at least two frames, got uint8 [8, 1, 10, 10, 1]"),
         (lambda x: np.repeat(x, 3, 4).transpose(0, 4, 1, 2, 3), "x_labeled.transpose(0, 2, 3, 4, 1)"),
         (lambda x: np.repeat(x, 3, 4).transpose(0, 1, 4, 2, 3), "x_labeled.transpose(0, 1, 3, 4, 2)"),
-        (lambda x: x.astype(np.float32), "must be uint8 clips [N, T, H, W, 1] or [N, T, H, W, 3], got float32"),
+        (
+            lambda x: x.astype(np.float32),
+            "must be uint8 clips [N, T, H, W, 1] or [N, T, H, W, 3], got float32",
+        ),
         (lambda x: x[:, :4], "all images must have one size and number of channels"),
         (lambda x: x[:0], "x_labeled must not be empty"),
     ],

@@ -409,7 +409,8 @@ def test_the_commands_from_a_table_to_labels(tmp_path: Path, capfd: pytest.Captu
         csv.writer(file).writerows([["path", "labels", "split"], *rows])
     (tmp_path / "c.yaml").write_text(
         f"data: {{name: folder, root: {tmp_path}/t.csv, size: 8, channels: 1}}\n"
-        "model: {name: wrn-10-1, dropout: 0.1}\ntrain: {rounds: 1, epochs: 3, batch_size: 12}\nthreads: 1\ndevice: cpu\n"
+        "model: {name: wrn-10-1, dropout: 0.1}\ntrain: {rounds: 1, epochs: 3, batch_size: 12}\n"
+        "threads: 1\ndevice: cpu\n"
     )
     words = [str(tmp_path / "c.yaml"), f"run_dir={tmp_path}-run"]
     assert train.main(words) == 0 and train.main(words) == 0

@@ -192,7 +192,10 @@ def objects(y: np.ndarray, first: object) -> np.ndarray:
         (lambda y: np.full_like(y, -1), "y must hold at least two classes beside -1 .*, got no label"),
         (lambda y: np.where(y > 0, -1, y), "at least two classes beside -1 .*, got only the class 0"),
         (lambda y: y[:-1], "inconsistent numbers of samples"),
-        (lambda y: y[:, None].repeat(2, 1), "should be a 1d array"),
+        (
+            lambda y: y[:, None].repeat(2, 1),
+            "y must hold 1, 0 and, where it is not known, -1, got 2 in row 4",
+        ),
         (lambda y: np.where(y == 0, 0.5, y), "Unknown label type"),
         (lambda y: np.where(y == 0, np.nan, y), "NaN"),
         (lambda y: objects(y, None), "y must hold strings or numbers, and -1 .*, got None at place 0"),

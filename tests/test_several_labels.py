@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score
 from test_rounds import tiny_config
 from torch import Tensor
 
-from ups_fast import checkpoint, rounds
+from ups_fast import UPSClassifier, checkpoint, predict, rounds, train
 from ups_fast.build import prepare
 from ups_fast.data import ImageSet, load_set, scan, split_label_sets
 from ups_fast.data.label_sets import marks_of, read_names
@@ -369,6 +369,7 @@ def test_what_cannot_work_leaves_no_folder(changes: dict[str, Any], said: str, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["supervised", "self_training"])
 def test_other_methods(name: str, tmp_path: Path) -> None:
     cfg = config(tmp_path / "run", method__name=name, train__rounds=1)
@@ -393,3 +394,60 @@ def test_unreadable_images_are_selected_for_nothing() -> None:
     entries, truth = MULTI.entries(found, torch.tensor([[1, 0], [1, 1], [-1, 1]], dtype=torch.int8))
     assert entries.label.tolist() == [0, 1, -1, -1, 0, 1] and truth.tolist() == [0, 2, 0, 1, -1, 1]
     assert not MULTI.impossible(found, 2) and MULTI.impossible(replace(found, negative=parts[2]), 2)
+
+
+@pytest.mark.slow
+def test_the_commands_from_a_table_to_labels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Train on a CSV table of label sets, again without training, then label one of its files, which need no label."""
+    data, rows = tiny(), []
+    for i in range(30):
+        Image.fromarray(data.test_images[i, ..., 0].numpy()).save(tmp_path / f"{i}.png")
+        marks = data.test_labels[i].tolist()
+        names = ";".join(name for name, mark in zip(data.classes, marks, strict=True) if mark)
+        rows.append([f"{i}.png", (names or ";") * (i < 20), "test" * (12 <= i < 20)])
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "labels", "split"], *rows])
+    (tmp_path / "c.yaml").write_text(
+        f"data: {{name: folder, root: {tmp_path}/t.csv, size: 8, channels: 1}}\n"
+        "model: {name: wrn-10-1, dropout: 0.1}\ntrain: {rounds: 1, epochs: 3, batch_size: 12}\n"
+        "threads: 1\ndevice: cpu\n"
+    )
+    words = [str(tmp_path / "c.yaml"), f"run_dir={tmp_path}-run"]
+    assert train.main(words) == 0 and train.main(words) == 0
+    folder = Path(f"{tmp_path}-run")
+    assert "all rounds are done" in capfd.readouterr().out
+    with open(folder / "pseudo_labels.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 10 and {row["path"] for row in found} == {f"{i}.png" for i in range(20, 30)}
+    for row in found:
+        n = len([name for name in row["labels"].split(";") if name])
+        assert len(row["confidence"].split()) == len(row["std"].split()) == len(row["positive"].split()) == n
+    page = (folder / "report.html").read_text()
+    assert "test mAP" in page and "test AP" in page and "Baselines" not in page
+    assert {"suspects.csv", "next_to_label.csv"} <= {each.name for each in folder.iterdir()}
+    assert predict.main([str(folder), str(tmp_path / "25.png"), "--out", f"{tmp_path}.csv"]) == 0
+    head, line = Path(f"{tmp_path}.csv").read_text().splitlines()
+    assert head == "path,labels,confidence,std,positive,negative,error" and line.endswith(",")
+    rows[0][1] = "top;middle;bottom"
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "labels", "split"], *rows])
+    assert train.main(words) == 2
+    assert "1 file has another class or part (such as '0.png'" in capfd.readouterr().err
+
+
+def test_the_estimator() -> None:
+    data = tiny()
+    X = data.train_images.flatten(1).float().numpy()
+    y = data.train_labels.numpy().astype(np.int64)
+    truth = y.copy()
+    y[20:] = -1
+    model = UPSClassifier(rounds=2, steps=40, heads=2, passes=4, random_state=0, n_jobs=1).fit(X, y)
+    known = y >= 0
+    assert (model.transduction_[known] == y[known]).all() and model.transduction_.dtype == y.dtype
+    p = model.predict_proba(X)
+    assert p.shape == (60, 3) and (model.predict(X) == (p >= 0.5)).all()
+    assert (model.predict(X)[20:] == truth[20:]).mean() > 0.7
+    assert model.positive_.shape == model.negative_.shape == model.std_.shape == (60, 3)
+    assert (model.confidence_[known] == 1).all() and not (model.positive_ & model.negative_).any()
+    with pytest.raises(ValueError, match="y must hold a 1 of at least one class"):
+        UPSClassifier().fit(X, np.zeros_like(y))

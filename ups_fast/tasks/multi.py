@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -34,7 +35,11 @@ class MultiLabel(Task):
     # Labeling ----------------------------------------------------------------------------------------------
 
     def select(self, logits: Tensor, limits: Mapping[str, float]) -> tuple[Tensor, ...]:
-        return mc_select_multilabel(logits, **limits, packed=True)
+        with (
+            warnings.catch_warnings()
+        ):  # those of a network that has learned little may look like probabilities
+            warnings.filterwarnings("ignore", "logits look like probabilities")
+            return mc_select_multilabel(logits, **limits, packed=True)
 
     def record(self, index: Tensor, parts: Any, gone: Tensor | None = None) -> MultiPseudoLabels:
         confidence, std, positive, negative = parts

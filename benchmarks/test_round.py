@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from ups_fast.data import ImageSet, ResidentImages
 from ups_fast.fullgraph import fullgraph
-from ups_fast.selection import passes_over, pseudo_label
+from ups_fast.selection import labeling_rows, passes_over, pseudo_label
 
 PASSES = 10
-BATCH = 8192 if GPU else 512  # rows through our network at once: the default leaves a GPU idle
 WORKERS = (
     (os.cpu_count() or 1) if GPU else 0
 )  # a few images on a CPU: starting a worker takes longer than they do
@@ -43,12 +42,12 @@ def test_label(benchmark, device, model, n, name):
     images = pixels(n)
     if name == "published":
         loader = DataLoader(marked(images, published.clean_transform(MEAN, STD)), 512, num_workers=WORKERS)
-        call = lambda: published.pseudo_label(net, loader, device, passes=PASSES)  # noqa: E731
+        call = lambda: published.label(net, loader, device, passes=PASSES)  # noqa: E731
     else:
         net = net.to(memory_format=torch.channels_last)
         resident = ResidentImages(images, mean=MEAN, std=STD, device=device)
-        index = torch.arange(n, device=device)
-        kwargs = {"passes": PASSES, "batch_size": BATCH, "forward": fullgraph(passes_over) if GPU else None}
+        index, rows = torch.arange(n, device=device), labeling_rows(torch.device(device), (3, 32, 32))
+        kwargs = {"passes": PASSES, "batch_size": rows, "forward": fullgraph(passes_over) if GPU else None}
         call = lambda: pseudo_label(net, resident, index, **kwargs).cpu()  # noqa: E731
     benchmark.extra_info["images"] = n
     measure(benchmark, f"label {device} {model} N={n} P={PASSES}", name, call, device, rounds=3)
@@ -113,7 +112,7 @@ def our_round(images, labels, epochs, size, device):
             data=DataConfig(name="npz", flip=True, crop=4, ops="published", jitter=0.4, cutout=16),
             model=ModelConfig(preact="published"),
             train=TrainConfig(rounds=1, epochs=epochs, batch_size=size, weight_decay=0.0),
-            select=SelectConfig(passes=PASSES, balance_rounds=1, batch_size=BATCH),
+            select=SelectConfig(passes=PASSES, balance_rounds=1),
         )
         validate(cfg)
         return run(cfg, data, console=Console(quiet=True))

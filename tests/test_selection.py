@@ -18,7 +18,7 @@ from ups_fast.models import Dropout, Network, build
 from ups_fast.policy import Policy
 from ups_fast.pseudo_labels import PseudoLabels, balance, drop_negatives
 from ups_fast.reference import dropout_keys
-from ups_fast.selection import mc_dropout, passes_over, pseudo_label
+from ups_fast.selection import labeling_rows, mc_dropout, passes_over, pseudo_label
 
 INF = math.inf
 
@@ -408,3 +408,13 @@ def test_a_single_pass_balances_by_confidence() -> None:
 def test_drop_negatives_clears_all_words() -> None:
     negative = torch.tensor([[1, -1], [2, 3]], dtype=torch.int32)
     assert drop_negatives(negative, torch.tensor([True, False])).tolist() == [[0, 0], [2, 3]]
+
+
+def test_rows_of_a_device() -> None:
+    """Never more memory than 512 small images take on a CPU, and one at least."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    sizes = (8, 28, 32, 64, 96, 224, 512, 4000)
+    assert [labeling_rows(cpu, (3, each, each)) for each in sizes] == [1536, 125, 96, 24, 10, 8, 2, 1]
+    assert [labeling_rows(gpu, (1, each, each)) for each in (32, 224)] == [8192, 167]
+    assert [labeling_rows(cpu, (each,)) for each in (1, 256, 4096)] == [2048, 2048, 128]
+    assert labeling_rows(cpu, (3, 8, 16, 16)) == 48  # clips: as many pixels

@@ -258,7 +258,7 @@ class SelectConfig:
     batch_size: int = key(
         0,
         "Rows in a labeling batch: images times passes. Changes memory and speed, not the method. 0: by device and "
-        "image size, 512 on a CPU and 8192 on a GPU for 32x32.",
+        "image size, 96 on a CPU and 8192 on a GPU for 32x32.",
         within="[0, 1000000]",
     )
 

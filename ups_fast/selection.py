@@ -145,8 +145,9 @@ def labeling_rows(device: torch.device, shape: Sequence[int]) -> int:
     """How many images [C, H, W], clips [C, T, H, W] or rows [d] a device takes at once, without gradients.
 
     No results depend on it. On a CPU 96 images of 32x32: what a layer makes of these stays in the caches, and below the
-    32 MiB above which glibc returns memory with each tensor, so that each layer would fault its pages in again. Large images go eight at a time
-    where these do not need more memory than 512 small ones, as the weights are read anew for each batch.
+    32 MiB above which glibc returns memory with each tensor, so that each layer would fault its pages in again. Large
+    images go eight at a time where these do not need more memory than 512 small ones, as the weights are read anew for
+    each batch.
     """
     images = len(shape) > 1
     size = math.prod(shape[1:] if images else (max(256, shape[0]),))

@@ -339,7 +339,7 @@ def moments(images: Tensor) -> tuple[list[float], list[float]]:
 def test_unknown_set_lists_what_there_is():
     with pytest.raises(
         ValueError,
-        match="digits, mosaics, cifar10, cifar100, svhn, fashion_mnist, npz, features, got 'mnist'",
+        match="digits, mosaics, moving_digits, cifar10, cifar100, svhn, fashion_mnist, npz, features, got 'mnist'",
     ):
         load_set("mnist", "data")
 

@@ -29,10 +29,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_rounds import one_thread, tiny_config, tiny_set
 
-from ups_fast import checkpoint, display, files, rounds, selection
+from ups_fast import checkpoint, display, files, rounds
 from ups_fast.checkpoint import RunFolderError, open_folder, write_atomic
 from ups_fast.display import TensorBoard
 from ups_fast.methods import Method
+from ups_fast.tasks import single
 
 __all__ = ["one_thread"]  # the fixture
 SPAWN = multiprocessing.get_context("forkserver")
@@ -86,7 +87,7 @@ def limit_files(*args: Any) -> None:
 
 CALLS = {
     "step": Method,
-    "mc_select": selection,  # once to test the network, then once per batch of labeling
+    "mc_select": single,  # once to test the network, then once per batch of labeling
     "fsync": os,  # twice per file written
     "replace": os,  # once per file written
 }
@@ -442,8 +443,8 @@ def test_a_damaged_or_foreign_checkpoint(
         ({"rows": [{}]}, "rows"),
         ({"rows": None}, "rows"),
         ({"pseudo_labels": None}, "pseudo_labels"),
-        ({"pseudo_labels": {"index": torch.zeros(3)}}, "pseudo_labels"),
-        ({"unlabeled": torch.arange(3)}, "pseudo_labels"),
+        ({"pseudo_labels": {"index": torch.zeros(3)}}, r"pseudo_labels \(the list of its parts\)"),
+        ({"unlabeled": torch.arange(3)}, "unlabeled, which is not the split that config and data give,"),
         ({"labeled": torch.zeros(3)}, "labeled, unlabeled or val"),
         ({"labeled": "abc"}, "labeled, unlabeled or val"),
         ({"seconds": float("nan")}, "seconds or loss"),

@@ -457,7 +457,7 @@ def test_weights_of_another_network_or_place(pretrained, tmp_path):
     for nowhere in (tmp_path / "nowhere.pth", tmp_path, "https://example.com/a.pth", "x" * 5000):
         with pytest.raises(ValueError, match="weights: there is no file"):
             make(weights=str(nowhere))
-    with pytest.raises(ValueError, match="weights are for torchvision:NAME and timm:NAME alone"):
+    with pytest.raises(ValueError, match="weights are for torchvision:NAME, timm:NAME and video:NAME alone"):
         build("cnn13", n_classes=5, channels=3, size=32, dropout=0.3, weights=str(path))
 
 

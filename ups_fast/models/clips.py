@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network
+from ups_fast.models.network import Blocks, Dropout, initialize
 
 MOST_WIDTH = 512
 
@@ -33,7 +33,7 @@ class _Block(nn.Module):
         return shortcut + branch
 
 
-class Conv2Plus1D(Network):
+class Conv2Plus1D(Blocks):
     """float32 [B, channels, T, H, W] -> logits float32 [B, n_classes], H and W at least 8, T at least 2.
 
     The first convolution halves the space. Three blocks of `width`, 2 and 4 times `width` channels follow, of which
@@ -63,24 +63,4 @@ class Conv2Plus1D(Network):
             nn.Flatten(),
         )
         self.linear = nn.Linear(widths[-1], n_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.xavier_normal_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def prefix(self, images: Tensor, skip: int = 0) -> Tensor:
-        hidden: Tensor = self.stem(images)
-        for block in self.blocks[:skip]:
-            hidden = block(hidden, None)
-        return hidden
-
-    def embed(self, hidden: Tensor, keys: Tensor | None, skip: int = 0) -> Tensor:  # [B, 4 width]
-        for block in self.blocks[skip:]:
-            hidden = block(hidden, keys)
-        features: Tensor = self.head(hidden)
-        return features
-
-    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
-        logits: Tensor = self.linear(features)
-        return logits
+        initialize(self, self.linear)

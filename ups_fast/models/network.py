@@ -111,6 +111,41 @@ class Network(nn.Module, ABC):
         """The last linear layer."""
 
 
+class Blocks(Network):
+    """A stem without dropout, blocks called as block(hidden, keys) with a Dropout each, a head, and a linear layer."""
+
+    stem: nn.Module
+    blocks: nn.ModuleList
+    head: nn.Module  # -> [B, D]
+    linear: nn.Linear
+
+    def prefix(
+        self,
+        images: Tensor,  # [B, channels, ..]
+        skip: int = 0,
+    ) -> Tensor:  # as the stem makes it, or `skip` blocks
+        """The stem; what a first block does before its Dropout would not be worth a split."""
+        hidden: Tensor = self.stem(images)
+        for block in self.blocks[:skip]:
+            hidden = block(hidden, None)
+        return hidden
+
+    def embed(
+        self,
+        hidden: Tensor,  # as of `prefix`
+        keys: Tensor | None,  # int32 [B]
+        skip: int = 0,
+    ) -> Tensor:  # [B, D]
+        for block in self.blocks[skip:]:
+            hidden = block(hidden, keys)
+        features: Tensor = self.head(hidden)
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
+        logits: Tensor = self.linear(features)
+        return logits
+
+
 def blocks_per_stage(kind: str, depth: int, convolutions: int, others: int) -> int:
     """n of depth = convolutions * n + others. ValueError names the nearest depths."""
     blocks, rest = divmod(depth - others, convolutions)
@@ -130,7 +165,7 @@ def activation_of(name: str) -> nn.Module:
 def initialize(network: nn.Module, linear: nn.Linear) -> None:
     """Convolutions by their fan out (He et al. 2015), the last layer by Glorot and Bengio (2010)."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     nn.init.xavier_normal_(linear.weight)
     nn.init.zeros_(linear.bias)

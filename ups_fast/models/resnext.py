@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network, activation_of, blocks_per_stage, initialize
+from ups_fast.models.network import Blocks, Dropout, activation_of, blocks_per_stage, initialize
 
 
 class _Block(nn.Module):
@@ -53,7 +53,7 @@ class _Block(nn.Module):
         return result
 
 
-class ResNeXt(Network):
+class ResNeXt(Blocks):
     """ResNeXt-D CxWd: float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 8.
 
     Three stages of n = (D - 2) / 9 blocks with 256, 512 and 1,024 channels. Their grouped convolutions have C groups
@@ -109,29 +109,3 @@ class ResNeXt(Network):
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.linear = nn.Linear(inputs, n_classes)
         initialize(self, self.linear)
-
-    def prefix(
-        self,
-        images: Tensor,  # [B, channels, H, W]
-        skip: int = 0,
-    ) -> Tensor:  # [B, 64, H, W], or as `skip` blocks make it
-        """The first convolution; the first block's 1x1 before the first dropout would not be worth a split."""
-        hidden: Tensor = self.stem(images)
-        for block in self.blocks[:skip]:
-            hidden = block(hidden, None)
-        return hidden
-
-    def embed(
-        self,
-        hidden: Tensor,  # as of `prefix`
-        keys: Tensor | None,  # int32 [B]
-        skip: int = 0,
-    ) -> Tensor:  # [B, 1024]
-        for block in self.blocks[skip:]:
-            hidden = block(hidden, keys)
-        features: Tensor = self.head(hidden)
-        return features
-
-    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
-        logits: Tensor = self.linear(features)
-        return logits

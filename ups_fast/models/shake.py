@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network, blocks_per_stage, initialize
+from ups_fast.models.network import Blocks, Dropout, blocks_per_stage, initialize
 from ups_fast.reference import counter_uniform
 
 _GATES = 1 << 19  # the layer whose words are the gates: a number that no Dropout has
@@ -87,7 +87,7 @@ class _Block(nn.Module):
         return shortcut + mixed
 
 
-class ShakeShake(Network):
+class ShakeShake(Blocks):
     """Shake-Shake D 2xWd: float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 8.
 
     Three stages of n = (D - 2) / 6 blocks with W, 2 W and 4 W channels; dropout in front of both branches of every
@@ -131,17 +131,6 @@ class ShakeShake(Network):
         self.linear = nn.Linear(inputs, n_classes)
         initialize(self, self.linear)
 
-    def prefix(
-        self,
-        images: Tensor,  # [B, channels, H, W]
-        skip: int = 0,
-    ) -> Tensor:  # [B, 16, H, W], or as `skip` blocks make it
-        """The first convolution: the first dropout follows."""
-        hidden: Tensor = self.stem(images)
-        for block in self.blocks[:skip]:
-            hidden = block(hidden, None)
-        return hidden
-
     def embed(
         self,
         hidden: Tensor,  # as of `prefix`
@@ -153,10 +142,6 @@ class ShakeShake(Network):
             hidden = block(hidden, keys, None if gates is None else gates[:, i])
         features: Tensor = self.head(hidden)
         return features
-
-    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
-        logits: Tensor = self.linear(features)
-        return logits
 
     def _gates(self, hidden: Tensor, keys: Tensor | None) -> Tensor | None:  # float32 [B, blocks, 2]
         if not self.training:

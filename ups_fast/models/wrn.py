@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ups_fast.models.network import Dropout, Network, activation_of, blocks_per_stage, initialize
+from ups_fast.models.network import Blocks, Dropout, activation_of, blocks_per_stage, initialize
 
 
 def _batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
@@ -62,7 +62,7 @@ class _Block(nn.Module):
         return shortcut + branch
 
 
-class WideResNet(Network):
+class WideResNet(Blocks):
     """WRN-d-k: float32 [B, channels, H, W] -> logits float32 [B, n_classes], H and W at least 8.
 
     Three stages of n = (d - 4) / 6 blocks with 16k, 32k and 64k channels; dropout between conv1 and bn2 of
@@ -118,29 +118,3 @@ class WideResNet(Network):
         )
         self.linear = nn.Linear(inputs, n_classes)
         initialize(self, self.linear)
-
-    def prefix(
-        self,
-        images: Tensor,  # [B, channels, H, W]
-        skip: int = 0,
-    ) -> Tensor:  # [B, 16, H, W], or as `skip` blocks make it
-        """The first convolution; what follows before the first dropout would not be worth a split."""
-        hidden: Tensor = self.stem(images)
-        for block in self.blocks[:skip]:
-            hidden = block(hidden, None)
-        return hidden
-
-    def embed(
-        self,
-        hidden: Tensor,  # as of `prefix`
-        keys: Tensor | None,  # int32 [B]
-        skip: int = 0,
-    ) -> Tensor:  # [B, 64 k]
-        for block in self.blocks[skip:]:
-            hidden = block(hidden, keys)
-        features: Tensor = self.head(hidden)
-        return features
-
-    def classify(self, features: Tensor) -> Tensor:  # [B, n_classes]
-        logits: Tensor = self.linear(features)
-        return logits

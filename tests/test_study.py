@@ -246,6 +246,32 @@ def test_a_study_with_a_trial_that_diverges_and_again(
     assert json.dumps(again) == json.dumps(before)
 
 
+def test_a_study_of_several_labels_has_map_and_counts_pairs(tmp_path, monkeypatch, threads, one_thread):
+    for name in ("curves", "cells"):
+        monkeypatch.setattr(study_figure, name, lambda *_: "")
+    x = np.random.default_rng(0).random((120, 3), np.float32)
+    y = (x > 0.5).astype(np.int8)
+    parts = {"labeled": slice(0, 40), "unlabeled": slice(40, 100), "test": slice(100, 120)}
+    arrays = {
+        f"{kind}_{name}": each[part] for name, part in parts.items() for kind, each in (("x", x), ("y", y))
+    }
+    np.savez(tmp_path / "x.npz", **arrays)
+    text = TINY.format(root=tmp_path / "x.npz").partition("tables:")[0]
+    (tmp_path / "s.yaml").write_text(f"{text}tables: {{T: {{tau: {{select.tau_p: [0.6, 0.9]}}}}}}")
+    assert study.main([str(tmp_path / "s.yaml"), f"run_dir={tmp_path / 'out'}", "--workers", "1"]) == 0
+    found = lines_of(tmp_path)["tau_0.6-seed0"]
+    rows = list(
+        map(json.loads, (tmp_path / "out/trials/tau_0.6-seed0/metrics.jsonl").read_text().splitlines())
+    )
+    assert found["test_map"] == rows[-1]["test_map"] and found["round0_test_map"] == rows[0]["test_map"]
+    assert found["unlabeled"] == 60 * 3 and 0 < found["positives"] <= 180 and "test_acc" not in found
+    by_tau = dict(zip(TAUS, found["by_tau"], strict=True))
+    assert by_tau[0.6][:2] == pytest.approx([found["positives"] / 180, found["positive_acc"]])
+    page = (tmp_path / "out/study.html").read_text()
+    assert "<th>test mAP</th>" in page and "<th>test</th>" not in page and "counts pairs" in page
+    assert "Results by select.tau_p" in page
+
+
 class Toy:
     def __init__(self, name: str) -> None:
         self.name = name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ups_fast.calibration import BINS
 from ups_fast.files import finite, misfit
-from ups_fast.tasks import Task
+from ups_fast.tasks import MULTI, SINGLE, Task
 
 MOST = 10**12  # no count of a run is larger: epochs, steps, seconds, images
 
@@ -81,15 +81,14 @@ class Row(_Guess, _Later, _Single, _Multi):
     test_ece: float | None
 
 
-def is_multi(row: Row) -> bool:
-    """Whether samples have several labels."""
-    return "test_map" in row
+def task_in(row: Mapping[str, Any]) -> Task:
+    """What a label is, by the row of a round."""
+    return MULTI if f"test_{MULTI.headline}" in row else SINGLE
 
 
-def headline_of(row: Row, part: str = "test") -> float | None:
+def headline_of(row: Mapping[str, Any], part: str = "test") -> float | None:
     """Accuracy, or of several labels mAP, on test, val or unlabeled samples; None where it is not known."""
-    found: Any = row
-    value: float | None = found.get(f"{part}_map" if is_multi(row) else f"{part}_acc")
+    value: float | None = row.get(f"{part}_{task_in(row).headline}")
     return value
 
 

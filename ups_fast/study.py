@@ -27,6 +27,7 @@ try:
     from ups_fast.display import Interrupted, open_console, say
     from ups_fast.files import RunFolderError, write_atomic, writing
     from ups_fast.report.study_page import study_page
+    from ups_fast.state import headline_of
     from ups_fast.study_file import Job, Study, read
     from ups_fast.trials import check, record_of, train
     from ups_fast.words import many
@@ -150,7 +151,7 @@ class _Show:
 
 
 def _result(record: dict[str, Any]) -> str:
-    shares = {"test": record["test_acc"], "unlabeled": record["unlabeled_acc"]}
+    shares = {part: headline_of(record, part) for part in ("test", "unlabeled")}
     said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items() if share is not None)
     return f"{said or 'done'} ({record['seconds']:.0f} s)"
 

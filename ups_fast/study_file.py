@@ -28,7 +28,6 @@ from ups_fast.words import said
 
 NAMES = ("base", "keys", "seeds", "tables")
 OURS = {"seed": "give seeds", "run_dir": "give run_dir=FOLDER on the command line"}
-MOST_TRIALS = 100_000
 Keys = dict[str, Any]  # values by dotted key
 
 

@@ -22,16 +22,13 @@ from ups_fast.data import ImageSet
 from ups_fast.files import load_arrays, read_bytes
 from ups_fast.inputs import load_data
 from ups_fast.machine import pick_device
-from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.rounds import rounds
+from ups_fast.state import headline_of, task_in
 
 METRICS, SELECTION = "metrics.jsonl", "selection.npz"
 MOST_METRICS = 2**26  # bytes of a metrics.jsonl
 # Of the last row of a run, as metrics.jsonl has them.
 KEPT = (
-    "test_acc",
-    "val_acc",
-    "unlabeled_acc",
     "positives",
     "positive_acc",
     "negatives",
@@ -41,6 +38,7 @@ KEPT = (
     "ece_selected",
     "test_ece",
 )
+PARTS = ("test", "val", "unlabeled")  # whose accuracy is kept, or of several labels their mAP
 _loaded: dict[str, ImageSet] = {}  # the data of the last trial of this process
 
 
@@ -71,8 +69,9 @@ def train(trial: Trial, tell: Callable[[str], None]) -> None:
     run = prepare(cfg, _data(cfg, device, nobody), nobody)
     tell(f"round 0 of {cfg.train.rounds}")
     for row in rounds(run, nobody):
-        accuracy = "" if row["test_acc"] is None else f", test {100 * row['test_acc']:.1f} %"
-        tell(f"round {row['round'] + 1} of {cfg.train.rounds}{accuracy}")
+        score = headline_of(row)
+        said = "" if score is None else f", test {100 * score:.1f} %"
+        tell(f"round {row['round'] + 1} of {cfg.train.rounds}{said}")
 
 
 def _data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
@@ -94,6 +93,7 @@ def check(trial: Trial) -> None:
 def record_of(trial: Trial) -> dict[str, Any] | None:
     """The numbers of a finished trial, of its last labeling and with curves; None where it is not finished.
 
+    Of several labels, labelings and curves count pairs of sample and class.
     Files that cannot be read count as missing: the trial, run again, writes them anew from its checkpoint.
     """
     cfg, folder = trial.cfg, trial.folder
@@ -105,15 +105,16 @@ def record_of(trial: Trial) -> dict[str, Any] | None:
             return None
         arrays = {name: torch.from_numpy(each) for name, each in load_arrays(folder / SELECTION).items()}
         truth = arrays.pop("truth")
-        found, last = PseudoLabels(**arrays), rows[-1]
-        record = {name: last[name] for name in KEPT}
+        last, task = rows[-1], task_in(rows[-1])
+        found, truth = task.entries(task.of(arrays), truth)
+        record = {name: last[name] for name in (*(f"{part}_{task.headline}" for part in PARTS), *KEPT)}
         seconds = round(sum(row["seconds"] for row in rows), 2)
-        round0 = rows[0]["test_acc"]
+        round0 = {f"round0_test_{task.headline}": rows[0][f"test_{task.headline}"]}
     except (ValueError, OSError, KeyError, TypeError):
         return None
     return {
         **record,
-        "round0_test_acc": round0,
+        **round0,
         "unlabeled": len(found.index),
         "seconds": seconds,
         "by_kappa": by_limit(found, truth, tau=cfg.select.tau_p),

@@ -14,8 +14,8 @@ from ups_fast.calibration import Reliability, ece, reliability
 from ups_fast.config import Config
 from ups_fast.pseudo_labels import PseudoLabels
 from ups_fast.report.sentences import Rows, headline, one_training
-from ups_fast.state import Row, headline_of, is_multi
-from ups_fast.tasks import MULTI, SINGLE
+from ups_fast.state import Row, headline_of, task_in
+from ups_fast.tasks import MULTI
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,13 +57,11 @@ def draw(rows: Rows, pseudo_labels: Any, truth: Tensor, cfg: Config, labeled: in
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
         figure.text(0.06, 0.918, _subline(pseudo_labels, cfg, labeled), fontsize=11, color=MUTED)
         _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
-        multi, all_known = is_multi(rows[-1]), bool((truth >= 0).all())
-        labels, truth = (MULTI if multi else SINGLE).entries(pseudo_labels, truth)
+        task, all_known = task_in(rows[-1]), bool((truth >= 0).all())
+        labels, truth = task.entries(pseudo_labels, truth)
         _draw_counts(counts, rows, len(labels.index), all_known=all_known, parts=one_training(cfg))
         _draw_calibration(calibration, _bins(rows[-1], labels, truth))
-        _draw_plane(
-            plane, labels, truth, cfg, ("is of the class", "is not") if multi else ("correct", "wrong")
-        )
+        _draw_plane(plane, labels, truth, cfg, multi=task is MULTI)
     return figure
 
 
@@ -134,7 +132,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
         value = 100 * share
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
     unknown = "" if any_known else ". The true classes of unlabeled images are not known"
-    multi = is_multi(rows[-1])
+    multi = task_in(rows[-1]) is MULTI
     what = "mAP, and correct pseudo-labels," if multi else "Correct answers"
     _title(axes, "mAP by round" if multi else "Accuracy by round", f"{what} in percent{unknown}")
     _legend(axes)
@@ -146,7 +144,7 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, par
 
     rounds = [row["round"] for row in rows]
     positives = np.array([row["positives"] for row in rows])
-    multi = is_multi(rows[-1])
+    multi = task_in(rows[-1]) is MULTI
     others = np.array([row["negatives" if multi else "negative_samples"] for row in rows])
     if all_known:
         right = np.array([round(row["positives"] * (row["positive_acc"] or 0)) for row in rows])
@@ -201,9 +199,7 @@ def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
     axes.grid(color=RULE)
 
 
-def _draw_plane(
-    axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, names: tuple[str, str]
-) -> None:
+def _draw_plane(axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config, *, multi: bool) -> None:
     tau, kappa = cfg.select.tau_p, cfg.select.kappa_p
     finite = np.flatnonzero(pseudo_labels.label >= 0)
     drawn = finite
@@ -224,17 +220,18 @@ def _draw_plane(
     if math.isfinite(kappa):
         axes.axhline(kappa, color=INK, lw=1)
         _note(axes, f"kappa_p = {kappa:g}", (left, kappa), (5, 4), zorder=4)
+    right, wrong = ("is of the class", "is not") if multi else ("correct", "wrong")
     groups = [
         ("truth unknown", ~known, MUTED, "o", 9, 0.45),
-        (names[0], known & correct, BLUE, "o", 9, 0.45),
-        (names[1], known & ~correct, VERMILION, "X", 22, 0.9),
+        (right, known & correct, BLUE, "o", 9, 0.45),
+        (wrong, known & ~correct, VERMILION, "X", 22, 0.9),
     ]
     for name, members, color, marker, size, alpha in groups:
         if members.any():
             dots: Any = {"color": color, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
             axes.scatter(x[members], y[members], size, label=name, **dots)
     sampled = len(drawn) < len(finite)
-    of = "image" if names[0] == "correct" else "pair"
+    of = "pair" if multi else "image"
     points = f"{MOST_POINTS:,} of {len(finite):,} {of}s" if sampled else f"One point per {of}"
     _title(axes, "Confidence and uncertainty", f"{points}. The tinted corner passes both limits")
     _legend(axes)

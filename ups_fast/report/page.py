@@ -25,8 +25,8 @@ from ups_fast.report.comparison import Comparison
 from ups_fast.report.figure import draw
 from ups_fast.report.gallery import STYLE, text_table
 from ups_fast.report.sentences import Rows, headline, one_training, percent, summary
-from ups_fast.state import Row, headline_of, is_multi
-from ups_fast.tasks import MULTI, SINGLE
+from ups_fast.state import Row, headline_of, task_in
+from ups_fast.tasks import MULTI
 
 _STYLE = """
 :root {
@@ -76,8 +76,8 @@ _CORNER = {
 
 
 _CLASS_NUMBERS = {
-    False: "Recall is the share of a class's images that get its label.",
-    True: "AP is average precision. ECE is the calibration error of the class's probability.",
+    "single": "Recall is the share of a class's images that get its label.",
+    "multilabel": "AP is average precision. ECE is the calibration error of the class's probability.",
 }
 
 
@@ -105,7 +105,7 @@ def write_report(
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
     counts = {"labeled": class_labels, "validation images": class_vals, "test images": class_tests}
-    entries, truth = (MULTI if is_multi(rows[-1]) else SINGLE).entries(pseudo_labels, truth)
+    entries, truth = task_in(rows[-1]).entries(pseudo_labels, truth)
     table = _class_table(rows[-1], entries, truth, classes, counts)
     told = summary(rows, entries, truth, cfg)
     if class_labels and (note := uneven(classes, class_labels)):
@@ -147,7 +147,7 @@ def _page(
 <h2>Rounds</h2>
 {text_table(*_round_table(rows))}
 {rivals}{examples}<h2>Classes, last round</h2>
-<p class="muted">{_CLASS_NUMBERS[is_multi(rows[-1])]} Correct is the share of a class's
+<p class="muted">{_CLASS_NUMBERS[task_in(rows[-1]).name]} Correct is the share of a class's
  positive pseudo-labels that are right.</p>
 {text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
@@ -188,7 +188,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     judged = headline_of(rows[-1], "val") is not None
     head = [
         "round",
-        "test mAP" if is_multi(rows[-1]) else "test",
+        "test mAP" if task_in(rows[-1]) is MULTI else "test",
         *(["validation"] if judged else []),
         "positives",
         "correct",
@@ -239,7 +239,7 @@ def _class_table(
             columns[name] = [f"{each:,}" for each in count]
     if (found := row.get("test_recall")) is not None:
         columns["test recall"] = list(map(percent, found))
-    if is_multi(row):
+    if task_in(row) is MULTI:
         columns["test AP"] = list(map(percent, row["test_ap"]))
         columns["test ECE"] = list(map(_decimals, row["test_class_ece"]))
     elif bool((truth >= 0).any()):

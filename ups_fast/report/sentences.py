@@ -13,7 +13,8 @@ from ups_fast.config import Config
 from ups_fast.methods import METHODS
 from ups_fast.models.saved import BEST
 from ups_fast.pseudo_labels import PseudoLabels
-from ups_fast.state import Row, headline_of, is_multi
+from ups_fast.state import Row, headline_of, task_in
+from ups_fast.tasks import MULTI
 
 Rows = Sequence[Row]  # one per round
 
@@ -22,7 +23,7 @@ def headline(rows: Rows, cfg: Config) -> str:
     """The result in a line, such as "digits: test accuracy 88.9 % → 96.4 % in 6 rounds"."""
     name = Path(cfg.data.root).stem if cfg.data.name in ("npz", "features", "folder") else cfg.data.name
     first, last = headline_of(rows[0]), headline_of(rows[-1])
-    word = "mAP" if is_multi(rows[-1]) else "accuracy"
+    word = task_in(rows[-1]).word
     if one_training(cfg):
         return f"{name}: test {word} {percent(last)} by {cfg.method.name}"
     if len(rows) == 1:
@@ -37,7 +38,7 @@ def one_training(cfg: Config) -> bool:
 
 def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
     """`pseudo_labels` and `truth` as `Task.entries` gives them."""
-    last, unlabeled, multi = rows[-1], len(pseudo_labels.index), is_multi(rows[-1])
+    last, unlabeled, multi = rows[-1], len(pseudo_labels.index), task_in(rows[-1]) is MULTI
     score = headline_of(last)
     of = "pairs of unlabeled image and class" if multi else "unlabeled images have a positive pseudo-label"
     kept = f"{last['positives']:,} of {unlabeled:,} {of}" + " are labeled as positive" * multi
@@ -125,7 +126,7 @@ def test_guess(row: Row) -> str:
         low, high = interval(accuracy, count)
         share = f"{percent(accuracy)} of them with the right label"
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
-    what = "pairs of test image and class" if is_multi(row) else "test images"
+    what = "pairs of test image and class" if task_in(row) is MULTI else "test images"
     took = f"The same thresholds select {count:,} of {of_all:,} {what}{right}"
     return f"{took}. This estimates how good the pseudo-labels are"
 
@@ -138,7 +139,7 @@ def recall_line(row: Row, classes: Sequence[str], most: int = 10) -> str:
         return ""
     lowest = sorted(found, key=lambda each: each[0])[:most]
     more = f" and {len(found) - most:,} more" if len(found) > most else ""
-    what = "AP" if is_multi(row) else "recall"
+    what = "AP" if task_in(row) is MULTI else "recall"
     return f"test {what} by class, lowest first: {', '.join(f'{n!r} {percent(r)}' for r, n in lowest)}{more}"
 
 

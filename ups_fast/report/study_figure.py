@@ -13,6 +13,7 @@ import numpy as np
 
 from ups_fast.calibration import KAPPAS, SHARES, TAUS
 from ups_fast.report.figure import INK, MUTED, RULE
+from ups_fast.state import headline_of, task_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,12 +94,13 @@ def trained(key: str, points: Sequence[tuple[str, Sequence[Record]]]) -> str:
     """Results over the values of a key, each value trained, as SVG: means with standard deviations."""
     with _figure(3) as (figure, panels):
         what = (
-            ("test_acc", "Test accuracy", "%"),
+            ("test", f"Test {task_in(points[0][1][0]).word}", "%"),
             ("positive_acc", "Right labels", "% of the positives"),
             ("ece_selected", "Calibration error", "ECE of the positives, %"),
         )
         for axes, (name, title, note) in zip(panels, what, strict=True):
-            each = [[100 * r[name] for r in found if r[name] is not None] for _, found in points]
+            values = [[headline_of(r) if name == "test" else r[name] for r in found] for _, found in points]
+            each = [[100 * value for value in some if value is not None] for some in values]
             known = [i for i, values in enumerate(each) if values]
             means = [statistics.mean(each[i]) for i in known]
             spread = [statistics.stdev(each[i]) if len(each[i]) > 1 else 0.0 for i in known]

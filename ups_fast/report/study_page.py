@@ -12,12 +12,16 @@ from ups_fast.report import study_figure
 from ups_fast.report.gallery import text_table
 from ups_fast.report.page import document
 from ups_fast.report.study_figure import FEW, MOST_CURVES, Record
+from ups_fast.state import task_in
+from ups_fast.tasks import MULTI
 from ups_fast.words import many
 
 # Of a table the columns: their titles, and the share in % that they show.
 COLUMNS = {
     "test": "test_acc",
+    "test mAP": "test_map",
     "unlabeled": "unlabeled_acc",
+    "unlabeled mAP": "unlabeled_map",
     "selected": "positives",
     "right": "positive_acc",
     "negatives right": "negative_acc",
@@ -30,6 +34,10 @@ READING = """\
 <b>selected</b>: share of them that is selected as positive; <b>right</b>: share right of these.
 <b>negatives right</b>: share of the negative classes that the sample truly is not.
 <b>ECE</b>: calibration error of all labels, and of the selected ones. <b>seconds</b>: median of a trial.</p>
+"""
+PAIRS = """\
+<p class="muted">Where samples have several labels, <b>mAP</b> is the mean over the classes of average precision,
+and all else counts pairs of sample and class: a pair is right where the sample is of the class.</p>
 """
 WOULD = """What other limits would keep of the last labeling, without new training. Large marks on the right:
 what was selected, above the curve if uncertainty finds better labels than confidence alone."""
@@ -70,6 +78,8 @@ def study_page(
         )
         body.append(f"<p><b>Not in the tables:</b></p>\n<ul>{items}</ul>\n")
     body.append(READING)
+    if any(task_in(each) is MULTI for each in good):
+        body.append(PAIRS)
     for table in tables:
         found = {name: by_variant[name] for name in table.variants if by_variant[name]}
         body += [f"<h2>{html.escape(table.title)}</h2>\n", text_table(*_table(found)), "\n"]
@@ -111,7 +121,7 @@ def _changes(variant: tuple[str, Mapping[str, object]]) -> str:
 def _table(variants: Mapping[str, Sequence[Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns of which nothing is known are left out."""
     every = [each for found in variants.values() for each in found]
-    known = {title: key for title, key in COLUMNS.items() if any(each[key] is not None for each in every)}
+    known = {title: key for title, key in COLUMNS.items() if any(each.get(key) is not None for each in every)}
     body = [
         [
             name,
@@ -125,7 +135,7 @@ def _table(variants: Mapping[str, Sequence[Record]]) -> tuple[list[str], list[li
 
 
 def _share(record: Record, key: str) -> float | None:
-    value: float | None = record[key]
+    value: float | None = record.get(key)
     return value / max(1, record["unlabeled"]) if key == "positives" and value is not None else value
 
 

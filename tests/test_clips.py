@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from ups_fast import config, export, label_studio, predict, train
+from ups_fast import config, export, inputs, label_studio, predict, train
 from ups_fast.data import ResidentClips, ResidentImages, View, load_set
 from ups_fast.data.clips import clean_clip, framed, middle
 from ups_fast.data.image import DamagedImage
 from ups_fast.data.images import memory_format
 from ups_fast.data.moving_digits import MOTIONS
-from ups_fast.data.ucf101 import read_ucf101
+from ups_fast.data.ucf101 import ucf101
 from ups_fast.data.video import Clip, read_clip
 from ups_fast.models import build
 from ups_fast.models.saved import load_model
@@ -315,10 +316,10 @@ def test_a_clip_plays_in_the_report():
     assert (picture.format, picture.n_frames, found.width, found.height) == ("WEBP", 8, 80, 60)  # type: ignore[attr-defined]
 
 
-def test_ucf101_is_read_by_its_lists(tmp_path):
+def test_ucf101_is_read_by_its_lists(tmp_path, monkeypatch):
     lists = tmp_path / "ucfTrainTestlist"
     with pytest.raises(ValueError, match="lacks the folder UCF-101"):
-        read_ucf101(tmp_path, Clip(4, 1, 8, 3))
+        ucf101(tmp_path)
     names = [f"{way}/v_{way}_g0{i}_c01.avi" for way in ("Left", "Right") for i in range(3)]
     for name in names:
         film(tmp_path / "UCF-101" / name, 5)
@@ -328,7 +329,16 @@ def test_ucf101_is_read_by_its_lists(tmp_path):
     (lists / "trainlist01.txt").write_text(train_list)
     (lists / "testlist01.txt").write_text("".join(f"{name}\n" for name in names if "g00" in name))
     (tmp_path / "UCF-101" / names[1]).write_bytes(b"damaged")
-    data = read_ucf101(tmp_path, Clip(8, 1, 8, 3))
+    words = ["data.name=ucf101", f"data.root={tmp_path}", "data.size=8", "data.frames=2", "data.n_labels=2"]
+    cfg = config.load(CONFIGS / "clips.yaml", [*words, f"run_dir={tmp_path.parent / 'run'}"])
+    with monkeypatch.context() as small:
+        small.setattr(inputs, "memory", lambda device: 1000)
+        with pytest.raises(
+            ValueError, match=r"clips must be in memory, but they would take .*loader=resident"
+        ):
+            inputs.load_data(cfg, torch.device("cpu"), Console(quiet=True))
+    data = inputs.load_data(cfg, torch.device("cpu"), Console(quiet=True))
+    assert (data.name, data.shape, data.manifest) == ("ucf101", (3, 2, 8, 8), None)
     assert (
         data.train_labels.tolist() == [0, 1, 1]
         and data.test_labels.tolist() == [0, 1]
@@ -337,7 +347,7 @@ def test_ucf101_is_read_by_its_lists(tmp_path):
     assert data.lengths is not None and data.lengths.tolist() == [5, 5, 5] and len(data.damaged) == 1
     (lists / "trainlist01.txt").write_text(train_list + "Up/v_Up_g01_c01.avi 3\n")
     with pytest.raises(ValueError, match=r"is of no class of classInd.txt"):
-        read_ucf101(tmp_path, Clip(4, 1, 8, 3))
+        ucf101(tmp_path)
 
 
 # Whole runs -------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for part in rows.split(_ROWS):
             whole = part[torch.arange(_ROWS).clamp(max=len(part) - 1)]
             logits = network((whole - mean) / std)[: len(part)]
-            found.append(logits.double().sigmoid() if self._several else logits.double().softmax(1))
+            found.append(network.probabilities(logits.double()))
         return torch.cat(found).numpy()
 
     def predict(self, X: Any) -> np.ndarray:  # [n]

@@ -79,7 +79,7 @@ class Answer(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         x = samples / 255 if self.images else samples
         logits: Tensor = self.network((x - self.network.mean) / self.network.std)
-        return logits.sigmoid() if self.network.several else logits.softmax(1)
+        return self.network.probabilities(logits)
 
 
 class Check(NamedTuple):

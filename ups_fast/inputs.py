@@ -42,15 +42,16 @@ from ups_fast.data.fingerprint import array_record
 from ups_fast.data.folder import CLIPS, Wanted
 from ups_fast.data.folder import IMAGES as PICTURES
 from ups_fast.data.manifest import Changed, Manifest, compare, take
-from ups_fast.data.ucf101 import read_ucf101
+from ups_fast.data.ucf101 import ucf101
 from ups_fast.data.video import Clip, check_installed, clip_of
 from ups_fast.data.voc import VOC, voc
 from ups_fast.display import progress_bar
 from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops, weak_policy
-from ups_fast.seeds import derive
+from ups_fast.seeds import derive, frozen_random
 
+PUBLISHED = (*VOC, "ucf101")  # data sets of files that are not compared at every start
 FILES = "files.json"  # in a run's folder: which files it is about
 IMAGES = "images.npz"  # or else: a hash and a label of each image
 FEW_TESTS = 100  # images: their accuracy is a rough guess
@@ -72,7 +73,7 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
 
     Raises ValueError with one sentence.
     """
-    if cfg.data.name not in ("folder", "ucf101", *VOC):
+    if cfg.data.name not in ("folder", *PUBLISHED):
         data = load_set(cfg.data.name, cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed)
         data = framed(data, cfg.data.frames, cfg.data.stride)
         return replace(data, notes=(*data.notes, *notes_on_equal_arrays(data, split_of(cfg, data)[0])))
@@ -90,12 +91,8 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             task = bar.add_task(what, total=None, now="")
             return lambda done, total: bar.update(task, completed=done, total=total)
 
-        if cfg.data.name == "ucf101":
-            assert clip is not None
-            data = read_ucf101(cfg.data.root, clip, threads=threads, progress=progress("reading clips"))
-            return framed(data, cfg.data.frames, 1)
-        if cfg.data.name in VOC:  # published files, which are not compared at every start
-            folder = voc(cfg.data.name, root)
+        if cfg.data.name in PUBLISHED:
+            folder = ucf101(root) if cfg.data.name == "ucf101" else voc(cfg.data.name, root)
         elif known:
             folder, gone = _as_known(cfg, known, progress("comparing files"))
             console.print("the run goes on with the files of its first start")
@@ -110,7 +107,9 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
         damaged: list[Damaged] = []
         reading = progress(f"reading {wanted.noun}s")
         if why and clip:
-            raise ValueError(f"clips must be in memory, but {why}: lower data.size or data.frames")
+            raise ValueError(
+                f"clips must be in memory, but {why}: lower data.size or data.frames, or set data.loader=resident"
+            )
         if not why:
             more: dict[str, Any] = {"keep": known is not None, "threads": threads, "progress": reading}
             data, _ = as_image_set(folder, size, channels, clip=clip, **more)
@@ -123,8 +122,8 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             console.print(f"images stay in their files: {why}")
             data = as_file_set(folder, size, channels, threads=threads)
             data = replace(data, damaged=tuple(each.reason for each in damaged))
-        if cfg.data.name in VOC:
-            return replace(data, name=cfg.data.name, labeled=None)
+        if cfg.data.name in PUBLISHED:
+            return replace(data, name=cfg.data.name, labeled=None)  # data.n_labels of them are drawn
         if known:
             return _again(data, known, gone)
         listed = replace(folder, notes=list(data.notes))
@@ -349,7 +348,7 @@ def hold_out(
             )
         kept, drawn_sets = split_label_sets(labels[labeled], left, seed)
         return labeled[kept], labeled[drawn_sets]
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    random = frozen_random(seed)
     drawn = torch.zeros(len(labeled), dtype=torch.bool)
     for c in labels[labeled].unique().tolist():
         members = random.permutation(np.flatnonzero((labels[labeled] == c).numpy()))

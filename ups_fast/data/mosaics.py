@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.seeds import frozen_random
 
 TRAIN, TEST = 2000, 500  # mosaics
 BLANK = 0.25  # of the tiles
@@ -15,7 +16,7 @@ _SEED = 0  # belongs to the data: they are the same whatever the run's seed
 
 def mosaics_of(digits: ImageSet) -> ImageSet:
     """Images of 2h x 2w, and which classes are in them; training and test mosaics have no digit in common."""
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(_SEED)))
+    random = frozen_random(_SEED)
     train = _mosaics(digits.train_images, digits.train_labels, TRAIN, len(digits.classes), random)
     test = _mosaics(digits.test_images, digits.test_labels, TEST, len(digits.classes), random)
     mean, std = moments(train[0])

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from ups_fast.data.image_set import ImageSet, moments
+from ups_fast.seeds import frozen_random
 
 SIDE, FRAMES = 16, 8
+_SEED = 0  # belongs to the data: they are the same whatever the run's seed
 MOTIONS = {  # pixels down and right from frame to frame, times a speed of 1 or 2
     "up": (-1, 0),
     "up right": (-1, 1),
@@ -24,13 +26,12 @@ def moving(digits: ImageSet) -> ImageSet:
     """Each digit becomes a clip uint8 [8, 16, 16, 1]; its class is the direction in which it moves.
 
     What leaves the frame comes in again on the other side. Place, direction and speed are drawn independently of each
-    other and of the digit, so each frame of a clip looks alike whatever the class. The draw belongs to the data set:
-    it is the same whatever the run's seed. Training and test clips have other digits.
+    other and of the digit, so each frame of a clip looks alike whatever the class. Training and test clips have other
+    digits.
 
     digits  images uint8 [N, 8, 8, 1]
     """
-    # RandomState is numpy's only generator whose stream is frozen for good.
-    random = np.random.RandomState(np.random.MT19937(0))
+    random = frozen_random(_SEED)
     train, train_labels = _clips(digits.train_images.numpy()[..., 0], random)
     test, test_labels = _clips(digits.test_images.numpy()[..., 0], random)
     mean, std = moments(train)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ups_fast.seeds import frozen_random
+
 
 def stratified_split(
     labels: Tensor,  # [N] int64, 0..n_classes-1; or [N, C] int8, as of `split_label_sets`
@@ -34,8 +36,7 @@ def stratified_split(
         raise ValueError(f"n_labels must be at most the {len(values)} training images, got {n_labels}")
 
     per_class = n_labels // n_classes
-    # RandomState is numpy's only generator whose stream is frozen for good.
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    random = frozen_random(seed)
     is_labeled = np.zeros(len(values), dtype=bool)
     for c in range(n_classes):
         members = np.flatnonzero(values == c)
@@ -65,7 +66,7 @@ def split_label_sets(
         raise ValueError(
             f"n_labels must be in 1 .. {usable.sum()}, the images with known labels, got {n_labels}"
         )
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    random = frozen_random(seed)
     order = random.permutation(np.flatnonzero(usable))  # the draw: of images that serve alike, the first
     there = is_one[order].sum(0)
     wanted = np.where(there > 0, np.maximum(1.0, there * (n_labels / len(order))), 0.0)

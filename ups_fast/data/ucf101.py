@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ups_fast.data.folder import Folder, Listing
-from ups_fast.data.image_set import ImageSet
-from ups_fast.data.reading import as_image_set
-from ups_fast.data.video import Clip
 from ups_fast.files import home
 from ups_fast.words import line_of
 
@@ -19,19 +14,13 @@ VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"
 _WHERE = "https://www.crcv.ucf.edu/data/UCF101.php"
 
 
-def read_ucf101(
-    root: str | Path,
-    clip: Clip,
-    *,
-    threads: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
-) -> ImageSet:
-    """The first of the three official splits: 9,537 clips to train and 3,783 to test, as clip says.
+def ucf101(root: str | Path) -> Folder:
+    """The files of the first of the three official splits: 9,537 clips to train, all of them labeled, 3,783 to test.
 
     root  the folder of UCF-101/<class>/*.avi and ucfTrainTestlist/ with classInd.txt, trainlist01.txt and
           testlist01.txt, which torchvision.datasets.UCF101 reads, too
 
-    Raises ValueError with one sentence that says what is missing or wrong. Damaged files are left out, with a note.
+    Raises ValueError with one sentence that says what is missing or wrong.
     """
     base = home(root)
     for name in (VIDEOS, LISTS):
@@ -57,9 +46,7 @@ def read_ucf101(
     listing = Listing(base, {}, classes, [], [], noun="clip")
     none = torch.zeros(0, dtype=torch.int64)
     labeled, tests = (~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0]
-    folder = Folder(base, files, label, labeled, none, tests, classes, [], listing)
-    data, _ = as_image_set(folder, clip.size, clip.channels, clip=clip, threads=threads, progress=progress)
-    return replace(data, name="ucf101", labeled=None)  # data.n_labels of them are drawn
+    return Folder(base, files, label, labeled, none, tests, classes, [], listing)
 
 
 def _lines(base: Path, name: str, words: int) -> list[str]:

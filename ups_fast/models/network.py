@@ -91,6 +91,10 @@ class Network(nn.Module, ABC):
         logits = self.suffix(torch.cat([hidden] * passes), keys, skip)
         return logits.view(passes, len(hidden), logits.shape[1])
 
+    def probabilities(self, logits: Tensor) -> Tensor:  # [.., n_classes], likewise
+        """Of one label for each sample the softmax, of several a sigmoid for each class."""
+        return logits.sigmoid() if self.several else logits.softmax(-1)
+
     @abstractmethod
     def prefix(self, images: Tensor, skip: int = 0) -> Tensor: ...
 

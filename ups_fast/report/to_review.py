@@ -160,8 +160,7 @@ def _seen(network: Network, samples: Samples, name: str) -> tuple[Tensor, np.nda
             logits = torch.cat([each for _, each in parts])
         else:
             logits = torch.cat([network.classify(x.to(images.device)) for x in features.split(rows)])
-    p = logits.double().sigmoid() if samples.labels.ndim == 2 else logits.double().softmax(1)
-    return ids, features.cpu().numpy(), p.cpu().numpy()
+    return ids, features.cpu().numpy(), network.probabilities(logits.double()).cpu().numpy()
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

@@ -91,8 +91,11 @@ class MultiLabel(Task):
     def loss(self, logits: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         heads = len(logits)
         names = ("positive", "negative", "weight")
-        positive, negative, weight = (rows[name].repeat(heads, 1) if name in rows else None for name in names)
+        positive, negative, weight = (rows.get(name) for name in names)
         assert positive is not None and negative is not None
+        if heads > 1:
+            positive, negative = positive.repeat(heads, 1), negative.repeat(heads, 1)
+            weight = None if weight is None else weight.repeat(heads, 1)
         return heads * ups_loss_multilabel(logits.flatten(0, 1), positive, negative, weight=weight)
 
     def weighed(self, found: MultiPseudoLabels, known: MultiPseudoLabels, truth: Tensor) -> MultiPseudoLabels:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ups_fast import config, export, inputs, label_studio, predict, train
 from ups_fast.data import ResidentClips, ResidentImages, View, load_set
 from ups_fast.data.clips import clean_clip, framed, middle
 from ups_fast.data.image import DamagedImage
-from ups_fast.data.images import memory_format
+from ups_fast.data.images import Draws, memory_format
 from ups_fast.data.moving_digits import MOTIONS
 from ups_fast.data.ucf101 import ucf101
 from ups_fast.data.video import Clip, read_clip
@@ -45,6 +46,18 @@ def batch_of(
 
 
 # Batches ----------------------------------------------------------------------------------------------------
+
+
+def test_no_host_synchronization():
+    """Fake tensors have no values: whatever asks for one raises."""
+    clips = ResidentClips(some_clips(), frames=4, policy=Policy(flip=True, crop=2), **SCALE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        index = torch.zeros(5, dtype=torch.int64)
+        assert (
+            batch_of(clips, index, index, clips.policy).shape == clips.clean(index).shape == (5, 3, 4, 12, 16)
+        )
+        drawn = list(clips.drawn_batches(index, 3, Draws(2, clips.policy, 0)))
+        assert [len(each) for each in drawn] == [6, 4]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -208,6 +208,26 @@ def test_names_of_the_package_exist(page):
         assert hasattr(ups_fast, name) or importlib.import_module(f"ups_fast.{name}"), name
 
 
+def test_each_rule_stands_where_it_is_said():
+    text = (
+        (ROOT / "docs/how-it-works.md")
+        .read_text()
+        .partition("## Where each rule stands")[2]
+        .partition("\n## ")[0]
+    )
+    before: list[str] = []  # "there" is the row above
+    rows = re.findall(r"^\|.*\| (.*) \|$", text, re.MULTILINE)[1:]
+    for code in rows:
+        places = re.findall(r"\]\(\.\./([^)]+)\)", code)
+        found = [ROOT / place for place in [*places, *before]]
+        files = [file for place in found for file in (place.glob("*.py") if place.is_dir() else [place])]
+        there = "".join(file.read_text() for file in files)
+        for name in re.findall(r"`([\w.]+)`", code):
+            assert re.search(rf"(?:def|class) {name.rpartition('.')[2]}\b", there), name
+        before = places or before
+    assert len(rows) > 20
+
+
 def test_every_public_name_is_described():
     text = "".join(page.read_text() for page in PAGES)
     missing = {name for name in ups_fast.__all__ if not re.search(rf"\b{name}\b", text)}

@@ -17,6 +17,7 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score
 from test_rounds import tiny_config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ups_fast import UPSClassifier, checkpoint, predict, rounds, train
 from ups_fast.build import prepare
@@ -120,6 +121,21 @@ def test_heads_answer_by_the_mean_of_their_sigmoids() -> None:
     mean = logits.sigmoid().mean(0)
     assert torch.allclose(mean_answer(logits, True).sigmoid(), mean)
     assert mean_answer(logits, True).isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_step_and_a_labeling_wait_for_no_number(heads: int) -> None:
+    """Fake tensors have no values: whatever asks for one raises."""
+    limits = {"tau_p": 0.7, "tau_n": 0.05, "kappa_p": 0.05, "kappa_n": 0.005, "temp_nl": 2.0}
+    with FakeTensorMode():
+        mask, logits = torch.zeros(6, 1, dtype=torch.int32), torch.randn(heads, 6, 7, requires_grad=True)
+        for more in ({}, {"weight": torch.rand(6, 7)}):
+            MULTI.loss(logits, {"positive": mask, "negative": mask, **more}).backward()
+        found = MULTI.record(
+            torch.arange(6), MULTI.select(logits.detach(), limits), torch.zeros(6, dtype=torch.bool)
+        )
+        kept = MULTI.finish(found, n_classes=7, balanced=True, passes=heads)
+    assert kept.positive.shape == (6, 1) and logits.grad is not None and logits.grad.shape == (heads, 6, 7)
 
 
 # Labels ---------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from ups_fast.tasks import Task
 from ups_fast.words import line_of, shown
 
 CONFIG, CHECKPOINT, LOCK = "config.yaml", "checkpoint.pt", ".lock"
+METRICS, SELECTION = "metrics.jsonl", "selection.npz"
 READABLE = "readable.json"  # which files of a folder have been found good
 BASELINES = "baselines.json"  # what the report holds the run against
 NEXT, SUSPECTS = "next_to_label.csv", "suspects.csv"  # for a person to look at
@@ -45,12 +46,12 @@ _PRODUCTS = (
     BASELINES,
     "files.json",
     "images.npz",
-    "metrics.jsonl",
+    METRICS,
     NEXT,
     "pseudo_labels.csv",
     "report.html",
     "report.png",
-    "selection.npz",
+    SELECTION,
     "split.npz",
     SUSPECTS,
 )
@@ -175,7 +176,7 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    write_atomic(folder / "metrics.jsonl", lines.encode())
+    write_atomic(folder / METRICS, lines.encode())
 
 
 def write_split(folder: Path, state: Checkpoint) -> None:
@@ -185,7 +186,7 @@ def write_split(folder: Path, state: Checkpoint) -> None:
 
 
 def write_selection(folder: Path, found: Mapping[str, torch.Tensor], truth: torch.Tensor) -> None:
-    write_arrays(folder / "selection.npz", {**found, "truth": truth})
+    write_arrays(folder / SELECTION, {**found, "truth": truth})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

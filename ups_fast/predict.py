@@ -29,7 +29,7 @@ from ups_fast import command
 from ups_fast.terminal import Shown, complain, ctrl_c_raises, ended, hold_the_first_three, swallow
 
 try:
-    from ups_fast.checkpoint import CONFIG, read_config
+    from ups_fast.checkpoint import CONFIG, METRICS, SELECTION, read_config
     from ups_fast.config import SOURCES
     from ups_fast.data.classes import suffixes
     from ups_fast.data.clips import middle
@@ -109,13 +109,13 @@ class Predictor:
             if (
                 config.get("method", {}).get("schedule") == "curriculum"
             ):  # it keeps by rank: the last one kept
-                found = load_arrays(home(run_dir) / "selection.npz")
+                found = load_arrays(home(run_dir) / SELECTION)
                 kept = found["confidence"][found["positive"]]
                 self.thresholds["tau_p"] = float(kept.min()) if len(kept) else math.inf
             rounds = int(config["train"]["rounds"])
             if not 1 <= int(select["passes"]) <= 10000:
                 raise ValueError
-            done = read_bytes(home(run_dir) / "metrics.jsonl").count(b"\n")
+            done = read_bytes(home(run_dir) / METRICS).count(b"\n")
             self.passes, mc_layers = (
                 int(select["passes"]),
                 int(select.get("mc_layers", select.get("dropouts", 0))),

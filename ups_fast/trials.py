@@ -16,7 +16,7 @@ import ups_fast
 from ups_fast import command
 from ups_fast.build import prepare
 from ups_fast.calibration import by_confidence, by_limit, error_cells
-from ups_fast.checkpoint import CHECKPOINT, CONFIG, check_config
+from ups_fast.checkpoint import CHECKPOINT, CONFIG, METRICS, SELECTION, check_config
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.files import load_arrays, read_bytes
@@ -25,7 +25,6 @@ from ups_fast.machine import pick_device
 from ups_fast.rounds import rounds
 from ups_fast.state import headline_of, task_in
 
-METRICS, SELECTION = "metrics.jsonl", "selection.npz"
 MOST_METRICS = 2**26  # bytes of a metrics.jsonl
 # Of the last row of a run, as metrics.jsonl has them.
 KEPT = (

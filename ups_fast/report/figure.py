@@ -27,28 +27,29 @@ INK, MUTED, RULE = "#1F2933", "#616E7C", "#E4E7EB"
 DASHES = (0, (4, 3))
 MOST_POINTS = 6000  # of the plane: further ones would only lie on top of each other
 
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.handlelength": 1.2,
+}
+
 
 def draw(rows: Rows, pseudo_labels: Any, truth: Tensor, cfg: Config, labeled: int) -> Figure:
     """The four panels as a matplotlib figure; arguments as in `write_report`."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": MUTED,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "legend.frameon": False,
-        "legend.handlelength": 1.2,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 9.2), facecolor="white")
         grid = figure.add_gridspec(
             2, 2, left=0.06, right=0.975, top=0.81, bottom=0.06, wspace=0.19, hspace=0.5

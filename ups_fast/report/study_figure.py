@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ups_fast.calibration import KAPPAS, SHARES, TAUS
-from ups_fast.report.figure import INK, MUTED, RULE
+from ups_fast.report.figure import INK, MUTED, RULE, STYLE
 from ups_fast.state import headline_of, task_in
 
 if TYPE_CHECKING:
@@ -26,18 +26,9 @@ MARKERS = "os^DvPX"
 MOST_CURVES, MOST_CELLS = 7, 6
 FEW = 5  # labels of a cell say little
 _STYLE: Any = {
-    "font.family": "sans-serif",
+    **STYLE,
     "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
+    "legend.handlelength": 2.0,
     "svg.fonttype": "none",
     "svg.hashsalt": "study",  # the same picture is the same file
 }

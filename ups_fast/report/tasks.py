@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ups_fast.checkpoint import CONFIG, NEXT, read_config
+from ups_fast.checkpoint import CONFIG, METRICS, NEXT, read_config
 from ups_fast.data.annotations import CONTROL
 from ups_fast.data.cells import read_cell
 from ups_fast.data.merging import default_prefix, image_url, is_text
@@ -51,7 +51,7 @@ def tasks_of(run: Path, classes: Sequence[str], prefix: str | None, most: int = 
     root = home(_root(run)).resolve()
     prefix = default_prefix((root if root.is_dir() else root.parent).name) if prefix is None else prefix
     shown, what = _shown(root)
-    rounds = read_bytes(run / "metrics.jsonl").count(b"\n")
+    rounds = read_bytes(run / METRICS).count(b"\n")
     version = f"{run.resolve().name}, round {max(0, rounds - 1)}"
     tasks = []
     for row in rows:

@@ -6,9 +6,8 @@ augments images writes it as it is: all frames of a clip get the draws of one im
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor
 from ups_fast.data.features import drawn_views
 from ups_fast.data.image_set import ImageSet
 from ups_fast.data.images import Draws, View
-from ups_fast.ops import augment, augment_plan, has_kernels
-from ups_fast.policy import POLICIES, AugmentPlan, Policy, normalization, tables
+from ups_fast.data.resident import Resident
+from ups_fast.ops import augment, augment_plan
+from ups_fast.policy import POLICIES, AugmentPlan, Policy
 from ups_fast.reference import dropout_keys
 from ups_fast.words import many
 
 
-class ResidentClips:
+class ResidentClips(Resident):
     """A training or test set of clips on its device, read by index.
 
     clips   uint8 [N, F, H, W, C], C = 1 or 3
@@ -55,28 +55,22 @@ class ResidentClips:
     ) -> None:
         if clips.dim() != 5:
             raise ValueError(f"clips must be uint8 [N, F, H, W, C], got {list(clips.shape)}")
-        self.device, self.unreadable = torch.device(device), dict(unreadable or {})
-        home = self.device if has_kernels(self.device) else torch.device("cpu")
-        self._n, self._held, *size = clips.shape
+        self._n, self._held = clips.shape[:2]
         needed = span(frames, stride)
         if min(frames, stride) < 1 or needed > self._held:
             raise ValueError(
                 f"frames and stride must be at least 1 and fit into the {self._held} frames of a clip, got {frames} "
                 f"and {stride}"
             )
-        self.frames = clips.to(home).contiguous().view(-1, *size)  # [N * F, H, W, C]
-        self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
-        height, width, channels = size
-        self.shape: tuple[int, ...] = channels, frames, height, width
-        self._size = height, width, channels
+        super().__init__(clips.flatten(0, 1), mean, std, device, policy, unreadable)
+        home, (height, width, channels) = self.images.device, self.images.shape[1:]
+        self.shape = channels, frames, height, width
         own = torch.full((self._n,), self._held) if lengths is None else lengths
         self._starts = (own - needed + 1).clamp(min=1).to(home)  # [N], how many there are to draw from
         self._offsets = torch.arange(0, frames * stride, stride, device=home)
         nothing = torch.zeros(0, dtype=torch.int64, device=home)
         self._read(nothing, nothing, policy, 0, 0)  # what is wrong with the arguments is said now
-        # A CUDA graph goes on reading them: they must outlive the cache that they come from.
-        self._tables = {policy: tables(policy, *self._size, home)}
-        self._normalization = normalization(self.mean, self.std, torch.float32, home)
+        self._outlive(policy)
 
     def __len__(self) -> int:
         return self._n
@@ -86,30 +80,20 @@ class ResidentClips:
         index: Tensor,  # [B] int64, on the device
     ) -> Tensor:  # [B, C, T, H, W] float32, channels_last_3d
         """The middle of each clip, normalized: (pixel / 255 - mean) / std."""
-        index = index.to(self.frames.device)
+        index = index.to(self.images.device)
         return self._read(index, self._middle(index), POLICIES["none"], 0, 0)
-
-    def clean_batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
-        return map(self.clean, index.split(batch_size))
 
     def drawn_batches(self, index: Tensor, batch_size: int, draws: Draws) -> Iterator[Tensor]:
         """The middle of each clip."""
-        for ids, draw in map(draws.of, index.to(self.frames.device).split(batch_size)):
+        for ids, draw in map(draws.of, index.to(self.images.device).split(batch_size)):
             yield self._read(ids, self._middle(ids), draws.policy, draws.seed, draw)
-
-    def ahead(
-        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
-    ) -> Iterator[None]:
-        """Nothing."""
-        return repeat(None)
 
     def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
         """Draws a start and an augmentation for each clip of each view, into its rows of the batch."""
         for view in views:
             rows = slice(view.first, view.last)
-            if view.policy not in self._tables:
-                self._tables[view.policy] = tables(view.policy, *self._size, self.frames.device)
-            home = self.frames.device
+            self._outlive(view.policy)
+            home = self.images.device
             own = view.seed(seed.to(home))
             place, drawn = index[rows].to(home), draw[rows].to(home)
             start = drawn_views(dropout_keys(place, seed=own, draw=drawn), self._starts[place])
@@ -127,7 +111,7 @@ class ResidentClips:
         draw: int | Tensor,
         out: Tensor | None = None,  # float32 [B, C, T, H, W], channels_last_3d
     ) -> Tensor:
-        home, (channels, t, height, width) = self.frames.device, self.shape
+        home, (channels, t, height, width) = self.images.device, self.shape
         plan = augment_plan(index, policy=policy, size=(height, width), seed=seed, draw=draw)
         alike = AugmentPlan(plan.draws.repeat_interleave(t, 0), policy, (height, width))
         places = ((index * self._held + start)[:, None] + self._offsets).flatten()
@@ -136,7 +120,7 @@ class ResidentClips:
         else:
             made = out
         augment(
-            self.frames,
+            self.images,
             places,
             policy=policy,
             seed=seed,

@@ -6,6 +6,7 @@ copied: the op's reference goes through Pillow image by image.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 
@@ -14,10 +15,56 @@ from torch import Tensor
 
 from ups_fast.data.images import Draws, View
 from ups_fast.ops import augment, has_kernels
-from ups_fast.policy import POLICIES, Policy, normalization, tables
+from ups_fast.policy import POLICIES, Policy, Tables, normalization, tables
 
 
-class ResidentImages:
+class Resident(ABC):
+    """What images and clips on a device have in common. Arguments as of `ResidentImages`."""
+
+    shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        images: Tensor,  # [n, H, W, C] uint8, of clips all frames
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        policy: Policy,
+        unreadable: Mapping[int, str] | None,
+    ) -> None:
+        self.device, self.unreadable = torch.device(device), dict(unreadable or {})
+        home = self.device if has_kernels(self.device) else torch.device("cpu")
+        self.images = images.to(home).contiguous()
+        self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
+        self._kept: dict[Policy, tuple[Tables, Tensor]] = {}
+
+    def _outlive(self, policy: Policy) -> None:
+        """A CUDA graph goes on reading what a policy needs, which must outlive the cache that it comes from."""
+        if policy not in self._kept:
+            height, width, channels = self.images.shape[1:]
+            home = self.images.device
+            of_pixels = normalization(self.mean, self.std, torch.float32, home)
+            self._kept[policy] = tables(policy, height, width, channels, home), of_pixels
+
+    @abstractmethod
+    def clean(self, index: Tensor) -> Tensor:
+        """A batch that is normalized, nothing else: (pixel / 255 - mean) / std."""
+
+    def clean_batches(
+        self,
+        index: Tensor,  # [n] int64, on the device
+        batch_size: int,
+    ) -> Iterator[Tensor]:  # each [batch_size, *shape], the last may be short
+        return map(self.clean, index.split(batch_size))
+
+    def ahead(
+        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
+    ) -> Iterator[None]:
+        """Nothing."""
+        return repeat(None)
+
+
+class ResidentImages(Resident):
     """A training or test set on its device, read by index.
 
     images  uint8 [N, H, W, C], C = 1 or 3
@@ -38,18 +85,12 @@ class ResidentImages:
         policy: Policy = POLICIES["none"],
         unreadable: Mapping[int, str] | None = None,
     ) -> None:
-        self.device, self.unreadable = torch.device(device), dict(unreadable or {})
-        home = self.device if has_kernels(self.device) else torch.device("cpu")
-        self.images = images.to(home).contiguous()
-        self.mean, self.std, self.policy = tuple(mean), tuple(std), policy
-        nothing = torch.zeros(0, dtype=torch.int64, device=home)
+        super().__init__(images, mean, std, device, policy, unreadable)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.images.device)
         self._read(nothing, policy, 0, 0)  # what is wrong with the arguments is said now
         height, width, channels = self.images.shape[1:]
-        self.shape: tuple[int, ...] = channels, height, width
-        size = height, width, channels
-        # A CUDA graph goes on reading them: they must outlive the cache that they come from.
-        self._size, self._tables = size, {policy: tables(policy, *size, home)}
-        self._normalization = normalization(self.mean, self.std, torch.float32, home)
+        self.shape = channels, height, width
+        self._outlive(policy)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,13 +101,6 @@ class ResidentImages:
     ) -> Tensor:  # [B, C, H, W] float32, channels_last
         """Normalizes, nothing else: (pixel / 255 - mean) / std."""
         return self._read(index, POLICIES["none"], 0, 0)
-
-    def clean_batches(
-        self,
-        index: Tensor,  # [n] int64, on the device
-        batch_size: int,
-    ) -> Iterator[Tensor]:  # each [batch_size, C, H, W], the last may be short
-        return map(self.clean, index.split(batch_size))
 
     def drawn_batches(
         self,
@@ -90,18 +124,11 @@ class ResidentImages:
         """
         return self._read(index, self.policy, seed, epoch)
 
-    def ahead(
-        self, steps: Iterable[tuple[Tensor, Tensor]], views: Sequence[View], *, seed: int, out: Tensor
-    ) -> Iterator[None]:
-        """Nothing."""
-        return repeat(None)
-
     def read(self, index: Tensor, draw: Tensor, views: Sequence[View], *, seed: Tensor, out: Tensor) -> None:
         """Augments each view into its rows of the batch, as `augmented` does."""
         for view in views:
             rows = slice(view.first, view.last)
-            if view.policy not in self._tables:
-                self._tables[view.policy] = tables(view.policy, *self._size, self.images.device)
+            self._outlive(view.policy)
             self._read(index[rows], view.policy, view.seed(seed), draw[rows], out[rows])
 
     def _read(

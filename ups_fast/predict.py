@@ -50,7 +50,7 @@ try:
     from ups_fast.ops import augment, augment_plan
     from ups_fast.policy import AugmentPlan, Policy, weak_policy
     from ups_fast.reference import dropout_keys
-    from ups_fast.report.table import label_rows, label_table, multi_rows
+    from ups_fast.report.table import label_rows, label_table
     from ups_fast.selection import labeling_rows, passes_over, skipped
     from ups_fast.tasks import MULTI, TASKS
     from ups_fast.words import many
@@ -218,8 +218,8 @@ class Predictor:
 
     def table(self, found: Any) -> Iterator[list[str]]:
         """The columns of `head` after the path."""
-        rows = multi_rows if self.task is MULTI else label_rows
-        for row, answered in zip(rows(found, self.classes), self.task.answered(found).tolist(), strict=True):
+        rows = label_rows(found, self.classes)
+        for row, answered in zip(rows, self.task.answered(found).tolist(), strict=True):
             error = "" if answered else "the network's answer is not finite"
             yield [*(row[name] for name in self.head[1:-1]), error]
 

@@ -192,9 +192,8 @@ def passes_over(
 
 
 class Evaluation(NamedTuple):
-    """A network on those of M labeled images that can be read, on the host."""
+    """A network on the m of M labeled images that can be read, on the host."""
 
-    index: Tensor  # type: ignore[assignment]  # int64 [m], which of the M
     found: Any  # the task's record: what one pass without dropout says of them
     truth: Tensor  # [m] or [m, C], their labels
 
@@ -224,4 +223,4 @@ def evaluate(
         forward=forward,
     ).cpu()
     kept = ~torch.isin(found.index, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
-    return Evaluation(torch.arange(len(kept))[kept], found.at(kept), labels.cpu()[kept])
+    return Evaluation(found.at(kept), labels.cpu()[kept])

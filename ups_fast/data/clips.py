@@ -167,12 +167,10 @@ def framed(data: ImageSet, frames: int, stride: int) -> ImageSet:
     return replace(data, frames=frames, stride=stride, notes=notes)
 
 
-def clean_clip(data: ImageSet, i: int, *, test: bool = False) -> Tensor:  # uint8 [T, H, W, C]
-    """What a clean batch shows of a clip, before it is normalized."""
-    clips, lengths = data.train_images, data.lengths
-    if test:
-        clips, lengths = data.test_images, data.test_lengths
-    own = clips.shape[1] if lengths is None else int(lengths[i])
+def clean_clip(data: ImageSet, i: int) -> Tensor:  # uint8 [T, H, W, C]
+    """What a clean batch shows of a training clip, before it is normalized."""
+    clips = data.train_images
+    own = clips.shape[1] if data.lengths is None else int(data.lengths[i])
     return middle(clips[i, :own], data.shape[1], data.stride)
 
 

@@ -10,7 +10,7 @@ from ups_fast.report.comparison import Comparison, Samples, baselines_of, verdic
 from ups_fast.report.examples import examples
 from ups_fast.report.page import write_report
 from ups_fast.report.sentences import advice, headline, recall_line, test_guess
-from ups_fast.report.table import label_rows, label_table, multi_rows, write_pseudo_labels
+from ups_fast.report.table import label_rows, label_table, write_pseudo_labels
 from ups_fast.report.to_review import Review, write_review
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "headline",
     "label_rows",
     "label_table",
-    "multi_rows",
     "recall_line",
     "test_guess",
     "verdict",

@@ -53,8 +53,8 @@ def write_pseudo_labels(
     columns += ["unfamiliar"] if unfamiliar is not None else []
     columns += [*([] if multi else ["name"]), *(["path"] if names else [])]
     write = label_table(table, columns)
-    rows = multi_rows if multi else label_rows
-    for index, row in zip(pseudo_labels.index.tolist(), rows(pseudo_labels, classes), strict=True):  # type: ignore[arg-type]
+    rows = label_rows(pseudo_labels, classes)
+    for index, row in zip(pseudo_labels.index.tolist(), rows, strict=True):
         row |= {"index": str(index - first), "path": names[index] if names else ""}
         write(row | {"unfamiliar": f"{(unfamiliar or {}).get(index, math.nan):.3f}"})
     # A file's name may be no text.
@@ -73,8 +73,16 @@ def label_table(file: TextIO, columns: Sequence[str]) -> Callable[[Mapping[str, 
     return write
 
 
-def label_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
+def label_rows(
+    found: PseudoLabels | Selection | MultiPseudoLabels | MultiLabelSelection, classes: Sequence[str]
+) -> Iterator[dict[str, str]]:
     """Of each sample the columns of `write_pseudo_labels` that a network's answer gives."""
+    if isinstance(found, (MultiPseudoLabels, MultiLabelSelection)):
+        return _multi_rows(found, classes)
+    return _single_rows(found, classes)
+
+
+def _single_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Iterator[dict[str, str]]:
     columns = zip(
         found.label.tolist(),
         found.confidence.numpy(),  # float32 prints as few digits as give the same number back
@@ -94,10 +102,9 @@ def label_rows(found: PseudoLabels | Selection, classes: Sequence[str]) -> Itera
         }
 
 
-def multi_rows(
+def _multi_rows(
     found: MultiPseudoLabels | MultiLabelSelection, classes: Sequence[str]
 ) -> Iterator[dict[str, str]]:
-    """The same of several labels."""
     positive, negative = (
         unpack_mask(each, len(classes)).numpy() for each in (found.positive, found.negative)
     )

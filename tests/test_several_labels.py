@@ -19,10 +19,11 @@ from test_rounds import tiny_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ups_fast import UPSClassifier, checkpoint, predict, rounds, train
+from ups_fast import UPSClassifier, checkpoint, label_studio, predict, rounds, train
 from ups_fast.build import prepare
 from ups_fast.data import ImageSet, load_set, scan, split_label_sets
 from ups_fast.data.label_sets import marks_of, read_names
+from ups_fast.data.merging import open_table
 from ups_fast.data.voc import voc
 from ups_fast.display import Watch
 from ups_fast.files import RunFolderError
@@ -164,6 +165,8 @@ def test_names_in_a_cell() -> None:
     assert marks_of("", {"a": 0}).tolist() == [-1] and marks_of(";", {"a": 0}).tolist() == [0]
     with pytest.raises(ValueError, match="line 2 contradicts itself on 'a'"):
         read_names("a;?a", "line 2")
+    with pytest.raises(ValueError, match="line 2 has a question mark without the name of a class"):
+        read_names("a; ? ", "line 2")
 
 
 def arrays(path: Path, **changes: Any) -> Path:
@@ -261,6 +264,12 @@ def test_a_table_of_label_sets(tmp_path: Path) -> None:
         scan(table(tmp_path, [*lines, ["0.png", "cat", ""]]))
     with pytest.raises(ValueError, match="calls the class 'cow' unknown"):
         scan(table(tmp_path, [*lines, ["6.png", "?cow", ""]]))
+    with pytest.raises(ValueError, match="has 1 image with a question mark at each class"):
+        scan(table(tmp_path, [*lines, ["6.png", "?dog;?cat", "test"]]))
+    with pytest.raises(
+        ValueError, match="has a column labels, for several classes, and annotations are merged"
+    ):
+        open_table(tmp_path / "t.csv")
     with pytest.raises(ValueError, match=r"test images .* have class 'cow', of which no image is labeled"):
         scan(table(tmp_path, [*lines, ["6.png", "cow", "test"]]))
 
@@ -358,6 +367,15 @@ def test_what_a_step_learns_from() -> None:
     assert not tables["positive"][12:].any() and not tables["negative"][12:].any()
 
 
+def test_a_single_class(tmp_path: Path) -> None:
+    data = tiny()
+    one = replace(
+        data, classes=["top"], train_labels=data.train_labels[:, :1], test_labels=data.test_labels[:, :1]
+    )
+    result, _ = run(config(tmp_path / "run", train__rounds=1), one)
+    assert result.rows[-1]["test_map_classes"] == 1 and result.pseudo_labels.confidence.shape == (48, 1)
+
+
 def test_measured_weights_and_an_unknown_truth(tmp_path: Path) -> None:
     cfg = config(tmp_path / "run", select__weight="measured", data__val_share=0.4)
     result, _ = run(cfg, tiny(unlabeled_truth=False))
@@ -442,6 +460,8 @@ def test_the_commands_from_a_table_to_labels(tmp_path: Path, capfd: pytest.Captu
     assert "test mAP" in page and "test AP" in page and "Baselines" not in page
     assert {"suspects.csv", "next_to_label.csv"} <= {each.name for each in folder.iterdir()}
     assert predict.main([str(folder), str(tmp_path / "25.png"), "--out", f"{tmp_path}.csv"]) == 0
+    assert label_studio.main(["tasks", str(folder), "--out", f"{tmp_path}.json"]) == 2
+    assert "several labels for each sample, of which no tasks are made" in capfd.readouterr().err
     head, line = Path(f"{tmp_path}.csv").read_text().splitlines()
     assert head == "path,labels,confidence,std,positive,negative,error" and line.endswith(",")
     rows[0][1] = "top;middle;bottom"

@@ -63,6 +63,10 @@ def tasks(args: Namespace) -> str:
         raise ValueError(
             f"{args.run} is a run on clips, of which no tasks are made: RUN must be on images or features"
         )
+    if model.task != "single":
+        raise ValueError(
+            f"{args.run} is a run with several labels for each sample, of which no tasks are made: RUN must have one"
+        )
     found, view = tasks_of(run, model.classes, args.prefix, args.next)
     write_new(config, view.encode())
     try:

@@ -69,12 +69,14 @@ def notes_on_classes(labels: Tensor, classes: list[str], key: str) -> list[str]:
 def read_names(cell: str, line: str) -> str:
     """The names of a cell in the one way in which equal labels are equal text; "" where it is empty.
 
-    Raises ValueError, naming the line, where a class is there and unknown at once.
+    Raises ValueError, naming the line, where a class is there and unknown at once, or a question mark has no class.
 
     >>> read_names(" dog; cat;dog;", "line 2")
     'cat;dog'
     """
     names = {read_cell(name.strip()).strip() for name in cell.split(";")} - {""}
+    if "?" in names:
+        raise ValueError(f"{line} has a question mark without the name of a class")
     if odd := sorted(name for name in names if f"?{name}" in names):
         raise ValueError(
             f"{line} contradicts itself on {odd[0]!r}, which it names with and without a question mark"

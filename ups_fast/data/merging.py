@@ -17,7 +17,7 @@ from ups_fast.data.annotations import Annotation
 from ups_fast.data.cells import csv_line, read_cell, write_cell
 from ups_fast.data.folder import listing
 from ups_fast.data.row_files import row_file
-from ups_fast.data.table import NAMES, Tree, in_form, read_cells, read_labels, read_table
+from ups_fast.data.table import NAMES, Tree, has_several, in_form, read_cells, read_labels, read_table
 from ups_fast.files import home
 from ups_fast.words import did_you_mean, said
 
@@ -90,6 +90,11 @@ def open_table(place: Path) -> Table:
         read_labels(place, n, beside[0].name)
         header, rows = read_cells(place, ("label",))
     else:
+        if has_several(place):
+            raise ValueError(
+                f"{str(place)!r} has a column labels, for several classes, and annotations are merged into a table of "
+                "one label for each row: it must have a column label"
+            )
         read_table(place, [], [])
         header, rows = read_cells(place, ("path", "label"))
     known = [name.strip().lower() for name in header]

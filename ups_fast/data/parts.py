@@ -13,6 +13,7 @@ from ups_fast.data.label_sets import names_of
 from ups_fast.data.split import split_label_sets
 from ups_fast.data.table import LABELED, NAMES, PARTS, UNLABELED, Row
 from ups_fast.seeds import derive
+from ups_fast.words import many
 
 
 def classes_of(
@@ -28,17 +29,23 @@ def classes_of(
 
     several  each row has any number of names, as `label_sets` writes them
     """
-    unknown = [name for _, text in rows for name in names_of(text, unknown=True)] if several else []
+    doubted = [names_of(text, unknown=True) for _, text in rows] if several else []
+    unknown = {name for names in doubted for name in names}
     if several:
         named = [(part, names_of(text) if text else [""]) for part, text in rows]
         rows = [(part, name) for part, names in named for name in names]
     counts = Counter(name for part, name in rows if part != UNLABELED)
     found = {wanted: class_order(name for part, name in rows if part == wanted) for wanted in PARTS}
     classes = found[LABELED]
-    if strange := sorted(set(unknown) - set(classes)):
+    if strange := sorted(unknown - set(classes)):
         problems.append(f"{where!r} calls the class {strange[0]!r} unknown, of which no {noun} is labeled")
     if several and not classes:
         problems.append(f"{where!r} must have labeled {noun}s of at least one class, got none")
+    elif n := sum(len(names) >= len(classes) and set(classes) <= set(names) for names in doubted):
+        problems.append(
+            f"{where!r} has {many(n, noun)} with a question mark at each class: leave such a cell empty, which "
+            "is unlabeled"
+        )
     elif len(classes) < 2 and not several:
         got = f"only {classes[0]!r}" if classes else "none"
         problems.append(f"{where!r} must have labeled {noun}s of at least two classes, got {got}")

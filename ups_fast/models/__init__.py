@@ -93,8 +93,8 @@ def build(
 
     Other weights are drawn from the global torch generator. A ValueError names the argument and what it got.
     """
-    if n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+    if n_classes < 1:
+        raise ValueError(f"n_classes must be at least 1, got {n_classes}")
     if not columns and channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if not 0.0 <= dropout < 1.0:

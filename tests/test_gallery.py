@@ -17,6 +17,7 @@ from PIL import Image
 from ups_fast import report, train
 from ups_fast.data import ImageSet, PlainImages, ResidentFeatures, ResidentImages, read_image, resize_crop
 from ups_fast.pseudo_labels import PseudoLabels
+from ups_fast.report.examples import _places
 from ups_fast.report.thumbnails import SHORT, thumbnail
 from ups_fast.report.to_review import Review, Suspect
 
@@ -292,3 +293,12 @@ def test_examples_that_fail_cost_no_report(monkeypatch):
     result = SimpleNamespace(pseudo_labels=None, truth=None, images=None)
     assert train._examples(None, result, None, 0, 0, console) == ""
     assert console.file.getvalue() == "the report has no examples: no room\n"
+
+
+@pytest.mark.parametrize("most", [1, 7, 500, 2000])
+def test_the_first_places_are_those_of_a_whole_sort(most: int) -> None:
+    rng = np.random.default_rng(most)
+    mask, ties, rest = rng.random(1000) < 0.7, rng.integers(0, 5, 1000) / 5, rng.random(1000)
+    whole = sorted(np.flatnonzero(mask).tolist(), key=lambda i: (-ties[i], -rest[i]))
+    keys = map(torch.from_numpy, (ties, rest))
+    assert _places(torch.from_numpy(mask), most, *keys) == whole[:most]

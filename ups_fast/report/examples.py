@@ -125,11 +125,14 @@ def examples(
     return page_of(sections, thumbnails(data, ids, images.unreadable, threads))
 
 
-def _places(mask: Tensor, *keys: Tensor) -> list[int]:  # bool [U], each [U]
-    """The places of a mask, sorted by the first key, then by the next ones, the largest first."""
+def _places(mask: Tensor, most: int, *keys: Tensor) -> list[int]:  # bool [U], each [U]
+    """The first places of a mask, sorted by the first key, then by the next ones, the largest first."""
     place = np.flatnonzero(mask.numpy())
+    if len(place) > most:  # of many classes and samples, to sort all pairs takes long
+        first = keys[0].numpy()[place]
+        place = place[first >= np.partition(first, -most)[-most]]
     order = np.lexsort([-key.numpy()[place] for key in reversed(keys)])
-    return place[order].tolist()
+    return place[order[:most]].tolist()
 
 
 def _by_class(labels: _Labels, most: Most) -> Iterator[Section]:
@@ -157,7 +160,7 @@ def _by_class(labels: _Labels, most: Most) -> Iterator[Section]:
 
 def _least_certain(labels: _Labels, most: Most) -> Iterator[Section]:
     found = labels.found
-    place = _places(found.positive, found.std, -found.confidence)[: most.samples]
+    place = _places(found.positive, most.samples, found.std, -found.confidence)
     if place:
         about = "The passes disagree most about these. Where many are wrong, set stricter limits."
         yield Section("The least certain positive labels", about, [Group("", "", labels.all_shown(place))])
@@ -165,7 +168,8 @@ def _least_certain(labels: _Labels, most: Most) -> Iterator[Section]:
 
 def _rejected(labels: _Labels, most: Most) -> Iterator[Section]:
     found = labels.found
-    place = _places(~found.candidate & ~found.positive & (found.label >= 0), found.confidence, -found.std)
+    rejected = ~found.candidate & ~found.positive & (found.label >= 0)
+    place = _places(rejected, most.samples, found.confidence, -found.std)
     if not place:
         return
     balanced = int((found.candidate & ~found.positive).sum())
@@ -175,7 +179,7 @@ def _rejected(labels: _Labels, most: Most) -> Iterator[Section]:
         else ""
     )
     about = f"They do not pass the limits. Where nearly all are right, looser limits would trust more.{also}"
-    some = labels.all_shown(place[: most.samples])
+    some = labels.all_shown(place)
     yield Section("The most confident labels that were rejected", about, [Group("", "", some)])
 
 
@@ -191,7 +195,7 @@ def _confusions(labels: _Labels, most: Most) -> Iterator[Section]:
     groups = []
     for at in np.argsort(-counts, kind="stable")[: most.confusions].tolist():
         here = wrong & (pair == int(kinds[at]))
-        place = _places(here, found.positive.float(), found.confidence)[: most.each]
+        place = _places(here, most.each, found.positive.float(), found.confidence)
         a, b = (labels.name(c) for c in divmod(int(kinds[at]), n))
         trusted = int((here & found.positive).sum())
         groups.append(
@@ -230,12 +234,12 @@ def _unfamiliar(labels: _Labels, most: Most) -> Iterator[Section]:
     if review is None or not review.unfamiliar:
         return
     noun, ratio = labels.data.noun, review.unfamiliar
-    index = labels.found.index.tolist()
+    places = torch.arange(len(labels.found.index))
     if labels.several:  # each sample once, by its most confident class
-        order = labels.found.confidence.nan_to_num(-1.0).argsort().tolist()
-        best = {index[place]: place for place in order}
-        index = [i if best[i] == place else -1 for place, i in enumerate(index)]
-    far = [(-ratio[i], place) for place, i in enumerate(index) if ratio.get(i, 0) > 1]
+        n = len(labels.classes)
+        places = places[::n] + labels.found.confidence.nan_to_num(-1.0).reshape(-1, n).argmax(1)
+    ids = zip(places.tolist(), labels.found.index[places].tolist(), strict=True)
+    far = [(-ratio[i], place) for place, i in ids if ratio.get(i, 0) > 1]
     some = [labels.shown(place, f"{-each:.1f} x") for each, place in sorted(far)[: most.samples]]
     trusted = int(labels.found.positive[torch.tensor([place for _, place in far], dtype=torch.int64)].sum())
     about = (

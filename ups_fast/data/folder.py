@@ -245,9 +245,10 @@ def _folders(root: Path, wanted: Wanted, notes: list[str], problems: list[str]) 
 
 def _unread(place: str, unread: Counter[str], wanted: Wanted) -> str:
     """What to do with files of suffixes that are not read."""
+    clips = wanted is IMAGES and unread.keys() <= video.SUFFIXES
     return (
-        f"{place!r} has {many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); convert "
-        f"them to {wanted.instead}"
+        f"{place!r} has {many(unread.total(), 'file')} of kinds that are not read ({suffixes(unread)}); "
+        + ("set data.frames, which reads clips" if clips else f"convert them to {wanted.instead}")
     )
 
 

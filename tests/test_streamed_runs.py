@@ -157,7 +157,9 @@ def test_files_that_vanish_between_two_starts_do_not_stop_the_run(
         rounds, "evaluate", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1]
     )  # there is no validation part, which it would be asked for, too
     assert train.main(arguments) == 0
-    assert all(found.found.index.tolist() == [1, 2, 3, 4, 5] for found in seen) and seen, "the others are tested"
+    assert all(found.found.index.tolist() == [1, 2, 3, 4, 5] for found in seen) and seen, (
+        "the others are tested"
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f"dark {i}.png" in page for i in (0, 3))
     labels = {row["path"]: row["label"] for row in table(tmp_path / "run" / "pseudo_labels.csv")}

@@ -264,7 +264,8 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "label spreading": spreading,
     "UPS": ups,
     "UPS, confidence only": lambda split: ups(split, **{"select.kappa_p": 1.0, "select.kappa_n": 1.0}),
-    "UPS, one head": lambda split: ups(split, **{"select.heads": 1}),
+    "UPS, heads with dropout": lambda split: ups(split, **{"select.uncertainty": "dropout"}),
+    "UPS, one head": lambda split: ups(split, **{"select.heads": 1, "select.uncertainty": "dropout"}),
     "UPS, not balanced": lambda split: ups(split, **{"select.balance_rounds": 0}),
 }
 

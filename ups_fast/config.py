@@ -524,10 +524,13 @@ def _validate_uncertainty(cfg: Config) -> None:
         raise ValueError(f"{source} labels without dropout: set select.mc_layers=0, got {select.mc_layers}")
     if select.uncertainty == "heads":
         if select.heads == 1:
-            raise ValueError(f"{source} needs select.heads above 1, got 1")
+            raise ValueError(
+                f"{source} needs select.heads above 1, got 1: for one head set select.uncertainty=dropout"
+            )
         if select.passes != select.heads:
             raise ValueError(
-                f"{source} has one pass for each head: set select.passes={select.heads}, got {select.passes}"
+                f"{source} has one pass for each head: set select.passes={select.heads}, got {select.passes}, or "
+                "select.uncertainty=dropout"
             )
         return
     if select.passes == 1:

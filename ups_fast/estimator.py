@@ -44,9 +44,9 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Args:
         method: name of a training method, see docs/methods.md.
         model: name of the network. "auto": ``"mlp-128"`` for features, ``"wrn-10-2"`` for images.
-        heads: networks that are trained side by side and among which the passes are shared. Images have one, unless
-            `settings` freeze the network.
-        passes: predictions of each unlabeled sample, of which confidence and std are taken; a multiple of `heads`.
+        heads: networks that are trained side by side. Images have one, unless `settings` freeze the network.
+        passes: predictions of each unlabeled sample, of which confidence and std are taken. As many as `heads`: each
+            head's, without dropout. Else a multiple of `heads`, which share them, with dropout.
         rounds: at least 1; the first learns from the given labels alone.
         steps: steps of a round at least.
         batch_size: samples in a step.
@@ -200,6 +200,7 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         images = len(data.shape) == 3
         frozen = bool((self.settings or {}).get("model.freeze"))  # then what is trained has features
         trained = images and not frozen
+        heads = 1 if trained else self.heads
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(np.iinfo(np.int32).max)
@@ -213,8 +214,9 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "train.min_steps": self.steps,
             "train.batch_size": self.batch_size,
             "train.lr": self.learning_rate,
-            "select.heads": 1 if trained else self.heads,
+            "select.heads": heads,
             "select.passes": self.passes,
+            "select.uncertainty": "heads" if self.passes == heads > 1 else "dropout",
             "select.balance_rounds": self.rounds,
             "select.tau_p": self.tau_p,
             "select.tau_n": self.tau_n,

@@ -265,7 +265,7 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "UPS": ups,
     "UPS, confidence only": lambda split: ups(split, **{"select.kappa_p": 1.0, "select.kappa_n": 1.0}),
     "UPS, heads with dropout": lambda split: ups(split, **{"select.uncertainty": "dropout"}),
-    "UPS, one head": lambda split: ups(split, **{"select.heads": 1, "select.uncertainty": "dropout"}),
+    "UPS, one head": lambda split: ups(split, **{"select.heads": 1}),
     "UPS, not balanced": lambda split: ups(split, **{"select.balance_rounds": 0}),
 }
 

@@ -634,3 +634,17 @@ def test_keys_of_round_0_hold_where_rounds_are_trainings_of_their_own():
     assert load(CONFIGS / "digits.yaml", [*words, "method.name=supervised"]).method.name == "supervised"
     with pytest.raises(ValueError, match="warmup_epochs must not exceed a round's 10 epochs"):
         load(CONFIGS / "digits.yaml", words)
+
+
+def test_the_source_of_uncertainty_by_itself() -> None:
+    def source(**select: object) -> str:
+        return config.make(
+            {"recipe": "features", "data.name": "features"}
+            | {f"select.{key}": each for key, each in select.items()}
+        ).select.uncertainty
+
+    assert source() == source(heads=3, passes=3) == "heads"
+    assert source(heads=1) == source(heads=1, passes=1) == source(passes=10) == source(passes=1) == "dropout"
+    assert source(uncertainty="dropout") == "dropout"
+    with pytest.raises(ValueError, match=r"select.uncertainty=heads has one pass for each head"):
+        source(uncertainty="heads", passes=10)

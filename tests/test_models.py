@@ -177,7 +177,7 @@ def test_unknown_name_lists_what_there_is(name):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("n_classes", 1),
+        ("n_classes", 0),
         ("channels", 2),
         ("dropout", 1.0),
         ("dropout", -0.1),

@@ -248,10 +248,7 @@ def _check_method(
         raise ValueError(f"select.weight=measured needs {need}")
     if cfg.select.heads > 1 and not method.many_heads:
         able = ", ".join(sorted(each for each, cls in METHODS.items() if cls.many_heads))
-        one = "select.heads=1" + (" select.uncertainty=dropout" if cfg.select.uncertainty == "heads" else "")
-        raise ValueError(
-            f"select.heads={cfg.select.heads} is for method.name={able}, got {name}, which needs {one}"
-        )
+        raise ValueError(f"select.heads={cfg.select.heads} is for method.name={able}, got {name}")
     if (
         method.two_views
         and isinstance(strong, Policy)

@@ -226,8 +226,8 @@ class SelectConfig:
         "dropout",
         "Why the passes over an image differ. dropout: of elements. spatial, dropblock: of channels, or of squares in "
         "them, in training too. augment: no dropout, but mirrored and shifted images, or noise on features. heads: no "
-        "dropout, each pass is another head's.",
-        choices=SOURCES,
+        "dropout, each pass is another head's. auto: heads if there are as many passes as heads, else dropout.",
+        choices=(*SOURCES, "auto"),
     )
     passes: int = key(
         10,
@@ -396,6 +396,8 @@ def _finished(cfg: Config, words: Mapping[str, Any]) -> Config:
     _check_values(cfg)  # those that the limits below take the place of, too
     for each, limit in limits_of(cfg)._asdict().items():  # so that all that reads the config later has them
         setattr(cfg.select, each, limit)
+    if cfg.select.uncertainty == "auto":
+        cfg.select.uncertainty = "heads" if cfg.select.passes == cfg.select.heads > 1 else "dropout"
     cfg.run_dir = _at_home("run_dir", cfg.run_dir)
     cfg.data.root = _at_home("data.root", cfg.data.root)
     cfg.model.weights = _at_home("model.weights", cfg.model.weights)
@@ -524,13 +526,10 @@ def _validate_uncertainty(cfg: Config) -> None:
         raise ValueError(f"{source} labels without dropout: set select.mc_layers=0, got {select.mc_layers}")
     if select.uncertainty == "heads":
         if select.heads == 1:
-            raise ValueError(
-                f"{source} needs select.heads above 1, got 1: for one head set select.uncertainty=dropout"
-            )
+            raise ValueError(f"{source} needs select.heads above 1, got 1")
         if select.passes != select.heads:
             raise ValueError(
-                f"{source} has one pass for each head: set select.passes={select.heads}, got {select.passes}, or "
-                "select.uncertainty=dropout"
+                f"{source} has one pass for each head: set select.passes={select.heads}, got {select.passes}"
             )
         return
     if select.passes == 1:

@@ -200,7 +200,6 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         images = len(data.shape) == 3
         frozen = bool((self.settings or {}).get("model.freeze"))  # then what is trained has features
         trained = images and not frozen
-        heads = 1 if trained else self.heads
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(np.iinfo(np.int32).max)
@@ -214,9 +213,8 @@ class UPSClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "train.min_steps": self.steps,
             "train.batch_size": self.batch_size,
             "train.lr": self.learning_rate,
-            "select.heads": heads,
+            "select.heads": 1 if trained else self.heads,
             "select.passes": self.passes,
-            "select.uncertainty": "heads" if self.passes == heads > 1 else "dropout",
             "select.balance_rounds": self.rounds,
             "select.tau_p": self.tau_p,
             "select.tau_n": self.tau_n,

@@ -89,13 +89,16 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", choices=[*SETS, "doubt", []], help="which data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--write", type=Path, metavar="PATH", help="write the set, 10 labels a class, and run nothing")
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the picture and run nothing")
     args = parser.parse_args()
     if args.table:
         print("\n\n".join(tables(read())))
     if args.figure:
         curves.draw(curves.means(read(), FEWEST), args.figure)
-    if args.table or args.figure:
+    for name in args.sets if args.write else []:
+        write(args.write, Split(SETS[name][0](), 10, seed=0))
+    if args.table or args.figure or args.write:
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -268,6 +271,19 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "UPS, one head": lambda split: ups(split, **{"select.heads": 1}),
     "UPS, not balanced": lambda split: ups(split, **{"select.balance_rounds": 0}),
 }
+
+
+def write(path: Path, split: Split) -> None:
+    """The split as a file for `data.name=features`."""
+    np.savez(
+        path,
+        x_labeled=split.x[split.labeled],
+        y_labeled=split.truth[split.labeled],
+        x_unlabeled=split.x[split.hidden],
+        y_unlabeled=split.truth[split.hidden],
+        x_test=split.x_test,
+        y_test=split.test_truth,
+    )
 
 
 # Tables ----------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ ORDER = [
     "rounds",
     "estimator",
     "command",
+    "info",
     "train",
     "predict",
     "export",

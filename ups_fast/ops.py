@@ -410,6 +410,12 @@ def _find_backend() -> dict[str, tuple[bool, str]]:
 _BACKEND = _find_backend()
 
 
+def built_with() -> str:
+    """The compiler and the torch of the compiled kernels; "" without them."""
+    about = {} if _C is None else _C.build_info()
+    return f"compiler {about['compiler']}, torch {about['torch']}" if about else ""
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether fused kernels serve tensors on this device."""
     return _BACKEND.get(device.type, (False, ""))[0]

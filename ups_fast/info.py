@@ -120,7 +120,7 @@ def _told(make: Callable[..., str], *args: object) -> str:
 
 def _cpu() -> str:
     return (
-        f"{machine.cpu_name()}, {machine.cores()} of {os.cpu_count()} cores, "
+        f"{machine.cpu_name()}, {many(machine.cores(), 'core')}, "
         f"{many(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{machine.memory_bytes() / 2**30:.0f} GiB"
     )

@@ -412,8 +412,10 @@ _BACKEND = _find_backend()
 
 def built_with() -> str:
     """The compiler and the torch of the compiled kernels; "" without them."""
-    about = {} if _C is None else _C.build_info()
-    return f"compiler {about['compiler']}, torch {about['torch']}" if about else ""
+    if _C is None:
+        return ""
+    about = _C.build_info()
+    return f"compiler {about['compiler']}, torch {about['torch']}"
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STRICT := UPS_FAST_STRICT=1
 BENCHMARKS := benchmarks --record --benchmark-only --benchmark-disable-gc --benchmark-quiet -q -s
 
-.PHONY: setup train test test-slow bench lint gpu-check clean
+.PHONY: setup train test test-slow bench lint wheel wheel-check gpu-check clean
 
 # The extension is built without build isolation, against the torch that will load it.
 setup: .venv/ready
@@ -42,6 +42,22 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files "*.h" "*.cpp" "*.inl" "*.cu" "*.cuh")
 
+# A wheel for the Python of .venv, in dist/. It serves every torch from that of pyproject.toml on: the kernels use only
+# torch's stable ABI. Without nvcc, or with UPS_FAST_CUDA=0, it has the CPU kernels alone. What is left in build/lib of
+# an earlier tree would go into it. auditwheel finds which manylinux it is; macOS has none.
+ARCHS := 8.0;9.0;10.0;12.0+PTX
+wheel: setup
+	rm -rf build/lib* build/bdist* build/wheel
+	TORCH_CUDA_ARCH_LIST="$(ARCHS)" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	mkdir -p dist
+	if test "$$(uname)" = Linux; then \
+	  $(BIN)/auditwheel repair --strip --exclude "libtorch*.so" --exclude libc10.so -w dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist; fi
+
+# The wheel in two new environments, with the oldest torch and the newest: gigabytes to download, minutes to run.
+wheel-check: wheel
+	.ci/wheel-check $(BIN)/python
+
 # On a machine with a GPU, in whatever environment is active: no network, no virtual environment, and of the trainer's
 # packages only torchvision. Kernels, their tests (compute-sanitizer among them), then the benchmarks and their record.
 gpu-check:
@@ -51,4 +67,4 @@ gpu-check:
 	$(STRICT) $(PYTHON) -m pytest $(BENCHMARKS) -p no:cacheprovider --durations=10
 
 clean:
-	rm -rf .venv build ups_fast/*.so *.egg-info
+	rm -rf .venv build dist ups_fast/*.so *.egg-info

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ ORDER = [
     "rounds",
     "estimator",
     "command",
+    "info",
     "train",
     "predict",
     "export",
@@ -270,6 +272,14 @@ def test_strict_makes_a_fallback_an_error(ended):
     assert done.status == 1 and "RuntimeError: ups_fast runs its reference ops on cpu" in done.err
 
 
+def test_the_version_is_everywhere_the_same():
+    version = ups_fast.__version__
+    assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
+    assert re.findall(r"^## \[(.+?)\] - \d", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    wheels = re.findall(r"ups_fast-([\d.]+)-cp", (ROOT / "docs/how-it-works.md").read_text())
+    assert wheels == [version] and 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.slow
 def test_a_wheel_works_away_from_the_repository(tmp_path):
     pip = [sys.executable, "-m", "pip"]
@@ -277,6 +287,13 @@ def test_a_wheel_works_away_from_the_repository(tmp_path):
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
     subprocess.run([*pip, *build], check=True, env=quick)
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ups_fast"}
+    assert f"ups_fast-{ups_fast.__version__}.dist-info/licenses/LICENSE" in names
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
+    assert {str(path.relative_to(ROOT)) for path in files} <= set(names)
+    assert len([name for name in names if name.endswith(".so")]) == 1
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", site, wheel], check=True)
     code = "import torch, ups_fast; print(ups_fast.__file__); print(ups_fast.backend()['cpu']);"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .estimator import UPSClassifier
     from .models.saved import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AugmentPlan",
     "CounterDropout",

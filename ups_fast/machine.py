@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 from typing import TYPE_CHECKING
 
 from ups_fast.words import said
@@ -42,6 +44,24 @@ def memory_bytes() -> int:
         except (OSError, ValueError):  # there is none, or it says "max"
             pass
     return min(size for size in found if size > 0)
+
+
+def cpu_name() -> str:
+    """The model of the CPU as the system writes it, or its architecture where the system does not say."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; "" where there is none, or the system does not say."""
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version", errors="replace") as file:
+        found = re.search(r"\b\d{3,}(?:\.\d+)+\b", file.read(4096))
+        return found[0] if found else ""
+    return ""
 
 
 def pick_device(name: str) -> torch.device:

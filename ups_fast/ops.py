@@ -410,6 +410,14 @@ def _find_backend() -> dict[str, tuple[bool, str]]:
 _BACKEND = _find_backend()
 
 
+def built_with() -> str:
+    """The compiler and the torch of the compiled kernels; "" without them."""
+    if _C is None:
+        return ""
+    about = _C.build_info()
+    return f"compiler {about['compiler']}, torch {about['torch']}"
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether fused kernels serve tensors on this device."""
     return _BACKEND.get(device.type, (False, ""))[0]

@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
     return _cut(text if text.isprintable() else ascii(text)[1:-1])
 
 
-def line_of(error: Exception) -> str:
+def line_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -1,9 +1,9 @@
 """UPS on features against scikit-learn, on real data: `python -m benchmarks.features digits animals ...`.
 
 Each fit is a line of results/features.jsonl. A line that is there is not run again, so the command can be stopped.
-`--table` prints the tables of docs/results.md from that file, and `--figure` draws its picture. `doubt` asks of solar
-cells which labels are worth a second look. Images become features of EfficientNet-Lite0 with its ImageNet weights,
-which are computed once and kept in runs/.
+`--table` prints the tables of docs/results.md from that file, and `--figure` draws its picture. `time` runs all methods
+in turn on silhouettes, for their seconds. `doubt` asks of solar cells which labels are worth a second look. Images
+become features of EfficientNet-Lite0 with its ImageNet weights, which are computed once and kept in runs/.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ FEWEST = {name: counts[0] for name, (_, counts) in SETS.items()}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sets", nargs="*", choices=[*SETS, "doubt", []], help="which data")
+    parser.add_argument("sets", nargs="*", choices=[*SETS, "time", "doubt", []], help="which data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
-    parser.add_argument("--write", type=Path, metavar="PATH", help="write the set, 10 labels a class, and run nothing")
+    parser.add_argument(
+        "--write", type=Path, metavar="PATH", help="write the set, 10 labels a class, and run nothing"
+    )
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the picture and run nothing")
     args = parser.parse_args()
     if args.table:
@@ -112,8 +114,10 @@ def main() -> None:
 
 def fits(name: str, seeds: list[int]) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """What tells each fit from all others, and the fit."""
-    counts, methods = (doubt.COUNTS, doubt.SCORES) if name == "doubt" else (SETS[name][1], METHODS)
-    rows: Any = _cells() if name == "doubt" else SETS[name][0]()
+    wanted = SETS.get("animals" if name == "time" else name, (_cells, ()))
+    counts = {"doubt": doubt.COUNTS, "time": (10,)}.get(name, wanted[1])
+    methods = doubt.SCORES if name == "doubt" else METHODS
+    rows: Any = wanted[0]()
 
     def fit(count: int, method: str, seed: int) -> dict[str, Any]:
         if name == "doubt":
@@ -293,6 +297,8 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
     for name, (_, counts) in SETS.items():
         if mine := [line for line in lines if line["set"] == name]:
             yield f"### {name}\n\n{_table(mine, counts)}"
+    if mine := [line for line in lines if line["set"] == "time"]:
+        yield f"### Time\n\n{_times(mine)}"
     if means := curves.means(lines, FEWEST):
         yield f"### By kappa\n\n{curves.table(means)}"
     if mine := [line for line in lines if line["set"] == "doubt"]:
@@ -300,14 +306,35 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _table(lines: list[dict[str, Any]], counts: tuple[int, ...]) -> str:
-    head = ["labels of a class", *(str(count) for count in counts), "seconds"]
+    """Accuracy on unlabeled rows; with the fewest labels also the share that is trusted, and the share right of it."""
+    head = ["labels of a class", *(str(count) for count in counts), f"selected ({counts[0]})", "right"]
     body = []
     for method in METHODS:
         runs = [line for line in lines if line["method"] == method]
         cells = [_cell([run for run in runs if run["labels"] == count]) for count in counts]
+        kept = [run for run in runs if run["labels"] == counts[0] and "positives" in run]
+        of_all = statistics.mean(run["positives"] / run["unlabeled"] for run in kept) if kept else None
+        right = statistics.mean(run["positive_acc"] for run in kept) if kept else None
         if runs:
-            body.append([method, *cells, f"{statistics.median(run['seconds'] for run in runs):.1f}"])
+            body.append([method, *cells, *("" if x is None else f"{100 * x:.1f}" for x in (of_all, right))])
     return record.grid(head, body)
+
+
+def _times(lines: list[dict[str, Any]]) -> str:
+    """Medians, their ratio to UPS, and the spread."""
+    seconds = {name: [run["seconds"] for run in lines if run["method"] == name] for name in METHODS}
+    ups = statistics.median(seconds["UPS"])
+    body = [
+        [
+            name,
+            f"{statistics.median(x):.1f}",
+            f"{min(x):.1f} to {max(x):.1f}",
+            f"{statistics.median(x) / ups:.2f}",
+        ]
+        for name, x in seconds.items()
+        if x
+    ]
+    return record.grid(["method", "seconds", "from, to", "of UPS"], body)
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:

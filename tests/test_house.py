@@ -62,6 +62,7 @@ ORDER = [
 BASE = {
     "seeds",
     "machine",
+    "world",
     "terminal",
     "schema",
     "config_file",

@@ -206,8 +206,10 @@ class World:
         self._call(_all_gather, everything, mine, group=self.devices)
         found = []
         for column, each in zip(everything[:n].split(widths, dim=1), parts, strict=True):
-            kind = column.contiguous().view(each.dtype) if column.numel() else each.new_empty(n, 0)
-            found.append(kind.reshape(n, *each.shape[1:]))
+            whole = each.new_empty(n, *each.shape[1:])
+            if whole.numel():
+                whole.view(n, -1).view(torch.uint8).copy_(column)
+            found.append(whole)
         return found
 
     def own(self, rows: Tensor) -> Tensor:  # [.., B] -> [.., B / R]

@@ -1,0 +1,195 @@
+"""Small runs of several processes, for test_world.py: each rank is a fork of the tests' process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # which takes seconds, once and not in each rank
+from rich.console import Console
+from torch import Tensor
+
+from ups_fast import build, rounds
+from ups_fast.config import Config
+from ups_fast.data import ImageSet
+from ups_fast.models import Network
+from ups_fast.selection import features_of, pseudo_label
+from ups_fast.step import TrainStep
+from ups_fast.world import World, join
+
+SECONDS = 120.0  # of all ranks together, after which they are killed
+
+
+def free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        return int(some.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def fork(size: int, work: Callable[[World], Any], folder: Path, **changes: str) -> list[int]:
+    """A process for each rank, as torchrun starts them; each leaves FOLDER/rank, or a traceback."""
+    port, pids = free_port(), []
+    for rank in range(size):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        status = 1
+        try:
+            torch.set_num_threads(1)  # of more, the parent may have the only ones
+            os.environ.update({**environment(rank, size, port), **changes})
+            world = join()
+            world.open(torch.device("cpu"), 30)
+            torch.save(work(world), folder / f"{rank}")
+            world.close()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pids
+
+
+def results(size: int, work: Callable[[World], Any], folder: Path) -> list[Any]:
+    """What `work` gives at each rank. Ranks that do not end are killed."""
+    folder.mkdir()
+    pids, end = fork(size, work, folder), time.monotonic() + SECONDS
+    try:
+        while pids and time.monotonic() < end:
+            pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+            time.sleep(0.002)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(size)]
+
+
+# Jobs --------------------------------------------------------------------------------------------------------
+
+
+def blobs(n: int = 150, columns: int = 6, classes: int = 3) -> ImageSet:
+    """Features; the first 24 of the training set are labeled."""
+    drawn = torch.Generator().manual_seed(1)
+    centers = torch.randn(classes, columns, generator=drawn)
+    labels = torch.arange(n) % classes
+    rows = centers[labels] + 0.7 * torch.randn(n, columns, generator=drawn)
+    mean, std = (tuple(each.tolist()) for each in (rows.mean(0), rows.std(0)))
+    names = [str(c) for c in range(classes)]
+    return ImageSet(
+        "blobs", names, rows[:120], labels[:120], rows[120:], labels[120:], mean, std,
+        labeled=torch.arange(24),
+    )  # fmt: skip
+
+
+def pictures(n: int = 100) -> ImageSet:
+    """Images of 8x8 pixels, with batch-norm in their network."""
+    drawn = torch.Generator().manual_seed(2)
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 120, (n, 8, 8, 1), generator=drawn)
+    images[torch.arange(n), labels * 2] += 100
+    images = images.byte()
+    return ImageSet(
+        "pictures", ["0", "1", "2"], images[:80], labels[:80], images[80:], labels[80:], (0.3,), (0.3,),
+        labeled=torch.arange(24),
+    )  # fmt: skip
+
+
+def settings(data: ImageSet, folder: str = "", **changes: Any) -> Config:
+    cfg = Config()
+    values: dict[str, Any] = {
+        "run_dir": folder, "device": "cpu", "threads": 1, "checkpoint_seconds": 3600.0,
+        "model.name": "mlp-12" if len(data.shape) == 1 else "wrn-10-1", "model.dropout": 0.2,
+        "train.rounds": 2, "train.epochs": 1, "train.min_steps": 4, "train.batch_size": 12, "train.lr": 0.05,
+        "train.weight_decay": 0.0, "runtime.precision": "float32",
+        "select.passes": 3, "select.batch_size": 60, "select.tau_p": 0.4, "select.tau_n": 0.3,
+        "select.kappa_p": 0.3, "select.kappa_n": 0.3, "report.baselines": False, "report.review": False,
+        **({"data.noise": 0.1} if len(data.shape) == 1 else {"data.crop": 1}),
+    }  # fmt: skip
+    for name, value in {**values, **changes}.items():
+        group, _, key = name.rpartition(".")
+        setattr(getattr(cfg, group) if group else cfg, key, value)
+    return cfg
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for name, each in tensors.items():
+        found.update(name.encode() + each.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def train(world: World, what: str = "blobs", folder: str = "", **changes: Any) -> dict[str, Any]:
+    """A run; after each step a digest of all that its method and optimizer remember."""
+    data = globals()[what]()
+    method = changes.pop("method.name", "ups")
+    cfg = settings(data, folder, **changes)
+    cfg = with_method(cfg, method)
+    after, real = [], TrainStep.__call__
+
+    def step(self: TrainStep, *args: Any, **how: Any) -> None:
+        real(self, *args, **how)
+        after.append(digest({**self.method.state_dict(), **self.momentum, "loss": self.loss}))
+
+    TrainStep.__call__ = step  # type: ignore[method-assign]
+    console = Console(file=io.StringIO())
+    job = build.prepare(cfg, data, console, world)
+    rows = list(rounds.rounds(job, console))
+    TrainStep.__call__ = real  # type: ignore[method-assign]
+    found = job.state.pseudo_labels
+    return {"after": after, "weights": job.method.state_dict(), "found": found, "rows": rows}
+
+
+def with_method(cfg: Config, name: str) -> Config:
+    from ups_fast.methods import METHODS
+
+    options = METHODS[name].Options()
+    options.name = name
+    if hasattr(options, "mu"):
+        options.mu = 2
+    if name in ("fixmatch", "comatch"):
+        options.tau = 0.4
+    if name == "fixmatch":
+        options.uncertainty = "passes"
+        cfg.select.kappa_p = 0.5
+    return replace(cfg, method=options)
+
+
+def label(world: World) -> dict[str, Any]:
+    """All that a run asks of a network: labels with and without balance, features, of blobs and of pictures."""
+    found: dict[str, Any] = {}
+    for data in (blobs(), pictures()):
+        torch.manual_seed(3)
+        job = build.prepare(settings(data), data)
+        network: Network = job.method.network.eval()
+        for rows, balanced, u in ((20, False, 56), (7, True, 50), (500, True, 56), (3, False, 1), (3, False, 0)):
+            index, told = torch.arange(24, 24 + u), []
+            labels = pseudo_label(
+                network, job.images, index, passes=3, batch_size=3 * rows, tau_p=0.35, kappa_p=1.0, tau_n=0.32,
+                kappa_n=1.0, balanced=balanced, seed=5, progress=told.append, world=world,
+            )  # fmt: skip
+            found[f"{data.name} {rows} {u}"] = vars(labels)
+            found[f"told {data.name} {rows} {u}"] = sum(told), len(told)
+            if u:
+                how: Any = {"batch_size": rows, "world": world}
+                found[f"features {data.name} {rows} {u}"] = features_of(network, job.images, index, **how)
+    return found

@@ -10,17 +10,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo  # which takes seconds, once and not in each rank
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast import build, rounds
+from ups_fast import build, rounds, train
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.models import Network
@@ -84,6 +84,78 @@ def results(size: int, work: Callable[[World], Any], folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(size)]
 
 
+class End(NamedTuple):
+    """How a rank ended."""
+
+    status: int  # negative: by that signal
+    out: str
+    err: str
+
+
+def commands(
+    words: Sequence[str],
+    folder: Path,
+    size: int = 2,
+    *,
+    at: dict[int, tuple[int, Callable[[], object]]] | None = None,  # of a rank: before which step, and what happens
+    own: dict[int, list[str]] | None = None,  # further words of a rank
+    **changes: str,  # of the environment
+) -> tuple[list[End], float]:
+    """`python -m ups_fast.train` at each rank, and the seconds from the first end to the last one."""
+    folder.mkdir()
+    port, pids = free_port(), {}
+    for rank in range(size):
+        if pid := os.fork():
+            pids[pid] = rank
+            continue
+        status = 70
+        try:
+            torch.set_num_threads(1)
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+            os.environ.update({**environment(rank, size, port), **changes})
+            step, what = (at or {}).get(rank, (0, int))
+            happens_at(step, what)
+            status = train.main([*words, *(own or {}).get(rank, [])])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            status = 71
+        finally:
+            sys.stderr.flush(), sys.stdout.flush()
+            os._exit(status)
+    statuses, ended = {}, []
+    end = time.monotonic() + SECONDS
+    while len(statuses) < size:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            statuses[pids[pid]] = os.waitstatus_to_exitcode(status)
+            ended.append(time.monotonic())
+        if time.monotonic() > end or (ended and time.monotonic() > ended[-1] + SECONDS / 4):
+            for pid in [pid for pid, rank in pids.items() if rank not in statuses]:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+    read = lambda rank, name: (folder / f"{rank}.{name}").read_text()  # noqa: E731
+    ends = [End(statuses[rank], read(rank, "out"), read(rank, "err")) for rank in range(size)]
+    return ends, ended[-1] - ended[0]
+
+
+def happens_at(step: int, what: Callable[[], object]) -> None:
+    """Before that step of the process, counted from 1; 0: never."""
+    count, real = 0, TrainStep.__call__
+
+    def call(self: TrainStep, *args: Any, **how: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == step:
+            what()
+        real(self, *args, **how)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
 # Jobs --------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +210,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def train(world: World, what: str = "blobs", folder: str = "", **changes: Any) -> dict[str, Any]:
+def trained(world: World, what: str = "blobs", folder: str = "", **changes: Any) -> dict[str, Any]:
     """A run; after each step a digest of all that its method and optimizer remember."""
     data = globals()[what]()
     method = changes.pop("method.name", "ups")

@@ -20,7 +20,7 @@ import torch._dynamo  # which takes seconds, once and not in each rank
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast import build, rounds, train
+from ups_fast import build, inputs, rounds, train
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.models import Network
@@ -97,7 +97,8 @@ def commands(
     folder: Path,
     size: int = 2,
     *,
-    at: dict[int, tuple[int, Callable[[], object]]] | None = None,  # of a rank: before which step, and what happens
+    at: dict[int, tuple[int, Callable[[], object]]]
+    | None = None,  # of a rank: before which step, and what happens
     own: dict[int, list[str]] | None = None,  # further words of a rank
     **changes: str,  # of the environment
 ) -> tuple[list[End], float]:
@@ -117,6 +118,7 @@ def commands(
             os.environ.update({**environment(rank, size, port), **changes})
             step, what = (at or {}).get(rank, (0, int))
             happens_at(step, what)
+            train._report = lambda *_: None  # type: ignore[assignment]  # which takes seconds, and is of one process
             status = train.main([*words, *(own or {}).get(rank, [])])
         except SystemExit as error:
             status = int(error.code or 0)
@@ -231,6 +233,38 @@ def trained(world: World, what: str = "blobs", folder: str = "", **changes: Any)
     return {"after": after, "weights": job.method.state_dict(), "found": found, "rows": rows}
 
 
+def with_files(world: World, folder: str) -> dict[str, Any]:
+    """A run on files that are streamed, three of which vanish when it has begun."""
+    root = Path(folder) / "images"
+    if world.main:
+        from PIL import Image
+
+        for i, image in enumerate(pictures().train_images):
+            place = root / f"labeled/{i % 3}" if i < 30 else root / "unlabeled"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0].numpy()).save(place / f"{i:03}.png")
+    world.wait()
+    changes = {"name": "folder", "root": str(root), "loader": "plain", "size": 8, "channels": 1}
+    cfg = settings(pictures(), "", **{f"data.{name}": value for name, value in changes.items()})
+    cfg.run_dir = str(Path(folder) / "run")
+    console = Console(file=io.StringIO())
+    data = world.share(lambda: inputs.load_data(cfg, torch.device("cpu"), console))
+    job = build.prepare(cfg, data, console, world)
+    if world.main:
+        for i in (40, 41, 55):
+            (root / "unlabeled" / f"{i:03}.png").unlink()
+    world.wait()
+    after, real = [], TrainStep.__call__
+
+    def step(self: TrainStep, *args: Any, **how: Any) -> None:
+        real(self, *args, **how)
+        after.append(digest({**self.method.state_dict(), "loss": self.loss, **self.tables}))
+
+    TrainStep.__call__ = step  # type: ignore[method-assign]
+    list(rounds.rounds(job, console))
+    return {"after": after, "found": job.state.pseudo_labels, "gone": job.images.unreadable}
+
+
 def with_method(cfg: Config, name: str) -> Config:
     from ups_fast.methods import METHODS
 
@@ -253,7 +287,13 @@ def label(world: World) -> dict[str, Any]:
         torch.manual_seed(3)
         job = build.prepare(settings(data), data)
         network: Network = job.method.network.eval()
-        for rows, balanced, u in ((20, False, 56), (7, True, 50), (500, True, 56), (3, False, 1), (3, False, 0)):
+        for rows, balanced, u in (
+            (20, False, 56),
+            (7, True, 50),
+            (500, True, 56),
+            (3, False, 1),
+            (3, False, 0),
+        ):
             index, told = torch.arange(24, 24 + u), []
             labels = pseudo_label(
                 network, job.images, index, passes=3, batch_size=3 * rows, tau_p=0.35, kappa_p=1.0, tau_n=0.32,

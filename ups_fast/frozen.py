@@ -52,7 +52,9 @@ def open_features(
     """
     _must_fit(cfg, len(data.train_labels), network.n_features, device)
     forward = Forward(network, in_half(cfg.runtime.precision, device), console)
-    found = world.share(lambda: [_part(cfg, data, forward, device, test=test).rows() for test in (False, True)])
+    found = world.share(
+        lambda: [_part(cfg, data, forward, device, test=test).rows() for test in (False, True)]
+    )
     rows, unreadable = found[0]
     clean = rows[0]
     aside = [*([] if data.val is None else data.val.tolist()), *unreadable]

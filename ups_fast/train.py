@@ -144,7 +144,9 @@ def _train(cfg: config.Config, world: World) -> None:
             f"this machine is busy (load {load:.1f} on {cores} cores): threads=1 may be much faster"
         )
     each = f", {world.size} processes" if world.size > 1 else ""
-    console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place}){each}")
+    console.print(
+        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place}){each}"
+    )
     console.print(f"ops on {device.type}: {ups_fast.backend()[device.type]}")
 
     # Imported only now, because it takes seconds and most errors have been found before.

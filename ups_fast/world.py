@@ -250,7 +250,9 @@ class World:
             self.lost = True
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one has ended
-            why = re.sub(r"^\[[^]]*\] *", "", line_of(error)).partition(". ")[0]  # without gloo's place in its code
+            why = re.sub(r"^\[[^]]*\] *", "", line_of(error)).partition(". ")[
+                0
+            ]  # without gloo's place in its code
             raise Lost(why) from error
 
     def say(self, error: BaseException, sentence: str) -> None:
@@ -268,7 +270,9 @@ class World:
         except RuntimeError:  # it was kept by a process that is lost, too
             pass
         if isinstance(error, Lost):
-            sentence = f"{self._missing()} has ended or does not answer ({sentence}); the same command goes on"
+            sentence = (
+                f"{self._missing()} has ended or does not answer ({sentence}); the same command goes on"
+            )
         else:
             sentence = f"{sentence} (rank {self.rank} of {self.size})"
         complain(f"error: {sentence}")

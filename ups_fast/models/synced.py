@@ -57,5 +57,7 @@ def synced(network: nn.Module) -> None:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, _Synced):
             continue
         if type(module) not in KINDS or module.momentum is None:
-            raise ValueError(f"train.sync_bn cannot serve the network's {type(module).__name__}: set it false")
+            raise ValueError(
+                f"train.sync_bn cannot serve the network's {type(module).__name__}: set it false"
+            )
         module.__class__ = KINDS[type(module)]

@@ -24,6 +24,7 @@ from ups_fast import build, inputs, rounds, train
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.models import Network
+from ups_fast.models.synced import synced
 from ups_fast.selection import features_of, pseudo_label
 from ups_fast.step import TrainStep
 from ups_fast.world import World, join
@@ -69,10 +70,12 @@ def fork(size: int, work: Callable[[World], Any], folder: Path, **changes: str) 
     return pids
 
 
-def results(size: int, work: Callable[[World], Any], folder: Path) -> list[Any]:
+def results(
+    size: int, work: Callable[[World], Any], folder: Path, seconds: float = SECONDS, **changes: str
+) -> list[Any]:
     """What `work` gives at each rank. Ranks that do not end are killed."""
     folder.mkdir()
-    pids, end = fork(size, work, folder), time.monotonic() + SECONDS
+    pids, end = fork(size, work, folder, **changes), time.monotonic() + seconds
     try:
         while pids and time.monotonic() < end:
             pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
@@ -231,6 +234,28 @@ def trained(world: World, what: str = "blobs", folder: str = "", **changes: Any)
     TrainStep.__call__ = real  # type: ignore[method-assign]
     found = job.state.pseudo_labels
     return {"after": after, "weights": job.method.state_dict(), "found": found, "rows": rows}
+
+
+def compiled(world: World) -> list[Tensor]:
+    """Loss and gradients of a batch through batch-norm and a loss over all rows, as one graph."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    synced(network)
+    rows, weight = torch.randn(4, 1, 4, 4), torch.linspace(0, 1, 4)
+
+    def loss(x: Tensor) -> Tensor:
+        seen = world.whole(network(x))
+        return (seen.square().sum(1) * weight).sum() + seen.std(0).sum()
+
+    found = []
+    for how in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        network.zero_grad()
+        value = how(rows[world.rank :: world.size])
+        value.backward()
+        gradients = [each.grad for each in network.parameters() if each.grad is not None]
+        world.sum_(gradients)
+        found += [value.detach(), *(each.clone() for each in gradients)]
+    return found
 
 
 def with_files(world: World, folder: str) -> dict[str, Any]:

@@ -300,18 +300,22 @@ def test_an_address_in_use_and_variables_that_are_wrong(
 @pytest.mark.slow
 def test_files_that_one_rank_finds_gone(tmp_path: Path) -> None:
     """All know of it before they learn from the batch."""
-    first, other = results(2, partial(ranks.with_files, str(tmp_path)), tmp_path / "n")
+    first, other = results(2, partial(ranks.with_files, folder=str(tmp_path)), tmp_path / "n")
     assert first["after"] == other["after"] and equal(first["found"], other["found"])
     assert first["gone"] == other["gone"] and len(first["gone"]) == 3
     assert (first["found"]["label"] == -1).sum() == 3
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_those_of_one_process(tmp_path: Path) -> None:
-    more = {"train.rounds": 1, "runtime.step": "compile", "train.sync_bn": True}
-    assert_trained_alike(
-        2, tmp_path, what="pictures", **{**more, "method.name": "fixmatch", "data.ops": "ups"}
-    )
+def test_the_messages_of_a_loss_are_part_of_its_graph(tmp_path: Path) -> None:
+    """And their gradients: eager, compiled, in two processes and in one."""
+    quick = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    (alone,) = results(1, ranks.compiled, tmp_path / "1", 400, **quick)
+    for found in results(2, ranks.compiled, tmp_path / "n", 400, **quick):
+        half = len(found) // 2
+        for eager, compiled, want in zip(found[:half], found[half:], alone[:half], strict=True):
+            assert torch.allclose(eager, want, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(compiled, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -50,8 +50,10 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.lost = False
-        self.patient: Any = None  # a group of processes on the host that waits for days
-        self.host = self.devices = self.patient  # groups that wait for `runtime.timeout`
+        # Groups of all processes: on the host, for days; on the host and between devices, for `runtime.timeout`.
+        self.patient: Any = None
+        self.host: Any = None
+        self.devices: Any = None
 
     @property
     def main(self) -> bool:
@@ -158,7 +160,9 @@ class World:
         """What `make` gives at process 0, at all of them. Tensors, on the host, are sent as they are."""
         if self.size == 1:
             return make()
-        made, tensors, text = None, [], b""
+        made: Any = None
+        tensors: list[Tensor] = []
+        text = b""
         with self.together():
             if self.main:
                 made = make()

@@ -254,7 +254,7 @@ class _Round:
                 with watch.overhead():
                     next(fetched)
                 if run.data.in_files:
-                    run.world.union(run.images.unreadable)
+                    step.gone = run.world.union(run.images.unreadable, step.gone)
                 check_unreadable(run, watch)
                 step(ids[at], draw[at], lr, (before + at) / total)
                 state.step = at + 1
@@ -346,8 +346,6 @@ class _Round:
 
         def advance(done: int) -> None:
             watch.progress.advance(bar, done * run.world.size)
-            if run.data.in_files:
-                run.world.union(images.unreadable)
             check_unreadable(run, watch)
             self._asked()
             watch.end_if_asked(run.saved_in)  # training was saved when it ended

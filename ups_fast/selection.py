@@ -109,7 +109,7 @@ def pseudo_label(
     assert found is not None
     for _ in range(turns - len(mine.split(rows))):
         progress(0)
-    world.union(images.unreadable)
+    world.union(images.unreadable, {})
     found = world.gather([each[: len(ours)] for each in found], len(index), turns * rows)
     gone = torch.tensor(list(images.unreadable), dtype=torch.int64, device=index.device)
     kept = keep(task.record(index, found, torch.isin(index, gone) if images.unreadable else None))

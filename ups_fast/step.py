@@ -93,6 +93,8 @@ class TrainStep:
         self.batch = torch.zeros(0, device=self.device)
         self.layout, self.views = Layout((), 0), ()
         self.unreadable = 0  # how many images the tables know to be unreadable
+        # Which are, as all processes of the run know; of one process, at once.
+        self.gone: Mapping[int, str] = images.unreadable if self.world.size == 1 else dict(images.unreadable)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         trained = method.trained()
@@ -175,8 +177,8 @@ class TrainStep:
 
         An image that is unreadable stays in its batch, but nothing is learned from it any more.
         """
-        if len(self.images.unreadable) > self.unreadable:
-            gone = torch.tensor(list(self.images.unreadable), device=self.device)
+        if len(self.gone) > self.unreadable:
+            gone = torch.tensor(list(self.gone), device=self.device)
             for name, table in self.tables.items():
                 table[gone] = -1 if name == "target" else 0
             self.unreadable = len(gone)

@@ -125,7 +125,8 @@ def _start(cfg: config.Config, world: World) -> torch.device:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
     facts = {name: str(value) for name, value in flat(asdict(cfg)) if name not in OF_A_PROCESS}
-    facts |= {"ups_fast": ups_fast.__version__, "torch": torch.__version__, "device": device.type}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts |= {"ups_fast": ups_fast.__version__, "torch": torch.__version__, "device": kind}
     world.same(facts | {"what runs the ops": ups_fast.backend()[device.type]})
     world.open(device, cfg.runtime.timeout)
     return device

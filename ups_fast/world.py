@@ -94,7 +94,7 @@ class World:
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
-            self._call(dist.barrier, group=self.patient)
+            self._call(dist.barrier, group=self.host)
 
     # What all do, or none -----------------------------------------------------------------------------------
 
@@ -145,14 +145,21 @@ class World:
         self._call(dist.all_reduce, asked, dist.ReduceOp.MAX, group=self.host)
         return asked.tolist()
 
-    def union(self, known: dict[int, str]) -> None:
-        """Adds to each process's `known` what the others know."""
-        if self.size > 1 and self.ask(len(known), -len(known)) != [0, 0]:
-            found: list[Any] = [None] * self.size
-            self._call(dist.all_gather_object, found, known, group=self.host)
-            everything = {number: text for each in reversed(found) for number, text in each.items()}
-            known.clear()
-            known.update(sorted(everything.items()))
+    def union(self, mine: dict[int, str], agreed: Mapping[int, str]) -> Mapping[int, str]:
+        """What any process knows, which is also added to `mine`; `agreed` is what this gave before.
+
+        Threads may add to `mine` at any time.
+        """
+        if self.size == 1:
+            return mine
+        if not any(self.ask(len(mine) > len(agreed))):
+            return agreed
+        found: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, found, dict(mine), group=self.host)
+        everything = {number: text for each in reversed(found) for number, text in each.items()}
+        for number, text in everything.items():
+            mine.setdefault(number, text)
+        return everything
 
     # What they send each other ------------------------------------------------------------------------------
 

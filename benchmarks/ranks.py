@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from ups_fast import messages, world
 from ups_fast.batches import views_of
 from ups_fast.data import ResidentImages
 from ups_fast.methods import UPS, Group, Layout, Options, Setting
@@ -95,28 +96,28 @@ def turn(options: argparse.Namespace, size: int, threads: int) -> dict[str, floa
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    world = join()
+    here = join()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = torch.device("cpu")
-    world.open(device, 600)
+    here.open(device, 600)
     torch.manual_seed(0)
-    step, index = made(options.model, world)
-    in_messages = clocked(world)
+    step, index = made(options.model, here)
+    in_messages = clocked()
     run(step, index, 2)
     in_messages.clear()
-    world.wait()
+    here.wait()
     began = time.perf_counter()
     run(step, index, options.steps)
     seconds, messages = time.perf_counter() - began, sum(in_messages)
     ids = torch.arange(options.label)
     rows = labeling_rows(device, step.images.shape)
-    how: Any = {"passes": PASSES, "batch_size": rows, "world": world}
+    how: Any = {"passes": PASSES, "batch_size": rows, "world": here}
     pseudo_label(step.method.answers, step.images, ids[: 2 * rows // PASSES], **how)  # the first takes longer
-    world.wait()
+    here.wait()
     start = time.perf_counter()
     pseudo_label(step.method.answers, step.images, ids, **how)
     labeling = time.perf_counter() - start
-    world.close()
+    here.close()
     return {
         "step images/s": options.steps * BATCH / seconds,
         "messages": messages / seconds,
@@ -124,10 +125,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def made(model: str, world: World) -> tuple[TrainStep, torch.Tensor]:
+def made(model: str, here: World) -> tuple[TrainStep, torch.Tensor]:
     net = build(model, n_classes=CLASSES, channels=3, size=32, dropout=0.3, preact="published")
     net = net.to(memory_format=torch.channels_last)
-    method = UPS(Setting(lambda: net, Options("ups"), Thresholds(), N, CLASSES, world=world))
+    method = UPS(Setting(lambda: net, Options("ups"), Thresholds(), N, CLASSES, world=here))
     pixels = torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8)
     images = ResidentImages(
         pixels, mean=(0.5,) * 3, std=(0.25,) * 3, device="cpu", policy=POLICIES["published"]
@@ -139,7 +140,7 @@ def made(model: str, world: World) -> tuple[TrainStep, torch.Tensor]:
     positive = torch.arange(N) < N // 2
     target = torch.randint(CLASSES, (N,)).where(positive, -1)
     tables = {"target": target, "negative": torch.randint(0, 2**CLASSES, (N, 1), dtype=torch.int32)}
-    views = views_of(layout.own(world).groups, {"strong": images.policy})
+    views = views_of(layout.own(here).groups, {"strong": images.policy})
     step.start(layout, views, tables, method.state_dict(), augment_seed=0, dropout_seed=0)
     order = torch.stack([torch.randperm(N // 2), N // 2 + torch.randperm(N // 2)]).T.flatten()
     return step, order
@@ -153,18 +154,18 @@ def run(step: TrainStep, order: torch.Tensor, steps: int) -> None:
         step.world.ask(False, False)
 
 
-def clocked(world: World) -> list[float]:
+def clocked() -> list[float]:
     """The seconds of each message from now on, with the time in which the others are waited for."""
     seconds: list[float] = []
-    real = World._call
+    real = messages.call
 
-    def call(self: World, collective: Callable, *args: Any, **how: Any) -> Any:
+    def call(collective: Callable, *args: Any, **how: Any) -> Any:
         began = time.perf_counter()
-        found = real(self, collective, *args, **how)
+        found = real(collective, *args, **how)
         seconds.append(time.perf_counter() - began)
         return found
 
-    World._call = call  # type: ignore[method-assign]
+    messages.call = world.call = call
     return seconds
 
 

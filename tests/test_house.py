@@ -62,6 +62,7 @@ ORDER = [
 BASE = {
     "seeds",
     "machine",
+    "messages",
     "world",
     "terminal",
     "schema",

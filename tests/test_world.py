@@ -73,7 +73,7 @@ def test_labels_are_equal_bit_for_bit(size: int, tmp_path: Path) -> None:
     )
 
 
-QUICK = ("ups", "fixmatch", "freematch", "comatch", "meta_pseudo_labels")
+QUICK = ("ups", "comatch")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 
@@ -105,11 +105,12 @@ def test_training_of_more_ranks(name: str, size: int, tmp_path: Path) -> None:
     assert_trained_alike(size, tmp_path, **{"method.name": name})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {"train.ema": 0.5, "select.heads": 3, "train.momentum": 0.5},
-        pytest.param({"train.optimizer": "adamw", "train.lr": 0.003}, marks=pytest.mark.slow),
+        {"train.optimizer": "adamw", "train.lr": 0.003},
     ],
 )
 def test_averages_heads_and_optimizers(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_sync_bn_is_that_of_one_process(tmp_path: Path) -> None:
     assert_trained_alike(2, tmp_path, what="pictures", **{"train.sync_bn": True, "train.rounds": 1})
 
 
+@pytest.mark.slow
 def test_batch_norm_is_local_and_its_statistics_are_shared(tmp_path: Path) -> None:
     work = partial(ranks.trained, what="pictures", **{"train.rounds": 1, "train.ema": 0.5})
     first, other = results(2, work, tmp_path / "n")

@@ -20,6 +20,7 @@ import torch
 
 import ups_fast
 from ups_fast import command, machine
+from ups_fast.messages import LINE
 from ups_fast.terminal import complain, ended
 from ups_fast.words import line_of
 from ups_fast.world import ALONE, World, join
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def say(error: Exception, sentence: str) -> None:
         world.say(error, sentence)
-        if world.lost:  # what is left of the connections must not be waited for
+        if LINE.lost:  # what is left of the connections must not be waited for
             ended(2)
             sys.stdout.flush()
             os._exit(2)

@@ -6,13 +6,8 @@ A batch of B rows is dealt out like cards: rank r of R has the rows r, r + R, r 
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
-import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,20 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ups_fast import machine
+from ups_fast.messages import LINE, Lost, all_gather, call, pickled, unpickled, whole_rows, whole_sum
 from ups_fast.terminal import complain
 from ups_fast.words import line_of, many, shown
 
 MEETING = 120  # seconds in which all processes must have come
 PATIENCE = timedelta(days=7)  # with a rank that reads data, or computes what the others wait for
 CHUNK = 1 << 28  # bytes that are sent at once
-
-
-# One tensor to each process from all; its old name is given up.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Lost(ConnectionError):
-    """Another process of the run has ended, or does not answer. What the last checkpoint holds is safe."""
 
 
 class World:
@@ -49,7 +37,6 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
-        self.lost = False
         # Groups of all processes: on the host, for days; on the host and between devices, for `runtime.timeout`.
         self.patient: Any = None
         self.host: Any = None
@@ -80,10 +67,11 @@ class World:
         if self.size == 1:
             return
         seconds = timedelta(seconds=timeout)
-        self.host = self.devices = self._call(dist.new_group, backend="gloo", timeout=seconds)
+        self.host = self.devices = call(dist.new_group, backend="gloo", timeout=seconds)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            self.devices = self._call(dist.new_group, backend="nccl", timeout=seconds)
+            self.devices = call(dist.new_group, backend="nccl", timeout=seconds)
+        LINE.devices = self.devices
 
     def close(self) -> None:
         """The end of what is done together."""
@@ -94,7 +82,7 @@ class World:
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
-            self._call(dist.barrier, group=self.host)
+            call(dist.barrier, group=self.host)
 
     # What all do, or none -----------------------------------------------------------------------------------
 
@@ -113,7 +101,7 @@ class World:
             mine = error
         said: list[str | None] = [None] * self.size
         text = None if mine is None else line_of(mine)
-        self._call(dist.all_gather_object, said, text, group=self.patient)
+        call(dist.all_gather_object, said, text, group=self.patient)
         failed = [rank for rank, each in enumerate(said) if each is not None]
         if not failed:
             return
@@ -127,7 +115,7 @@ class World:
         if self.size == 1:
             return
         found: list[Any] = [None] * self.size
-        self._call(dist.all_gather_object, found, dict(facts), group=self.patient)
+        call(dist.all_gather_object, found, dict(facts), group=self.patient)
         with self.together():
             for rank, theirs in enumerate(found):
                 for name, its in theirs.items():
@@ -142,7 +130,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         asked = torch.tensor(numbers, dtype=torch.float64)
-        self._call(dist.all_reduce, asked, dist.ReduceOp.MAX, group=self.host)
+        call(dist.all_reduce, asked, dist.ReduceOp.MAX, group=self.host)
         return asked.tolist()
 
     def union(self, mine: dict[int, str], agreed: Mapping[int, str]) -> Mapping[int, str]:
@@ -155,7 +143,7 @@ class World:
         if not any(self.ask(len(mine) > len(agreed))):
             return agreed
         found: list[Any] = [None] * self.size
-        self._call(dist.all_gather_object, found, dict(mine), group=self.host)
+        call(dist.all_gather_object, found, dict(mine), group=self.host)
         everything = {number: text for each in reversed(found) for number, text in each.items()}
         for number, text in everything.items():
             mine.setdefault(number, text)
@@ -173,25 +161,25 @@ class World:
         with self.together():
             if self.main:
                 made = make()
-                text, tensors = _pickled(made)
+                text, tensors = pickled(made)
         shapes = [(tuple(each.shape), each.dtype) for each in tensors]
         plan = [(text, shapes)]
-        self._call(dist.broadcast_object_list, plan, src=0, group=self.patient)
+        call(dist.broadcast_object_list, plan, src=0, group=self.patient)
         text, shapes = plan[0]
         if not self.main:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         for tensor in tensors:
             flat = tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(0)
             for part in flat.split(CHUNK):
-                self._call(dist.broadcast, part, src=0, group=self.patient)
-        return made if self.main else _unpickled(text, tensors)
+                call(dist.broadcast, part, src=0, group=self.patient)
+        return made if self.main else unpickled(text, tensors)
 
     def copy_(self, tensors: Sequence[Tensor]) -> None:
         """Gives all processes the values of process 0, in place, on the device."""
         if self.size > 1:
             for each in tensors:
                 flat = each.contiguous()  # as an order of channels of its own cannot be sent
-                self._call(dist.broadcast, flat, src=0, group=self.devices)
+                call(dist.broadcast, flat, src=0, group=self.devices)
                 each.copy_(flat)
 
     def part(self, n: int, rows: int) -> tuple[slice, int]:
@@ -214,7 +202,7 @@ class World:
             if len(each) and column.numel():
                 column[: len(each)] = each.reshape(len(each), -1).view(torch.uint8)
         everything = mine.new_empty(self.size * most, mine.shape[1])
-        self._call(_all_gather, everything, mine, group=self.devices)
+        call(all_gather, everything, mine, group=self.devices)
         found = []
         for column, each in zip(everything[:n].split(widths, dim=1), parts, strict=True):
             whole = each.new_empty(n, *each.shape[1:])
@@ -244,27 +232,13 @@ class World:
             return
         parts = [*sums, *means]
         flat = torch.cat([each.reshape(-1) for each in parts])
-        self._call(dist.all_reduce, flat, group=self.devices)
+        call(dist.all_reduce, flat, group=self.devices)
         if count := sum(each.numel() for each in means):
             flat[-count:] /= self.size
         views = flat.split([each.numel() for each in parts])
         torch._foreach_copy_(parts, [view.view(each.shape) for view, each in zip(views, parts, strict=True)])
 
     # When one is lost ---------------------------------------------------------------------------------------
-
-    def _call(self, collective: Callable, *args: Any, **how: Any) -> Any:
-        try:
-            return collective(*args, **how)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.lost = True
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one has ended
-            why = re.sub(r"^\[[^]]*\] *", "", line_of(error)).partition(". ")[
-                0
-            ]  # without gloo's place in its code
-            raise Lost(why) from error
 
     def say(self, error: BaseException, sentence: str) -> None:
         """Says of an error what one process has to say for all: 0 where all have it, else the first to come here."""
@@ -308,12 +282,6 @@ def _until(done: Callable[[], bool], seconds: float) -> None:
 
 
 ALONE = World()
-_joined = ALONE  # by which the ops below speak
-
-
-def size() -> int:
-    """How many processes this run has."""
-    return _joined.size
 
 
 def join() -> World:
@@ -321,7 +289,6 @@ def join() -> World:
 
     Raises ValueError, one sentence, where its variables of the environment are wrong, and OSError where nobody comes.
     """
-    global _joined
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return ALONE
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -339,7 +306,7 @@ def join() -> World:
                 f"{where} is in use by another program: choose another port with torchrun --master-port"
             ) from error
         raise OSError(f"the {size} processes of this run do not meet at {where}: {why}") from error
-    _joined = world
+    LINE.size, LINE.devices = size, world.devices
     return world
 
 
@@ -350,78 +317,3 @@ def _number(name: str) -> int:
             f"{name} must be a number where WORLD_SIZE is one, got {shown(value) or 'nothing'}: use torchrun"
         )
     return int(value)
-
-
-# Within a step -----------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("ups_fast::whole_rows", mutates_args=())
-def whole_rows(rows: Tensor, rank: int, size: int) -> Tensor:  # [b, ...] -> [size * b, ...]
-    mine = rows.contiguous()
-    found = mine.new_empty(size * len(mine), *mine.shape[1:])
-    _joined._call(_all_gather, found, mine, group=_joined.devices)
-    return found.unflatten(0, (size, len(mine))).transpose(0, 1).flatten(0, 1).contiguous()
-
-
-@whole_rows.register_fake
-def _(rows: Tensor, rank: int, size: int) -> Tensor:
-    return rows.new_empty(size * rows.shape[0], *rows.shape[1:])
-
-
-def _rank_of(ctx: Any, inputs: Any, output: Any) -> None:
-    _, ctx.rank, ctx.size = inputs
-
-
-def _own_rows(ctx: Any, gradient: Tensor) -> Any:
-    """Each process has the gradient of the whole batch."""
-    return gradient.unflatten(0, (-1, ctx.size))[:, ctx.rank].contiguous(), None, None
-
-
-whole_rows.register_autograd(_own_rows, setup_context=_rank_of)
-
-
-@torch.library.custom_op("ups_fast::whole_sum", mutates_args=())
-def whole_sum(x: Tensor) -> Tensor:
-    found = x.clone(memory_format=torch.contiguous_format)
-    _joined._call(dist.all_reduce, found, group=_joined.devices)
-    return found
-
-
-@whole_sum.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _total_gradient(ctx: Any, gradient: Tensor) -> Tensor:
-    total: Tensor = whole_sum(gradient)
-    return total
-
-
-whole_sum.register_autograd(_total_gradient)
-
-
-# Objects with large tensors ----------------------------------------------------------------------------------
-
-
-def _pickled(made: Any) -> tuple[bytes, list[Tensor]]:
-    """All but the tensors as bytes, and these apart, so that no copy of a data set is made."""
-    tensors: list[Tensor] = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, each: Any) -> int | None:
-            if not isinstance(each, Tensor):
-                return None
-            tensors.append(each.contiguous())
-            return len(tensors) - 1
-
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(made)
-    return buffer.getvalue(), tensors
-
-
-def _unpickled(text: bytes, tensors: list[Tensor]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Tensor:
-            return tensors[number]
-
-    return Unpickler(io.BytesIO(text)).load()

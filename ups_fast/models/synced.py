@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ups_fast import world
+from ups_fast.messages import LINE, whole_sum
 
 
 class _Synced(nn.modules.batchnorm._BatchNorm):
@@ -16,10 +16,10 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         y, seen = x.float(), [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        n = x.numel() // x.shape[1] * world.size()
-        mean = world.whole_sum(y.sum(seen)) / n
+        n = x.numel() // x.shape[1] * LINE.size
+        mean = whole_sum(y.sum(seen)) / n
         y = y - mean.view(shape)
-        var = world.whole_sum(y.square().sum(seen)) / n
+        var = whole_sum(y.square().sum(seen)) / n
         with torch.no_grad():
             assert self.momentum is not None
             if self.running_mean is not None and self.running_var is not None:

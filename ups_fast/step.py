@@ -212,8 +212,8 @@ class TrainStep:
                 for _ in range(WARM_UP):
                     self._step()
             # NCCL's own thread asks for events at any time, which else would end the capture.
-            mode = "thread_local" if self.world.size > 1 else "global"
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+            mode = {"capture_error_mode": "thread_local"} if self.world.size > 1 else {}
+            with torch.cuda.graph(graph, stream=stream, **mode):
                 self._step()
             here.wait_stream(stream)
         return graph

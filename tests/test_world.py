@@ -309,6 +309,24 @@ def test_files_that_one_rank_finds_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_features_of_a_frozen_network_are_computed_once(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    torch.save(models.shufflenet_v2_x0_5(weights=None).state_dict(), tmp_path / "weights.pth")
+    own = {"name": "torchvision:shufflenet_v2_x0_5", "weights": str(tmp_path / "weights.pth"), "freeze": True}
+    changes = {f"model.{key}": value for key, value in {**own, "input_size": 32, "head": "mlp-12"}.items()}
+    more = {
+        **changes,
+        "data.cache": str(tmp_path / "cache"),
+        "train.rounds": 1,
+        "data.crop": 0,
+        "data.noise": 0.1,
+    }
+    assert_trained_alike(2, tmp_path, what="pictures", **more)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # of the training and the test images
+
+
+@pytest.mark.slow
 def test_the_messages_of_a_loss_are_part_of_its_graph(tmp_path: Path) -> None:
     """And their gradients: eager, compiled, in two processes and in one."""
     quick = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,7 +212,7 @@ class TrainStep:
                 for _ in range(WARM_UP):
                     self._step()
             # NCCL's own thread asks for events at any time, which else would end the capture.
-            mode = {"capture_error_mode": "thread_local"} if self.world.size > 1 else {}
+            mode: Any = {"capture_error_mode": "thread_local"} if self.world.size > 1 else {}
             with torch.cuda.graph(graph, stream=stream, **mode):
                 self._step()
             here.wait_stream(stream)

@@ -567,3 +567,27 @@ def test_compute_sanitizer(tool):
             "compute-sanitizer cannot reach this GPU (a sandbox?): memory accesses are not proved here"
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_with_a_gpu_each(tmp_path):
+    """The messages are part of the captured step, and the labels those of one process with the same weights."""
+    for name in ("yaml", "rich", "tensorboard", "matplotlib", "PIL", "safetensors"):
+        pytest.importorskip(name)
+    rows, labels = torch.randn(400, 16), torch.arange(400) % 4
+    rows += labels[:, None]
+    parts = {"labeled": slice(0, 40), "unlabeled": slice(40, 300), "test": slice(300, 400)}
+    arrays = {
+        f"{kind}_{part}": (x[at].numpy())
+        for part, at in parts.items()
+        for kind, x in (("x", rows), ("y", labels))
+    }
+    np.savez(tmp_path / "rows.npz", **arrays)
+    (tmp_path / "run.yaml").write_text("data: {name: features, root: rows.npz}\n")
+    words = [tmp_path / "run.yaml", f"data.root={tmp_path / 'rows.npz'}", "device=cuda", "train.rounds=2"]
+    words += ["train.epochs=3", "train.batch_size=16", "runtime.timeout=60", f"run_dir={tmp_path / 'run'}"]
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*python, "-m", "ups_fast.train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and "training step: graph" in done.stdout

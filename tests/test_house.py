@@ -64,6 +64,8 @@ ORDER = [
 BASE = {
     "seeds",
     "machine",
+    "messages",
+    "world",
     "terminal",
     "schema",
     "config_file",

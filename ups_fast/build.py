@@ -21,18 +21,19 @@ from ups_fast.folder import Nowhere, RunFolder
 from ups_fast.frozen import open_features
 from ups_fast.fullgraph import fullgraph
 from ups_fast.inputs import naming_key, open_images, policies_of, split_of, val_of
-from ups_fast.machine import pick_device
 from ups_fast.methods import METHODS, Method, Setting
 from ups_fast.models import KINDS, Frozen, Network
 from ups_fast.models.backbone import pixel_scale
 from ups_fast.models.pretrained import LITE, weights_file
 from ups_fast.models.saved import rebuild
+from ups_fast.models.synced import synced
 from ups_fast.policy import POLICIES, Policy
 from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows, passes_over, skipped
 from ups_fast.state import Checkpoint, Keeps
 from ups_fast.step import TrainStep, plan_step
 from ups_fast.tasks import MULTI, Task, task_of
+from ups_fast.world import ALONE, World
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Run:
     store: RunFolder
     frozen: Frozen | None = None  # on whose features the run works, in place of the images
     resumed: int = 0  # rounds that the folder held when the run was resumed
+    world: World = ALONE  # the processes of the run
 
     @property
     def method(self) -> Method:
@@ -65,7 +67,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.store.path
+        return Path(self.cfg.run_dir) if self.cfg.run_dir else self.store.path
 
     @property
     def saved_in(self) -> str:
@@ -116,12 +118,12 @@ class Run:
         return torch.Generator().manual_seed(self.seed(stream, *path))
 
 
-def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
+def prepare(cfg: Config, data: ImageSet, console: Console | None = None, world: World = ALONE) -> Run:
     """Raises ValueError, with the key and one sentence, where config and data cannot work.
 
     Writes nothing, but the features of a frozen network into its cache; `console` hears of these.
     """
-    device = pick_device(cfg.device)
+    device = world.pick_device(cfg.device)
     about = _about(cfg, data)
     select, train = cfg.select, cfg.train
     labeled, unlabeled = split_of(cfg, data)
@@ -129,10 +131,12 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     with naming_key("model.name"):
         frozen = _frozen(cfg, about)
         network: Callable[[], Network] = frozen.new_head if frozen else partial(rebuild, about)
+        if train.sync_bn and world.size > 1:
+            network = partial(_synced, network)
         weights = weights_file(cfg.model.name, cfg.model.weights)
         trial = network().eval()
     shape = (frozen.n_features,) if frozen else data.shape
-    _check_small_batches(cfg, trial, (1, *shape))
+    _check_small_batches(cfg, trial, (1, *shape), world)
     with torch.no_grad():
         features = trial.embed(trial.prefix(torch.zeros(1, *shape)), None).shape[1]
     setting = Setting(
@@ -147,11 +151,13 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
         labeled_repeats=train.labeled_repeats,
         ema=train.ema,
         task=task_of(data.train_labels),
+        world=world,
     )
     make = METHODS[cfg.method.name]
     method = make(setting)
     policies = policies_of(cfg, shape)
     _check_method(cfg, method, policies, len(labeled), len(unlabeled), len(val))
+    _check_shares(cfg, method, world)
     lying: Any = {"memory_format": memory_format(max(4, 1 + len(shape)))}
     method.to(device, **lying)
     with naming_key("runtime.step"):
@@ -161,7 +167,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     images: Images
     test_images: Images
     if frozen:
-        images, test_images = open_features(cfg, data, frozen, device, console or Console(quiet=True))
+        images, test_images = open_features(cfg, data, frozen, device, console or Console(quiet=True), world)
     else:
         data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
         images = open_images(cfg, data, device, policies["strong"])
@@ -177,7 +183,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
     )
     state = Checkpoint(fingerprint(data, weights), labeled, unlabeled, val)
     forward = passes_over if plan.mode == "eager" else fullgraph(passes_over)
-    store = RunFolder(Path(cfg.run_dir)) if cfg.run_dir else Nowhere()
+    store = RunFolder(Path(cfg.run_dir)) if cfg.run_dir and world.main else Nowhere()
     return Run(
         cfg,
         data,
@@ -192,6 +198,7 @@ def prepare(cfg: Config, data: ImageSet, console: Console | None = None) -> Run:
         state,
         store,
         frozen,
+        world=world,
     )
 
 
@@ -273,11 +280,27 @@ def _check_method(
             method.check({"labeled": labeled, "unlabeled": unlabeled}, getattr(train, key))
 
 
-def _check_small_batches(cfg: Config, model: nn.Module, shape: tuple[int, ...]) -> None:
+def _synced(network: Callable[[], Network]) -> Network:
+    made = network()
+    synced(made)
+    return made
+
+
+def _check_shares(cfg: Config, method: Method, world: World) -> None:
+    """ValueError where a batch cannot be shared by the processes of the run."""
+    for key in ("batch_size", *([] if method.continues else ["round0_batch_size"])):
+        if (rows := getattr(cfg.train, key)) % world.size:
+            raise ValueError(
+                f"train.{key}={rows} cannot be shared by {world.size} processes: make it a multiple of {world.size}, "
+                f"such as {max(1, round(rows / world.size)) * world.size}"
+            )
+
+
+def _check_small_batches(cfg: Config, model: nn.Module, shape: tuple[int, ...], world: World) -> None:
     """ValueError where batch-norm would meet a single value per channel: a batch of one, images down to 1x1."""
-    train = cfg.train
+    train, share = cfg.train, 1 if cfg.train.sync_bn else world.size
     for key, size in (("round0_batch_size", train.round0_batch_size), ("batch_size", train.batch_size)):
-        if size != 1 or (key == "round0_batch_size" and METHODS[cfg.method.name].continues):
+        if size != share or (key == "round0_batch_size" and METHODS[cfg.method.name].continues):
             continue
         trial = copy.deepcopy(model).train()
         try:
@@ -285,6 +308,6 @@ def _check_small_batches(cfg: Config, model: nn.Module, shape: tuple[int, ...]) 
                 trial(torch.zeros(shape), torch.zeros(1, dtype=torch.int32))
         except ValueError as error:
             raise ValueError(
-                f"train.{key}=1 is too small a batch for model.name={cfg.model.name}, whose normalization "
-                f"needs more than one value per channel: raise it to 2 or more ({error})"
+                f"train.{key}={size} is too small a batch for model.name={cfg.model.name}, whose normalization "
+                f"needs more than one value per channel: raise it to {2 * share} or more ({error})"
             ) from error

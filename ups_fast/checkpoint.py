@@ -66,6 +66,7 @@ FREE_KEYS = (
     "data.root",
     "data.cache",
     "train.rounds",
+    "runtime.timeout",
     "report.baselines",
     "report.review",
 )
@@ -137,7 +138,7 @@ def read_config(path: Path) -> dict[Any, Any]:
 def check_config(path: Path, config: Mapping[str, Any], free: Collection[str] = FREE_KEYS) -> None:
     """Raises RunFolderError where the config.yaml at `path` contradicts `config` in more than the keys `free`."""
     tree = read_config(path)
-    here, there = dict(_flat(config)), dict(_flat(tree))
+    here, there = dict(flat(config)), dict(flat(tree))
     if not here.keys() & there.keys():
         raise _no_run(path.parent)
     if there.keys() & RENAMED.keys():
@@ -158,11 +159,11 @@ def check_config(path: Path, config: Mapping[str, Any], free: Collection[str] = 
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested {a: {b: 1}} as ("a.b", 1)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

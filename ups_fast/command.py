@@ -55,10 +55,12 @@ def status_of(
     work: Callable[[], object],
     remedy: str,
     stopped: Callable[[KeyboardInterrupt], object] = lambda _: complain("stopped"),
+    say: Callable[[Exception, str], object] = lambda _, sentence: complain(f"error: {sentence}"),
 ) -> int:
     """Does a command's work, and returns its exit status: 0; 2 after one sentence on a mistake; 130 after Ctrl-C.
 
     remedy  as of `mistake_of`. An error that is no mistake is raised
+    say     of an error, the sentence on it
     """
     hold_the_first_three()
     try:
@@ -71,7 +73,7 @@ def status_of(
         sentence = mistake_of(error, remedy)
         if sentence is None:
             raise
-        complain(f"error: {sentence}")
+        say(error, sentence)
         return 2
     return 0
 

@@ -185,6 +185,10 @@ class TrainConfig:
         within="[1, 1000]",
     )
     warmup_epochs: float = key(0.0, "Epochs over which the learning rate rises from 0.", within="[0, inf)")
+    sync_bn: bool = key(
+        False,
+        "Whether batch-norm sees the whole batch where several processes share it. Else each sees its own part.",
+    )
 
 
 @dataclass
@@ -200,6 +204,11 @@ class RuntimeConfig:
         "Precision of convolutions and matrix products in training, and of features by model.freeze on a GPU. auto: "
         "bfloat16 where the device has it. Labeling always runs in float32.",
         choices=("auto", "float32", "bfloat16"),
+    )
+    timeout: float = key(
+        600.0,
+        "Seconds after which a run of several processes ends because one of them does not answer.",
+        within="[1, 1000000]",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import threading
@@ -40,6 +41,7 @@ class Watch:
     def __init__(self, console: Console, state: Checkpoint, stop: threading.Event) -> None:
         self.console, self.state, self.stop = console, state, stop
         self.clock = self.saved_at = self.shown_at = time.monotonic()
+        self.ending = False  # somebody has, and all processes of the run know
         self.unreadable = self.reported = 0  # files: found to be gone, and said so
         self.progress = progress_bar(console)
 
@@ -76,23 +78,35 @@ class Watch:
             self.say(f"round {state.round}: epoch {state.epoch + 1} of {epochs}, {seen}")
 
     def end_if_asked(self, saved: str) -> None:
-        if self.stop.is_set():
+        if self.ending:
             raise Interrupted(f"stopped in round {self.state.round}, epoch {self.state.epoch}; {saved}")
 
 
 @contextmanager
-def stop_signal(console: Console) -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM, so that the step ends and is saved; the second kills at once."""
+def stop_signal(console: Console, patience: float = 0.0) -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM, so that the step ends and is saved; the second kills at once.
+
+    patience  seconds in which a second one is no impatience: torchrun passes on what its processes got themselves
+    """
     stop = threading.Event()
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        again = stop.is_set()
+        if again and time.monotonic() - first < patience:
+            return
+        if again or not patience:
+            for each in signals:
+                signal.signal(each, signal.SIG_DFL)
+        if again:
+            os.kill(os.getpid(), number)
+        first = time.monotonic()
         stop.set()
         console.show_cursor()  # the progress bar hides it, and a killed process cannot bring it back
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
 
     # What the parent has ignored, as nohup and some shells do for background jobs, stays ignored.
     signals = [
@@ -103,7 +117,8 @@ def stop_signal(console: Console) -> Iterator[threading.Event]:
         yield stop
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if signal.getsignal(each) is not signal.SIG_IGN:  # as `World` has it when another process is lost
+                signal.signal(each, handler)
 
 
 class TensorBoard:

@@ -29,24 +29,32 @@ from ups_fast.seeds import derive
 from ups_fast.selection import labeling_rows
 from ups_fast.step import plan_step
 from ups_fast.words import many
+from ups_fast.world import ALONE, World
 
 SEED = derive(0, "views")  # by which views are drawn: not the run's, whose features others could not use
 LARGEST_DEVIATION = 0.1  # of features in bfloat16 from those in float32, in units of their standard deviation
 
 
 def open_features(
-    cfg: Config, data: ImageSet, network: Frozen, device: torch.device, console: Console
+    cfg: Config,
+    data: ImageSet,
+    network: Frozen,
+    device: torch.device,
+    console: Console,
+    world: World = ALONE,
 ) -> tuple[ResidentFeatures, ResidentFeatures]:
     """The features of the training and of the test images, on the device. They stand for the images in a run.
 
     They are standardized by those training images that are not held out to validate, and so is `network` from now on.
-    The clean ones give the numbers, by which augmented views are standardized, too.
+    The clean ones give the numbers, by which augmented views are standardized, too. Process 0 computes them for all.
 
     Raises ValueError where features are NaN or infinite, or take too much memory.
     """
     _must_fit(cfg, len(data.train_labels), network.n_features, device)
     forward = Forward(network, in_half(cfg.runtime.precision, device), console)
-    found = [_part(cfg, data, forward, device, test=test).rows() for test in (False, True)]
+    found = world.share(
+        lambda: [_part(cfg, data, forward, device, test=test).rows() for test in (False, True)]
+    )
     rows, unreadable = found[0]
     clean = rows[0]
     aside = [*([] if data.val is None else data.val.tolist()), *unreadable]

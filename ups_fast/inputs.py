@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ from ups_fast.files import home, read_bytes, write_arrays, write_atomic
 from ups_fast.machine import memory_bytes
 from ups_fast.policy import Policy, parse_ops, weak_policy
 from ups_fast.seeds import derive, frozen_random
+from ups_fast.words import many
 
 PUBLISHED = (*VOC, "ucf101")  # data sets of files that are not compared at every start
 FILES = "files.json"  # in a run's folder: which files it is about
@@ -223,6 +225,19 @@ def _readable(cfg: Config) -> Path | None:
     """Where the run remembers which files are good; nowhere if its folder may be somebody else's."""
     folder = Path(cfg.run_dir)
     return folder / READABLE if not folder.exists() or (folder / READABLE).exists() else None
+
+
+def files_line(data: ImageSet) -> str:
+    """Tells the files of two machines apart: how many of those of the data are here, and a hash of their sizes."""
+    sizes = []
+    for name in [*(data.names or ()), *(data.test_names or ())]:
+        try:
+            sizes.append(os.stat(os.path.join(data.root or "", name)).st_size)
+        except OSError:
+            sizes.append(-1)
+    there = sum(size >= 0 for size in sizes)
+    digest = hashlib.blake2b(repr(sizes).encode(), digest_size=4).hexdigest()
+    return f"a folder with {there:,} of {many(len(sizes), 'file')} (sizes {digest})"
 
 
 def open_images(

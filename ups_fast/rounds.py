@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -34,6 +35,7 @@ from ups_fast.selection import Evaluation, evaluate, features_of, pseudo_label
 from ups_fast.state import Checkpoint, Row
 from ups_fast.tasks import MULTI
 from ups_fast.words import many
+from ups_fast.world import ALONE, World
 
 __all__ = ["Diverged", "Interrupted", "Result", "rounds", "run"]
 
@@ -59,12 +61,14 @@ class Diverged(ValueError):
     """Loss, weights or answers became NaN or infinite. Nothing of that is saved; the message says what to lower."""
 
 
-def run(cfg: Config, data: ImageSet, *, console: Console) -> Result:
+def run(cfg: Config, data: ImageSet, *, console: Console, world: World = ALONE) -> Result:
     """Runs the rounds that the folder `cfg.run_dir` lacks, prints them, and keeps all its files but the report.
 
     Raises ValueError where config and data cannot work, before anything is written; else as `rounds`.
     """
-    job = prepare(cfg, data, console)
+    with world.together():
+        job = prepare(cfg, data, console, world)
+    world.same({"the data": job.state.data})
     for row in rounds(job, console):
         say(console, table_line(row))
         for sentence in worries(row, job) if row["round"] >= job.resumed else ():
@@ -83,9 +87,11 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
     """
     # One training over all rounds depends on their number.
     free = [key for key in FREE_KEYS if key != "train.rounds" or not run.method.continues]
-    with run.store.open(asdict(run.cfg), free) as warning, stop_signal(console) as stop:
-        if warning:
-            say(console, warning)
+    world, patience = run.world, 10.0 if run.world.size > 1 else 0.0
+    with ExitStack() as opened, stop_signal(console, patience) as stop:
+        with world.together():
+            if warning := opened.enter_context(run.store.open(asdict(run.cfg), free)):
+                say(console, warning)
         resume(run, console)
         yield from run.state.rows
         if run.state.round == run.cfg.train.rounds:
@@ -108,12 +114,13 @@ def rounds(run: Run, console: Console) -> Iterator[Row]:
 def resume(run: Run, console: Console) -> None:
     """Goes on from the folder's checkpoint, if it has one, and brings what follows from it up to date."""
     folder, data, fresh = run.store, run.data, run.state
-    found = folder.load()
-    if found:
-        _check(run, found)
-    run.state = state = found or fresh
-    run.resumed = state.round
-    folder.begin(data, state, run.truth)
+    found = run.world.share(folder.load)
+    with run.world.together():
+        if found:
+            _check(run, found)
+        run.state = state = found or fresh
+        run.resumed = state.round
+        folder.begin(data, state, run.truth)
     val = f"{len(state.val):,} validation, " if len(state.val) else ""
     say(
         console,
@@ -233,7 +240,8 @@ class _Round:
             epoch_order(targets.lists, layout, run.stream("epoch", epoch), epoch)
             for epoch in range(state.epoch, epochs)
         )
-        rest = islice(chain.from_iterable(zip(*each, strict=True) for each in ahead), state.step, None)
+        ours = (map(run.world.own, each) for each in ahead)
+        rest = islice(chain.from_iterable(zip(*each, strict=True) for each in ours), state.step, None)
         fetched = run.images.ahead(rest, step.views, seed=run.seed("augment"), out=step.batch)
         while state.epoch < epochs:
             before = first + state.epoch * layout.steps
@@ -245,12 +253,14 @@ class _Round:
                 lr = self._lr(before + at, total, warmup)
                 with watch.overhead():
                     next(fetched)
+                if run.data.in_files:
+                    step.gone = run.world.union(run.images.unreadable, step.gone)
                 check_unreadable(run, watch)
                 step(ids[at], draw[at], lr, (before + at) / total)
                 state.step = at + 1
                 images = (before - first + state.step) * layout.rows
                 watch.show(bar, images, epochs, lr, self._read_loss)
-                if watch.stop.is_set() or time.monotonic() - watch.saved_at >= run.cfg.checkpoint_seconds:
+                if self._asked():
                     self._save(training=True)
                 watch.end_if_asked(run.saved_in)
             self._end_epoch(
@@ -293,6 +303,7 @@ class _Round:
         with watch.overhead():
             there = state.labeled[~torch.isin(state.labeled, gone)]
             method.end_round(Look(found, data.train_labels, there, self._features))
+            run.world.copy_(list(method.state_dict().values()))
             run.store.keep(run.network, run.about, vars(found), run.truth, best=best)
         row: Any = dict(
             round=state.round,
@@ -319,7 +330,7 @@ class _Round:
         run, state, step = self.run, self.state, self.run.step
         torch.manual_seed(run.seed("init"))
         weights = state.method or run.new_method().state_dict()
-        views = views_of(layout.groups, run.policies)
+        views = views_of(layout.own(run.world).groups, run.policies)
         seeds = {f"{name}_seed": run.seed(name) for name in ("augment", "dropout")}
         step.start(layout, views, targets.tables, weights, state.momentum, **seeds)
         step.loss.copy_(state.loss)
@@ -334,8 +345,9 @@ class _Round:
         bar = watch.bar(what, len(index))
 
         def advance(done: int) -> None:
-            watch.progress.advance(bar, done)
+            watch.progress.advance(bar, done * run.world.size)
             check_unreadable(run, watch)
+            self._asked()
             watch.end_if_asked(run.saved_in)  # training was saved when it ended
 
         found = pseudo_label(
@@ -353,18 +365,28 @@ class _Round:
             **how,
             seed=run.seed("label"),
             progress=advance,
+            world=run.world,
         )
         watch.progress.remove_task(bar)
         return found.cpu()
 
     def _evaluate(self, images: Images, labels: Tensor, index: Tensor | None = None) -> Evaluation:
         run = self.run
-        how: Any = {"batch_size": run.labeling_rows(), "forward": run.forward}
+        how: Any = {"batch_size": run.labeling_rows(), "forward": run.forward, "world": run.world}
         return evaluate(run.method.answers, images, labels, index, task=run.task, **how)
 
     def _features(self, index: Tensor) -> Tensor:
         run = self.run
-        return features_of(run.method.answers, run.images, index, batch_size=run.labeling_rows())
+        how: Any = {"batch_size": run.labeling_rows(), "world": run.world}
+        return features_of(run.method.answers, run.images, index, **how)
+
+    def _asked(self) -> bool:
+        """Whether to save, or to stop, which `watch` then knows: all processes get the same answer."""
+        watch = self.watch
+        due = time.monotonic() - watch.saved_at >= self.run.cfg.checkpoint_seconds
+        stop, save = self.run.world.ask(watch.stop.is_set(), due)
+        watch.ending = bool(stop)
+        return bool(stop or save)
 
     def _end_epoch(self, loss: float, lr: float) -> None:
         state = self.state
@@ -384,6 +406,8 @@ class _Round:
                 state = replace(state, method=run.method.state_dict(), momentum=run.step.momentum)
             self.board.flush()  # scalars of what the checkpoint calls done are not logged again
             run.store.save(state)
+            if watch.ending:  # torchrun ends all processes as soon as one has ended: they wait for the file
+                run.world.wait()
         watch.saved_at = time.monotonic()
 
     # What can go wrong -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ups_fast.models import Dropout, Network
 from ups_fast.modules import mc_dropout
 from ups_fast.reference import dropout_keys
 from ups_fast.tasks import SINGLE, Task
+from ups_fast.world import ALONE, World
 
 
 class Thresholds(NamedTuple):
@@ -52,12 +53,14 @@ def pseudo_label(
     seed: int = 0,
     forward: Callable[..., Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
+    world: World = ALONE,
 ) -> Any:  # the task's record, such as PseudoLabels
     """Labels images by `passes` passes and selects, on the device.
 
     passes = 1 means no uncertainty: clean images, no dropout, and confidence alone decides, whatever the kappas are.
     `keep` chooses which positives stay. `balanced` then cuts them to equal numbers per class.
-    `progress` is told each finished batch's size.
+    `progress` is told each finished batch's size. Of several processes in `world`, each labels whole batches that
+    follow one another, is told of equally many, and gets the record of all: that of one process, bit for bit.
     `batch_size` rows go through the network at once: with several passes that many divided by `passes` images.
     What is dropped or drawn depends on `seed`, the pass, the sample and the layer alone, so `batch_size` and the
     order of `index` change nothing but the last bits of the logits. No more than one batch's logits [P, B, C] exist
@@ -81,11 +84,14 @@ def pseudo_label(
     salt = torch.full((), seed, dtype=torch.int64, device=index.device)
     rows = max(1, min(batch_size // passes, len(index)))
     draws = Draws(passes, policy, seed) if uncertainty == "augment" and passes > 1 else None
-    batches = images.drawn_batches(index, rows, draws) if draws else images.clean_batches(index, rows)
+    part, turns = world.part(len(index), rows)
+    ours = index[part]
+    mine = ours if len(ours) else index[:rows]  # too few batches for all: this process does the first in vain
+    batches = images.drawn_batches(mine, rows, draws) if draws else images.clean_batches(mine, rows)
     found, done = None, 0
     # Not in bfloat16: rounded logits put 2 to 8 % of samples on the other side of kappa_n.
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
-        for chunk, batch in zip(index.split(rows), batches, strict=True):
+        for chunk, batch in zip(mine.split(rows), batches, strict=True):
             whole = torch.arange(rows, device=index.device).clamp(max=len(chunk) - 1) if len(chunk) else chunk
             places = whole
             if draws:  # the batch has each image once for each pass
@@ -93,14 +99,18 @@ def pseudo_label(
                 places = places + draw * len(chunk)
             seen = batch[places]
             logits = forward(model, seen, chunk[whole], passes, salt, skip, uncertainty)[:, : len(chunk)]
-            part = task.select(logits, thresholds)
+            parts = task.select(logits, thresholds)
             # Made once: results kept between the batches would break the freed memory up, and it would grow.
-            found = found or [each.new_empty((len(index), *each.shape[1:])) for each in part]
-            for every, each in zip(found, part, strict=True):
+            found = found or [each.new_empty((len(mine), *each.shape[1:])) for each in parts]
+            for every, each in zip(found, parts, strict=True):
                 every[done : done + len(chunk)] = each
             done += len(chunk)
-            progress(len(chunk))
+            progress(len(chunk) if len(ours) else 0)
     assert found is not None
+    for _ in range(turns - len(mine.split(rows))):
+        progress(0)
+    world.union(images.unreadable, {})
+    found = world.gather([each[: len(ours)] for each in found], len(index), turns * rows)
     gone = torch.tensor(list(images.unreadable), dtype=torch.int64, device=index.device)
     kept = keep(task.record(index, found, torch.isin(index, gone) if images.unreadable else None))
     return task.finish(kept, n_classes=logits.shape[-1], balanced=balanced, passes=passes)
@@ -113,12 +123,16 @@ def features_of(
     index: Tensor,  # int64 [n], sample ids
     *,
     batch_size: int = 512,
+    world: World = ALONE,
 ) -> Tensor:  # float32 [n, D], on the device
-    """What the classifier gets for clean images, without dropout."""
+    """What the classifier gets for clean images, without dropout; several processes share the batches."""
     index = index.to(images.device)
+    part, turns = world.part(len(index), batch_size)
+    ours = index[part]
+    mine = ours if len(ours) else index[:batch_size]
     with mc_dropout(model, active=False), torch.autocast(index.device.type, enabled=False):
-        parts = [model.embed(model.prefix(batch), None) for batch in images.clean_batches(index, batch_size)]
-    return torch.cat(parts)
+        parts = [model.embed(model.prefix(batch), None) for batch in images.clean_batches(mine, batch_size)]
+    return world.gather([torch.cat(parts)[: len(ours)]], len(index), turns * batch_size)[0]
 
 
 def _check_passes(model: nn.Module, passes: int, uncertainty: str, policy: Any) -> None:
@@ -207,6 +221,7 @@ def evaluate(
     task: Task = SINGLE,
     batch_size: int = 512,
     forward: Callable[..., Tensor] | None = None,  # as of `pseudo_label`
+    world: World = ALONE,
 ) -> Evaluation:
     """One pass without dropout over images, under the rule that labels the unlabeled ones."""
     index = torch.arange(len(images)) if index is None else index
@@ -221,6 +236,7 @@ def evaluate(
         kappa_n=inf,
         batch_size=batch_size,
         forward=forward,
+        world=world,
     ).cpu()
     kept = ~torch.isin(found.index, torch.tensor(sorted(images.unreadable), dtype=torch.int64))
     return Evaluation(found.at(kept), labels.cpu()[kept])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,15 +82,19 @@ class TrainStep:
         decay_norms: bool = True,
     ) -> None:
         self.method, self.images, self.plan, self.device = method, images, plan, images.device
+        self.world = method.world
         method.dtype = plan.dtype
         self.loss_of = method.prepare(as_it_is if plan.mode == "eager" else fullgraph)
         self.loss, self.lr, self.t = (torch.zeros((), device=self.device) for _ in range(3))
         self.tables: dict[str, Tensor] = {}  # [N, ...] by sample id
         self.seeds = torch.zeros(2, dtype=torch.int64, device=self.device)  # of augmentation, of dropout
         self.rows = torch.zeros(2, 0, dtype=torch.int64, device=self.device)  # a batch: sample ids, draws
-        self.batch = torch.zeros(0, device=self.device)  # [B, C, H, W], [B, C, T, H, W], or [B, d]
+        # [b, C, H, W], [b, C, T, H, W], or [b, d] of the b = B / R rows of one of R processes.
+        self.batch = torch.zeros(0, device=self.device)
         self.layout, self.views = Layout((), 0), ()
         self.unreadable = 0  # how many images the tables know to be unreadable
+        # Which are, as all processes of the run know; of one process, at once.
+        self.gone: Mapping[int, str] = images.unreadable if self.world.size == 1 else dict(images.unreadable)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
         trained = method.trained()
@@ -126,7 +130,7 @@ class TrainStep:
     def start(
         self,
         layout: Layout,
-        views: tuple[View, ...],  # of the layout's groups
+        views: tuple[View, ...],  # of the layout's groups, their rows at this process
         tables: Mapping[str, Tensor],  # as of `Targets`
         weights: Mapping[str, Tensor],  # as of method.state_dict()
         momentum: Mapping[str, Tensor] | None = None,  # as `self.momentum`; None: zeros
@@ -134,8 +138,9 @@ class TrainStep:
         augment_seed: int,
         dropout_seed: int,
     ) -> None:
-        """Begins a round, or goes on in the middle of one."""
+        """Begins a round, or goes on in the middle of one. All processes have the weights of process 0."""
         self.method.load_state_dict(weights)
+        self.world.copy_(list(self.method.state_dict().values()))
         self.method.train()
         for name, buffer in self.momentum.items():
             buffer.copy_(momentum[name]) if momentum else buffer.zero_()
@@ -150,7 +155,7 @@ class TrainStep:
         self.unreadable = 0
         self.seeds[0], self.seeds[1] = augment_seed, dropout_seed
         if views != self.views:
-            shape = layout.rows, *self.images.shape
+            shape = layout.rows // self.world.size, *self.images.shape
             self.batch = torch.zeros(shape, device=self.device)
             self.batch = self.batch.to(memory_format=memory_format(self.batch.ndim))
             self.rows, self.views, self.graph = self.rows.new_zeros(2, layout.rows), views, None
@@ -172,8 +177,8 @@ class TrainStep:
 
         An image that is unreadable stays in its batch, but nothing is learned from it any more.
         """
-        if len(self.images.unreadable) > self.unreadable:
-            gone = torch.tensor(list(self.images.unreadable), device=self.device)
+        if len(self.gone) > self.unreadable:
+            gone = torch.tensor(list(self.gone), device=self.device)
             for name, table in self.tables.items():
                 table[gone] = -1 if name == "target" else 0
             self.unreadable = len(gone)
@@ -188,8 +193,9 @@ class TrainStep:
 
     def _step(self) -> None:
         index, draw = self.rows
-        self.images.read(index, draw, self.views, seed=self.seeds[0], out=self.batch)
-        keys = dropout_keys(index, seed=self.seeds[1], draw=draw)
+        mine, draw = self.world.own(index), self.world.own(draw)
+        self.images.read(mine, draw, self.views, seed=self.seeds[0], out=self.batch)
+        keys = dropout_keys(mine, seed=self.seeds[1], draw=draw)
         rows = {name: table[index] for name, table in self.tables.items()}
         batch = Batch(self.batch, keys, index, rows, self.t)
         self.loss += self.method.step(self.loss_of, self.optimizer, batch)
@@ -205,7 +211,9 @@ class TrainStep:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self._step()
-            with torch.cuda.graph(graph, stream=stream):
+            # NCCL's own thread asks for events at any time, which else would end the capture.
+            mode: Any = {"capture_error_mode": "thread_local"} if self.world.size > 1 else {}
+            with torch.cuda.graph(graph, stream=stream, **mode):
                 self._step()
             here.wait_stream(stream)
         return graph

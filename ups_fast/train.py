@@ -5,11 +5,14 @@ Exit status: 0 for a finished run, 2 for what the user can mend (one sentence, n
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,18 +20,21 @@ import torch
 
 import ups_fast
 from ups_fast import command, machine
+from ups_fast.messages import LINE
 from ups_fast.terminal import complain, ended
 from ups_fast.words import line_of
+from ups_fast.world import ALONE, World, join
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ups_fast.data import ImageSet
     from ups_fast.report import Comparison, Review, Samples
     from ups_fast.rounds import Result
 
 try:
+    from rich.console import Console
+
     from ups_fast import config
+    from ups_fast.checkpoint import flat
     from ups_fast.display import open_console
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
@@ -48,18 +54,43 @@ REMEDY = "lower train.batch_size or select.batch_size, or choose a smaller model
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    world = ALONE
+
+    def work() -> None:
+        nonlocal world
+        world = join()
+        with world.together():
+            cfg = _config(words, quiet=not world.main)
+        _train(cfg, world)
 
     def stopped(error: KeyboardInterrupt) -> None:
+        if not world.main:
+            return
         python = os.path.relpath(sys.executable) if _below_here(sys.executable) else sys.executable
         again = shlex.join([python, "-m", "ups_fast.train", *words])
         complain("")
         complain(str(error) or "stopped")
         complain(f"to go on: {again}")
 
-    return command.status_of(lambda: _train(_config(words)), REMEDY, stopped)
+    def say(error: Exception, sentence: str) -> None:
+        world.say(error, sentence)
+        if LINE.lost:  # what is left of the connections must not be waited for
+            ended(2)
+            sys.stdout.flush()
+            os._exit(2)
+
+    return command.status_of(work, REMEDY, stopped, say)
 
 
-def _config(words: Sequence[str]) -> config.Config:
+def _config(words: Sequence[str], quiet: bool = False) -> config.Config:
+    with ExitStack() as nowhere:
+        if quiet:
+            nowhere.enter_context(redirect_stdout(io.StringIO()))
+            nowhere.enter_context(redirect_stderr(io.StringIO()))
+        return _parsed(words)
+
+
+def _parsed(words: Sequence[str]) -> config.Config:
     parser = command.Parser(
         "keys are written as key=value, and --help explains them",
         prog="python -m ups_fast.train",
@@ -82,13 +113,31 @@ def _below_here(path: str) -> bool:
     return Path(path).is_relative_to(Path.cwd())
 
 
-def _train(cfg: config.Config) -> None:
-    console = open_console()
-    device = machine.pick_device(cfg.device)
-    command.check_packages()
-    command.check_kernels(device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+# Of a config, what may differ between the processes of a run; and the folder is that of process 0 alone.
+OF_A_PROCESS = ("run_dir", "device", "threads", "data.cache")
+
+
+def _start(cfg: config.Config, world: World) -> torch.device:
+    """ValueError, at all processes, where one of them cannot take part."""
+    with world.together():
+        device = world.pick_device(cfg.device)
+        command.check_packages()
+        command.check_kernels(device)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+    facts = {name: str(value) for name, value in flat(asdict(cfg)) if name not in OF_A_PROCESS}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts |= {"ups_fast": ups_fast.__version__, "torch": torch.__version__, "device": kind}
+    world.same(facts | {"what runs the ops": ups_fast.backend()[device.type]})
+    world.open(device, cfg.runtime.timeout)
+    return device
+
+
+def _train(cfg: config.Config, world: World) -> None:
+    console = open_console() if world.main else Console(quiet=True)
+    if not world.main:
+        warnings.simplefilter("ignore")  # process 0 has the same ones
+    device = _start(cfg, world)
     gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
     load, cores = machine.load(), machine.cores()
@@ -96,18 +145,31 @@ def _train(cfg: config.Config) -> None:
         console.print(
             f"this machine is busy (load {load:.1f} on {cores} cores): threads=1 may be much faster"
         )
-    console.print(f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place})")
+    each = f", {world.size} processes" if world.size > 1 else ""
+    console.print(
+        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on {device} ({place}){each}"
+    )
     console.print(f"ops on {device.type}: {ups_fast.backend()[device.type]}")
 
     # Imported only now, because it takes seconds and most errors have been found before.
-    from ups_fast import report, rounds
-    from ups_fast.data.classes import class_counts
-    from ups_fast.inputs import load_data
+    from ups_fast import rounds
+    from ups_fast.inputs import files_line, load_data
 
-    data = load_data(cfg, device, console)
+    data = world.share(lambda: load_data(cfg, device, console))
+    if data.in_files and world.size > 1:
+        world.same({} if world.local_rank else {f"data.root={data.root}": files_line(data)})
     for note in data.notes:
         console.print(note)
-    result = rounds.run(cfg, data, console=console)
+    result = rounds.run(cfg, data, console=console, world=world)
+    world.close()
+    if world.main:
+        _report(cfg, data, result, console)
+
+
+def _report(cfg: config.Config, data: ImageSet, result: Result, console: Console) -> None:
+    from ups_fast import report
+    from ups_fast.data.classes import class_counts
+
     table = result.folder / "pseudo_labels.csv"
     unreadable = [f"no longer trained on: {sentence}" for sentence in result.unreadable]
     try:

@@ -69,7 +69,8 @@ class CoMatch(Consistency):
         with torch.autocast(batch.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.network.embed(self.network.prefix(batch.images), batch.keys)
             logits = self.network.classify(features)
-        z = nn.functional.normalize(self.project(features.float()), dim=-1)
+        z = self.world.whole(nn.functional.normalize(self.project(features.float()), dim=-1))
+        logits = self.world.whole(logits)
         labeled, weak, strong, _ = self.split(logits)
         z_labeled, z_weak, z_0, z_1 = self.split(z)
         readable = self.split(batch.rows["readable"])[1].float()

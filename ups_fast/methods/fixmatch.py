@@ -106,9 +106,10 @@ class Consistency(Method):
     def certain(self, label: Tensor, batch: Batch) -> Tensor:  # bool [n]
         """Whether the label's probability varies by less than select.kappa_p over passes with dropout."""
         assert batch.keys is not None
-        images, keys = self.split(batch.images)[1], self.split(batch.keys)[1]
+        images, keys = self.split_mine(batch.images)[1], self.split_mine(batch.keys)[1]
         # Its keys stand for the samples, so that each step drops others.
         logits = passes_over(self.judge[0], images, keys.long(), self.options.passes, 0)
+        logits = self.world.whole(logits, dim=1)
         p = logits.float().softmax(-1)[:, torch.arange(len(label), device=label.device), label]
         return p.std(0) < self.kappa
 

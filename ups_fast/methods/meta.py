@@ -84,7 +84,7 @@ class MetaPseudoLabels(Method):
     def loss(self, batch: Batch) -> Tensor:
         """CE of the student's labeled rows: smoothed where it learns from them, and not in h."""
         target = self.split(batch.rows["target"])[0]
-        n = len(target)
+        n = self.mine.groups[0].rows
         keys = None if batch.keys is None else batch.keys[:n]
         smoothing = self.options.label_smoothing if self.finetuning else 0.0
         return ups_loss(self.logits(batch.images[:n], keys), target, target >= 0, label_smoothing=smoothing)
@@ -103,11 +103,11 @@ class MetaPseudoLabels(Method):
 
     def learn(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
         """The student's loss on what the teacher gives, and its loss on the labels, without gradient."""
-        n = self.layout.groups[0].rows
-        u = n + self.layout.groups[1].rows
+        n = self.mine.groups[0].rows
+        u = n + self.mine.groups[1].rows
         assert batch.keys is not None
         images, keys = (torch.cat([each[:n], each[u:]]) for each in (batch.images, batch.keys))
-        logits = self.logits(images, keys)
+        logits, n = self.logits(images, keys), self.layout.groups[0].rows
         labels, smoothing = self.split(batch.rows["target"])[0], self.options.label_smoothing
         readable = self.split(batch.rows["readable"])[1].float()
         target = (1 - smoothing) * target + smoothing / self.n_classes
@@ -120,7 +120,7 @@ class MetaPseudoLabels(Method):
         if self.finetuning:
             loss = loss_of(batch)
             (loss * self.options.finetune).backward()
-            optimizer.step()
+            self.descend(optimizer)
             self.after_step(batch)
             return loss.detach()
         teach, learn = self.parts
@@ -130,7 +130,7 @@ class MetaPseudoLabels(Method):
             given = shares(given.argmax(-1), self.n_classes)
         loss, before = learn(batch, given)
         loss.backward()
-        optimizer.step()  # of the student: the teacher has no gradient yet
+        self.descend(optimizer)  # of the student: the teacher has no gradient yet
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             h = loss_of(batch) - before
@@ -138,6 +138,6 @@ class MetaPseudoLabels(Method):
             h = h - self.mean_h
         readable = self.split(batch.rows["readable"])[1].float()
         (supervised + h * consistency(strong, given, readable)).backward()
-        optimizer.step()
+        self.descend(optimizer)
         self.after_step(batch)
         return loss.detach()

@@ -18,6 +18,7 @@ from ups_fast.models import Network
 from ups_fast.schema import key
 from ups_fast.selection import Thresholds
 from ups_fast.tasks import SINGLE, Task
+from ups_fast.world import ALONE, World
 
 
 class Group(NamedTuple):
@@ -40,6 +41,17 @@ class Layout(NamedTuple):
     def rows(self) -> int:
         return sum(group.rows for group in self.groups)
 
+    def own(self, world: World) -> Layout:
+        """The layout of the rows that are this process's: of each group equally many, or one row more."""
+        if world.size == 1:
+            return self
+        groups, first = [], 0
+        for group in self.groups:
+            mine = [-(-(each - world.rank) // world.size) for each in (first, first + group.rows)]
+            groups.append(group._replace(rows=mine[1] - mine[0]))
+            first += group.rows
+        return self._replace(groups=tuple(groups))
+
 
 class Targets(NamedTuple):
     """What a round learns from."""
@@ -61,10 +73,13 @@ class Known(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step learns from: B rows, the groups of the layout one after the other. All on the device."""
+    """What a step learns from: B rows, the groups of the layout one after the other. All on the device.
 
-    images: Tensor  # float32 [B, C, H, W], or of features [B, d]
-    keys: Tensor | None  # int32 [B], by which dropout drops; None: by torch's generator
+    In a run of R processes each has the images of its own B / R rows, and all else of the whole batch.
+    """
+
+    images: Tensor  # float32 [B / R, C, H, W], or of features [B / R, d]
+    keys: Tensor | None  # int32 [B / R], by which dropout drops; None: by torch's generator
     index: Tensor  # type: ignore[assignment]  # int64 [B], sample ids
     # [B, ...] of each of the tables, and "readable": bool [B], False where a file is gone.
     rows: dict[str, Tensor]
@@ -86,6 +101,7 @@ class Setting:
     labeled_repeats: int = 1
     ema: float = 0.0  # decay of an average of the weights, which then labels and is tested; 0: none
     task: Task = SINGLE  # what a label is
+    world: World = ALONE  # the processes of the run
 
 
 @dataclass
@@ -111,11 +127,12 @@ class Method(nn.Module):
     ema: Network | None  # its average
     dtype = torch.float32  # of convolutions and products
     layout: Layout  # of the round
+    mine: Layout  # of the rows that are this process's
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.options, self.n_classes, self.n_images = setting.options, setting.n_classes, setting.n_images
-        self.decay, self.task = setting.ema, setting.task
+        self.decay, self.task, self.world = setting.ema, setting.task, setting.world
         self.network = setting.network()
         self.ema = frozen_copy(self.network) if self.decay else None
 
@@ -160,12 +177,13 @@ class Method(nn.Module):
 
     def begin(self, layout: Layout) -> None:
         """A round begins, on the device."""
-        self.layout = layout
+        self.layout, self.mine = layout, layout.own(self.world)
 
     # A step ------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> Tensor:  # float32 []
-        """Compiled as one graph, so: no wait for the device, and what it remembers changes in place."""
+        """Of the whole batch, at each process. Compiled as one graph, so: no wait for the device, and what it remembers
+        changes in place."""
         raise NotImplementedError
 
     def prepare(self, how: Callable[[Callable], Callable]) -> Callable[[Batch], Tensor]:
@@ -186,9 +204,16 @@ class Method(nn.Module):
         loss = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        self.descend(optimizer)
         self.after_step(batch)
         return loss.detach()
+
+    def descend(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, by the gradients of all processes, which also share the statistics of batch-norm."""
+        if self.world.size > 1:
+            gradients = [weight.grad for weight in self.trained().values() if weight.grad is not None]
+            self.world.sum_(gradients, statistics(self))
+        optimizer.step()
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
@@ -206,18 +231,22 @@ class Method(nn.Module):
     # For subclasses ----------------------------------------------------------------------------------------
 
     def logits(self, images: Tensor, keys: Tensor | None, network: nn.Module | None = None) -> Tensor:
-        """One forward pass, by default of the trained network, in the run's precision."""
+        """One forward pass, by default of the trained network, in the run's precision; of the whole batch's rows."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return (network or self.network)(images, keys)
+            return self.world.whole((network or self.network)(images, keys))
 
     def members(self, images: Tensor, keys: Tensor | None) -> Tensor:  # [H, B, n_classes]
-        """One forward pass of each head of the trained network, in the run's precision."""
+        """One forward pass of each head of the trained network, likewise."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network.members(images, keys)
+            return self.world.whole(self.network.members(images, keys), dim=1)
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of a batch, group by group."""
         return rows.split([group.rows for group in self.layout.groups])
+
+    def split_mine(self, rows: Tensor) -> Sequence[Tensor]:
+        """Likewise of `images` and `keys`, which are of this process's rows."""
+        return rows.split([group.rows for group in self.mine.groups])
 
 
 class Look(NamedTuple):
@@ -228,6 +257,17 @@ class Look(NamedTuple):
     labeled: Tensor  # int64 [L], sample ids of those that can be read
     # int64 [n] sample ids -> float32 [n, D], of clean images, on the device.
     features: Callable[[Tensor], Tensor]
+
+
+def statistics(method: nn.Module) -> list[Tensor]:
+    """Running means and variances of batch-norm that the step has moved, at each process by its own rows."""
+    return [
+        each
+        for module in method.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        for each in (module.running_mean, module.running_var)
+        if each is not None
+    ]
 
 
 def frozen_copy(network: Network) -> Network:

@@ -59,7 +59,7 @@ class MeanTeacher(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.keys is not None
-        n = sum(group.rows for group in self.layout.groups[:2])
+        n = sum(group.rows for group in self.mine.groups[:2])
         labeled, student = self.logits(batch.images[:n], batch.keys[:n]).split(
             [group.rows for group in self.layout.groups[:2]]
         )

@@ -58,6 +58,9 @@ ORDER = [
     "workers",
     "study_file",
     "study",
+    "sweep_space",
+    "sweep_storage",
+    "sweep",
 ]
 BASE = {
     "seeds",

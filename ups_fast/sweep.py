@@ -112,8 +112,8 @@ def _plan(args: Namespace, space: Space) -> Plan:
     size = len(space.seeds) if space.is_search else len(space.grid) * len(space.seeds)
     if args.trials and not space.is_search:
         raise ValueError(
-            f"--trials is for ranges, and these lists make a grid of {many(size, 'trial')}, which are all run: leave it "
-            "out, or give a range such as train.lr=0.01..0.3:log"
+            f"--trials is for ranges, and these lists make a grid of {many(size, 'trial')}, all of which are run: "
+            "leave it out, or give a range such as train.lr=0.01..0.3:log"
         )
     trials = (args.trials or DEFAULT_TRIALS) if space.is_search else size
     pruner = args.pruner or ("median" if space.is_search else "none")

@@ -77,7 +77,12 @@ class Space:
         base = dict(config.flatten(asdict(self.make(self._first(), self.seeds[0]))))
         for key in (*config_free(), "seed", *(axis.key for axis in self.axes)):
             base.pop(key, None)
-        return {**base, "seeds": list(self.seeds), "axes": [asdict(axis) for axis in self.axes]}
+        axes = {axis.key: [*axis.ends, "log" if axis.log else ""] for axis in self.axes}
+        return {
+            **base,
+            "seeds": list(self.seeds),
+            **{f"{key} by the sweep": ends for key, ends in axes.items()},
+        }
 
     @property
     def first(self) -> Config:
@@ -121,11 +126,10 @@ def read(path: str | Path, words: Sequence[str]) -> Space:
     if clash:
         raise ValueError(f"{clash} is given twice")
     space = Space(path, tuple(shared), tuple(axes.values()), seeds or (0,), home(folder))
-    if not seeds:
-        space = replace(
-            space, seeds=(config.load(path, ["threads=1", *shared, *_words(space._first())]).seed,)
-        )
     _check(space)
+    if not seeds:
+        own = config.load(path, [*shared, *_words(space._first())]).seed
+        space = replace(space, seeds=(own,))
     return space
 
 

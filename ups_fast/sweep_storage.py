@@ -105,6 +105,7 @@ def patient(call: Callable[..., Any]) -> Callable[..., Any]:
                 if time.monotonic() >= end:
                     raise StorageGone(f"the storage does not answer: {_why(error)}") from error
                 time.sleep(RETRY_SECONDS)
+                board.storage.engine.dispose()  # its connections may lead to what was there before
 
     return tried
 
@@ -141,9 +142,10 @@ class Board:
             self.study.set_user_attr("plan", mine)
         elif differing := [key for key in {**mine, **found} if mine.get(key) != found.get(key)]:
             key = differing[0]
+            more = f" and {len(differing) - 1} others" if len(differing) > 1 else ""
             raise RunFolderError(
-                f"run_dir={self.plan.space.folder} has a sweep that differs in {', '.join(differing[:5])}: {key} is "
-                f"{shown(mine.get(key, 'absent'))} and was {shown(found.get(key, 'absent'))}; choose another run_dir"
+                f"run_dir={self.plan.space.folder} has another sweep: {key} is {shown(mine.get(key, 'absent'))} and was "
+                f"{shown(found.get(key, 'absent'))}{more}; choose another run_dir"
             )
         there = {entry.index: entry for entry in self.entries()}
         grid = [] if self.plan.space.is_search else self.plan.space.grid
@@ -388,6 +390,8 @@ def look(plan: Plan) -> list[Entry]:
 def _open(url: str) -> RDBStorage:
     timeout = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     with _one_sentence(url):
+        if url.startswith("sqlite"):
+            _check_tables(url)
         for last in (False, False, True):  # two processes may make the tables at once
             try:
                 storage = RDBStorage(url, engine_kwargs=timeout)
@@ -399,6 +403,17 @@ def _open(url: str) -> RDBStorage:
     if storage.engine.dialect.name == "sqlite":
         _lock_first(storage.engine)
     return storage
+
+
+def _check_tables(url: str) -> None:
+    """A file of SQLite that is somebody else's gets no tables of ours."""
+    engine = sqlalchemy.create_engine(url)
+    names = sqlalchemy.inspect(engine).get_table_names()
+    engine.dispose()
+    if names and "studies" not in names:
+        raise ValueError(
+            f"--storage {shown(url)} holds tables of something else, such as {shown(names[0])}: name another file"
+        )
 
 
 def _lock_first(engine: Any) -> None:

@@ -23,7 +23,7 @@ from ups_fast.words import line_of
 from ups_fast.workers import REMEDY
 
 # What no trial is to blame for, and the next one would meet, too.
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
 WAIT_SECONDS = 1.0  # after a trial that another process holds
 _boards: dict[Plan, Board] = {}  # of this process, one
 

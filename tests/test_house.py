@@ -60,6 +60,8 @@ ORDER = [
     "study",
     "sweep_space",
     "sweep_storage",
+    "sweep_worker",
+    "sweep_results",
     "sweep",
 ]
 BASE = {

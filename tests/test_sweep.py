@@ -273,7 +273,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threads, one_thread):
     """A trial that diverges costs the others nothing, and what is done is not run again."""
-    words = [*tiny, "train.weight_decay=0.001,1e30", "seed=3,4"]
+    words = [*tiny[:-1], "1", "train.weight_decay=0.001,1e30", "seed=3,4", "train.rounds=1"]
     assert sweep.main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert said.count("to do") == 4 and "4 trials: a grid; pruner: none" in said
@@ -300,38 +300,48 @@ def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threa
     assert "has another sweep: train.lr is 0.2 and was 0.1" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_ends_the_sweep_and_costs_no_trial(
-    tiny, tmp_path, capsys, quick, threads, one_thread, monkeypatch
-):
-    from ups_fast import checkpoint
+def rows_of(*scores: float) -> Any:
+    """In place of a run's rounds: rows with these shares of validation samples."""
+    for round, score in enumerate(scores):
+        about = {"test_acc": 0.5, "unlabeled_acc": None, "positive_acc": None, "positives": 1, "ece": 0.1}
+        yield {"round": round, "val_acc": score, "seconds": 1.0, **about}
 
-    def full(*_: Any) -> None:
+
+def test_a_disk_that_is_full_ends_the_sweep_and_costs_no_trial(
+    tiny, tmp_path, capsys, quick, threads, monkeypatch
+):
+    def full(*_: Any) -> Any:
+        yield from rows_of(0.5)
         raise RunFolderError("x could not be written") from OSError(errno.ENOSPC, "No space left on device")
 
     words = [*tiny, "train.lr=0.05,0.1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", full)
-        patch.setattr("ups_fast.folder.save_checkpoint", full)
-        assert sweep.main(words) == 2
+    monkeypatch.setattr(sweep_worker, "begin", full)
+    assert sweep.main(words) == 2
     err = capsys.readouterr().err
     assert "x could not be written: make room; 0 done of 2, and the same command goes on" in err
     assert [line["state"] for line in lines_of(tmp_path / "out")] == ["waiting", "waiting"]
+    monkeypatch.setattr(sweep_worker, "begin", lambda trial: rows_of(0.5, 0.7))
     assert sweep.main(words) == 0
-    assert [line["state"] for line in lines_of(tmp_path / "out")] == ["done", "done"]
+    assert [line["val_by_round"] for line in lines_of(tmp_path / "out")] == [[0.5, 0.7]] * 2
 
 
-def test_a_pruner_ends_trials_that_lag_behind(tiny, tmp_path, monkeypatch, quick, threads, one_thread):
-    """Scores of its own, so that it is known which."""
-    scores = iter([0.5, 0.6, 0.7] * 5 + [0.1, 0.2] * 2)
-    monkeypatch.setattr(
-        sweep_worker, "headline_of", lambda row, part="": next(scores) if part == "val" else 0
-    )
-    monkeypatch.setattr(sweep_worker, "_numbers", lambda rows: {"seconds": 1, "torch": "", "ups_fast": ""})
-    words = [*tiny[:-1], "1", "train.lr=0.05..0.1", "--trials", "6", "--sampler", "random", "train.rounds=3"]
+def test_a_pruner_ends_trials_that_lag_behind(tiny, tmp_path, capsys, monkeypatch, quick, threads):
+    def begin(trial: Any) -> Any:
+        number = int(trial.name)
+        if number == 2:
+            raise MemoryError
+        return rows_of(0.1, 0.2, 0.9) if number > 4 else rows_of(0.5, 0.7, 0.6)
+
+    monkeypatch.setattr(sweep_worker, "begin", begin)
+    words = [*tiny[:-1], "1", "train.lr=0.05..0.1", "--trials", "7", "--sampler", "random"]
     assert sweep.main(words) == 0
     lines = lines_of(tmp_path / "out")
-    assert [line["state"] for line in lines] == ["done"] * 5 + ["pruned"]
-    assert lines[5]["val_by_round"] == [0.1, 0.2] and len({line["keys"]["train.lr"] for line in lines}) == 6
+    assert [line["state"] for line in lines] == ["done", "done", "failed", "done", "done", "pruned", "pruned"]
+    assert len({line["keys"]["train.lr"] for line in lines}) == 7 and lines[0]["val"] == 0.7
+    assert "memory is used up: fewer --workers need less" in lines[2]["error"]
+    out = capsys.readouterr().out
+    assert "0002  failed: memory is used up" in out and "best: val 70.0 %" in out
+    assert lines[5]["val_by_round"] == [0.1, 0.2] and "0005  pruned after round 1, val 20.0 %" in out
 
 
 def test_a_folder_of_something_else_is_refused(tiny, tmp_path, capsys):

@@ -143,9 +143,10 @@ class Board:
         elif differing := [key for key in {**mine, **found} if mine.get(key) != found.get(key)]:
             key = differing[0]
             more = f" and {len(differing) - 1} others" if len(differing) > 1 else ""
+            now, was = (shown(each.get(key, "absent")) for each in (mine, found))
             raise RunFolderError(
-                f"run_dir={self.plan.space.folder} has another sweep: {key} is {shown(mine.get(key, 'absent'))} and was "
-                f"{shown(found.get(key, 'absent'))}{more}; choose another run_dir"
+                f"run_dir={self.plan.space.folder} has another sweep: {key} is {now} and was {was}{more}; choose "
+                "another run_dir"
             )
         there = {entry.index: entry for entry in self.entries()}
         grid = [] if self.plan.space.is_search else self.plan.space.grid

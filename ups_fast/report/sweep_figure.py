@@ -68,7 +68,7 @@ def _points(axes: Axes, key: str, points: Sequence[Point], *, log: bool) -> None
     else:
         at = [float(value) for value in values]
         if log:
-            axes.set_xscale("log")
+            _log(axes)
     for place, point in zip(at, points, strict=True):
         best = point is points[0]
         shares = [100 * record["val"] for record in point.records]
@@ -80,6 +80,16 @@ def _points(axes: Axes, key: str, points: Sequence[Point], *, log: bool) -> None
             alpha=1.0 if best else 0.6, lw=1.0, capsize=2, **how,
         )  # fmt: skip
     axes.grid(axis="y", color=RULE)
+
+
+def _log(axes: Axes) -> None:
+    """A logarithmic scale with few plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _number(word: str) -> tuple[int, float, str]:

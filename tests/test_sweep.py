@@ -234,8 +234,13 @@ def test_storages_that_cannot_be_used_are_named_without_their_password(tmp_path,
         ours.execute("update alembic_version set version_num = 'v99.0.0'")
     with pytest.raises(ValueError, match=r"sweep.db is of another version: The runtime optuna version"):
         Board(plan_of(tmp_path, "train.lr=0.1,0.2"))
+    monkeypatch.setitem(
+        sys.modules, "psycopg", None
+    )  # the driver of SQLAlchemy 2.1; earlier ones have psycopg2
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@nowhere/x needs a package") as found:
+    with pytest.raises(
+        ValueError, match=r"postgresql://me:\*\*\*@nowhere/x needs a package.*pip install 'psycopg"
+    ) as found:
         Board(plan_of(tmp_path, "train.lr=0.1,0.2", url="postgresql://me:secret@nowhere/x"))
     assert "secret" not in str(found.value)
 

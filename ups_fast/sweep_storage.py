@@ -43,6 +43,7 @@ RETRY_SECONDS = 0.5
 MOST_DEATHS = 5  # of processes in one trial, without a finished round between them
 WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
 PRUNED, FAILED = TrialState.PRUNED, TrialState.FAIL
+_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 GONE = (StorageInternalError, sqlalchemy.exc.DBAPIError)
 
 
@@ -451,10 +452,10 @@ class _one_sentence:
         if isinstance(error, (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)):
             raise ValueError(f"--storage {self.url} cannot be used: {_why(error)}") from error
         if isinstance(error, ImportError):
-            driver = error.__cause__ or error
+            missing = (error.__cause__ or error).name or line_of(error)  # type: ignore[union-attr]
             raise ValueError(
-                f"--storage {self.url} needs a package that is not installed ({line_of(driver)}): "  # type: ignore[arg-type]
-                "for PostgreSQL, pip install psycopg2-binary"
+                f"--storage {self.url} needs a package that is not installed: pip install "
+                f"'{_DRIVERS.get(missing, missing)}'"
             ) from error
         if isinstance(error, (RuntimeError, AssertionError)):
             raise ValueError(f"--storage {self.url} is of another version: {line_of(error)}") from error

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -42,7 +44,17 @@ def tiny(features: Path, tmp_path: Path) -> list[str]:
     return [str(config), f"run_dir={tmp_path / 'out'}", "--workers", "2"]
 
 
+@cache
+def empty() -> bytes:
+    """A storage without trials, whose tables take a while to make."""
+    with TemporaryDirectory() as place:
+        sweep_storage._open(f"sqlite:///{place}/empty.db").engine.dispose()
+        return Path(place, "empty.db").read_bytes()
+
+
 def plan_of(tmp_path: Path, *words: str, trials: int = 0, url: str = "") -> Plan:
+    if not url and not (tmp_path / "sweep.db").exists():
+        (tmp_path / "sweep.db").write_bytes(empty())
     space = read(DIGITS, [f"run_dir={tmp_path / 'out'}", *words])
     count = trials or len(space.grid) * len(space.seeds)
     return Plan(space, url or f"sqlite:///{tmp_path / 'sweep.db'}", count)
@@ -165,32 +177,29 @@ def test_a_trial_that_ends_its_process_again_and_again_has_failed(tmp_path):
 
 
 def test_the_seeds_of_a_point_share_its_values_and_points_do_not_depend_on_who_draws(tmp_path):
-    words = ("train.lr=0.01..0.3:log", "select.tau_p=0.6,0.7", "seed=0,1,2")
+    words = ("train.lr=0.01..0.3:log", "select.tau_p=0.6,0.7", "seed=0,1")
     drawn = []
     for name, count in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
-        plan = plan_of(tmp_path / name, *words, trials=8)
+        plan = plan_of(tmp_path / name, *words, trials=5)
         boards = [Board(plan) for _ in range(count)]
         boards[0].begin()
-        order = []
-        for at in range(8):
-            board = boards[at % count]
-            claim = board.claim()
-            order.append(claim.entry.index)
-            board.draw(claim.entry)
-            assert board.draw(claim.entry) == board.entries()[claim.entry.index].values  # again: the same
-            claim.report(0, 0.5)
+        for at in range(5):
+            claim = boards[at % count].claim()
+            assert claim.entry.index == at
+            values = claim.board.draw(claim.entry)
+            assert claim.board.draw(claim.entry) == values  # again: the same
             claim.ended({})
-        assert boards[0].claim() is None and order == list(range(8))
+        assert boards[0].claim() is None
         entries = boards[0].entries()
         values = [tuple(entry.values.items()) for entry in entries]
-        assert len(set(values)) == 3 and values[0] == values[1] == values[2] and values[6] == values[7]
-        assert [entry.seed for entry in entries] == [0, 1, 2, 0, 1, 2, 0, 1]
+        assert len(set(values)) == 3 and values[0] == values[1] and values[2] == values[3]
+        assert [entry.seed for entry in entries] == [0, 1, 0, 1, 0]
         drawn.append(values)
     assert drawn[0] == drawn[1]
-    more = Board(plan_of(tmp_path / "b", *words, trials=11))
+    more = Board(plan_of(tmp_path / "b", *words, trials=8))
     more.begin()
-    assert [entry.index for entry in more.entries()] == [*range(10)]  # the last one once its point is drawn
+    assert [entry.index for entry in more.entries()] == [*range(7)]  # the last one once its point is drawn
 
 
 def test_a_process_that_was_taken_for_dead_gives_up_its_trial(tmp_path):
@@ -278,17 +287,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threads, one_thread):
     """A trial that diverges costs the others nothing, and what is done is not run again."""
-    words = [*tiny[:-1], "1", "train.weight_decay=0.001,1e30", "seed=3,4", "train.rounds=1"]
+    words = [*tiny[:-1], "1", "train.weight_decay=0.001,1e30", "seed=3", "train.rounds=1"]
     assert sweep.main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert said.count("to do") == 4 and "4 trials: a grid; pruner: none" in said
+    assert said.count("to do") == 2 and "2 trials: a grid; pruner: none" in said
     assert not (tmp_path / "out").exists()
     assert sweep.main(words) == 0
     out = capsys.readouterr().out
-    assert "2 trials failed, such as 0002: training diverged in round 0" in out and "best: val " in out
+    assert "1 trial failed, such as 0001: training diverged in round 0" in out and "best: val " in out
     lines = lines_of(tmp_path / "out")
-    assert [line["state"] for line in lines] == ["done", "done", "failed", "failed"]
-    assert [line["seed"] for line in lines] == [3, 4, 3, 4]
+    assert [line["state"] for line in lines] == ["done", "failed"]
+    assert [line["seed"] for line in lines] == [3, 3]
     first = list(map(json.loads, (tmp_path / "out/trials/0000/metrics.jsonl").read_text().splitlines()))
     assert lines[0]["val_by_round"] == [row["val_acc"] for row in first] and task_in(first[0])
     assert lines[0]["val"] == max(lines[0]["val_by_round"])
@@ -296,11 +305,11 @@ def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threa
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/trials").glob("*/*.*")}
     assert sweep.main(words) == 0 and sweep.main([*words, "--dry-run"]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert capsys.readouterr().out.count("  complete  ") == 2
+    assert capsys.readouterr().out.count("  complete  ") == 1
     from ups_fast import config
 
     best = config.load(tmp_path / "out/best.yaml")
-    assert best.train.weight_decay == 0.001 and best.seed in (3, 4) and best.run_dir == "runs/best"
+    assert best.train.weight_decay == 0.001 and best.seed == 3 and best.run_dir == "runs/best"
     assert sweep.main([*words, "train.lr=0.2"]) == 2
     assert "has another sweep: train.lr is 0.2 and was 0.1" in capsys.readouterr().err
 
@@ -438,7 +447,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key != "seconds"} for line in lines_of(folder)]
 
 
-LONG = ("train.min_steps=150", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9")
+LONG = ("train.epochs=60", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9")
 
 
 @pytest.mark.slow

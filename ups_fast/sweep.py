@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -188,7 +189,7 @@ class _Drive:
     def __iter__(self) -> _Drive:
         return self
 
-    def __next__(self) -> Slot | None:
+    def __next__(self) -> Any:
         if self.trouble or not self.free:
             return None
         self.tick()
@@ -206,7 +207,7 @@ class _Drive:
     def run(self) -> None:
         """Until all trials have ended, those of other machines too, or this machine cannot go on."""
         while not self.over() and not self.trouble:
-            run_trials(self, len(self.free), run_one, self.console, self.told, self.tick)  # type: ignore[type-var]
+            run_trials(self, len(self.free), run_one, self.console, self.told, self.tick)
             if not self.over() and not self.trouble:  # others have the rest
                 time.sleep(POLL_SECONDS)
                 self.tick()

@@ -452,7 +452,7 @@ class _one_sentence:
         if isinstance(error, (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)):
             raise ValueError(f"--storage {self.url} cannot be used: {_why(error)}") from error
         if isinstance(error, ImportError):
-            missing = (error.__cause__ or error).name or line_of(error)  # type: ignore[union-attr]
+            missing = getattr(error.__cause__ or error, "name", None) or line_of(error)
             raise ValueError(
                 f"--storage {self.url} needs a package that is not installed: pip install "
                 f"'{_DRIVERS.get(missing, missing)}'"

@@ -124,6 +124,8 @@ def test_words_make_axes(tmp_path):
 
 
 def test_a_trial_is_claimed_once_and_comes_back_when_its_process_is_gone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now[0])
     plan = plan_of(tmp_path, "train.lr=0.1,0.2", "seed=0,1")
     one, two = Board(plan), Board(plan)
     one.begin()
@@ -144,14 +146,13 @@ def test_a_trial_is_claimed_once_and_comes_back_when_its_process_is_gone(tmp_pat
     assert again.entry.index == 1 and again.id == claimed[1].id
 
     # Of another machine only silence tells.
-    now = time.monotonic()
-    monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now + 59)
+    now[0] = 59
     assert one.rescue(one.entries()) == []
     one.note(claimed[2].id, "beat", 7)
-    monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now + 100)
-    assert 2 not in one.rescue(one.entries())
-    monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now + 170)
-    assert 2 in one.rescue(one.entries())
+    now[0] = 100
+    assert one.rescue(one.entries()) == []
+    now[0] = 170
+    assert one.rescue(one.entries()) == [2]
 
 
 def test_a_trial_that_ends_its_process_again_and_again_has_failed(tmp_path):
@@ -189,6 +190,7 @@ def test_the_seeds_of_a_point_share_its_values_and_points_do_not_depend_on_who_d
             assert claim.entry.index == at
             values = claim.board.draw(claim.entry)
             assert claim.board.draw(claim.entry) == values  # again: the same
+            claim.report(0, 0.5)
             claim.ended({})
         assert boards[0].claim() is None
         entries = boards[0].entries()
@@ -454,13 +456,12 @@ LONG = ("train.epochs=60", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "sele
 @pytest.mark.timeout(1800)
 def test_a_sweep_of_twelve_that_is_killed_ends_with_the_same_twelve(tiny, tmp_path):
     words = [*tiny, *LONG, "seed=0,1"]
-    since = 0.0
     for how in ("worker", "sweep", "ctrl-c", "sigterm"):
         process = command(*words)
-        since = under_way(tmp_path / "out", since)
+        under_way(tmp_path / "out", time.time())
         if how == "worker":
             os.kill(workers_of(process)[0], signal.SIGKILL)
-            since = under_way(tmp_path / "out", time.time())
+            under_way(tmp_path / "out", time.time())
         if how == "ctrl-c":  # as a terminal sends it: to all
             os.killpg(process.pid, signal.SIGINT)
         else:
@@ -504,7 +505,6 @@ def test_two_sweeps_on_one_storage_share_the_trials_and_outlast_it_for_ten_secon
     entries = Board(plan_from(words)).entries()
     assert [entry.state.name for entry in entries] == ["COMPLETE"] * 12
     assert all(len(entry.notes["starts"]) == 1 for entry in entries), "no trial is run twice"
-    assert {entry.notes["worker"] for entry in entries} >= set(), ends
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 SAMPLERS, PRUNERS = ("tpe", "random", "gp"), ("none", "median", "halving")
 BEAT_SECONDS = 10.0  # a worker says so often that it lives
-GRACE_SECONDS = 60.0  # one that has not for so long is gone
+GRACE_SECONDS = 60.0  # one of another machine that has not for so long is gone
+LONG_GRACE_SECONDS = 900.0  # one of this machine, whose number another process may have taken
 PATIENCE_SECONDS = 120.0  # so long a storage that does not answer is waited for
 RETRY_SECONDS = 0.5
 MOST_DEATHS = 5  # of processes in one trial, without a finished round between them
@@ -261,10 +262,12 @@ class Board:
             if beat != last:
                 self._heard[entry.index] = beat, now
                 since = now
-            worker = entry.notes.get("worker")
-            if not _is_gone(str(worker)) and now - since < GRACE_SECONDS:
+            worker = str(entry.notes.get("worker", ""))
+            lives = _lives(worker)
+            grace = LONG_GRACE_SECONDS if lives else GRACE_SECONDS
+            if lives is not False and now - since < grace:
                 continue
-            if self.notes(entry.trial_id).get("worker") != worker:  # somebody else was faster
+            if str(self.notes(entry.trial_id).get("worker", "")) != worker:  # somebody else was faster
                 continue
             rescued.append(entry.index)
             self._heard.pop(entry.index, None)
@@ -358,18 +361,18 @@ class Claim:
             self.board.patience = PATIENCE_SECONDS
 
 
-def _is_gone(worker: str) -> bool:
-    """Whether it was a process of this machine that is no more."""
+def _lives(worker: str) -> bool | None:
+    """Whether it is a process of this machine that lives, or was one; None for those of other machines."""
     host, _, pid = worker.rpartition(":")
     if host != socket.gethostname() or not pid.isdecimal():
-        return False
+        return None
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
-        return True
+        return False
     except OSError:  # another user's
         pass
-    return False
+    return True
 
 
 def look(plan: Plan) -> list[Entry]:

@@ -254,7 +254,10 @@ class _Drive:
         if not self.live:
             return
         table = Table("trial", "round", "val %", "s", "where", "values", title_justify="left")
-        table.title = self.counted()
+        scores = [entry.score for entry in self.mine() if entry.score is not None]
+        table.title = self.counted() + (
+            f"; best trial so far: val {100 * max(scores):.1f} %" if scores else ""
+        )
         for entry in self.mine():
             if entry.state == RUNNING:
                 best = "" if entry.score is None else f"{100 * entry.score:.1f}"

@@ -59,6 +59,7 @@ ORDER = [
     "study_file",
     "study",
     "sweep_space",
+    "sweep_optuna",
     "sweep_storage",
     "sweep_worker",
     "sweep_results",

@@ -20,7 +20,7 @@ import pytest
 from test_rounds import one_thread
 from test_study import Links, features, threads
 
-from ups_fast import sweep, sweep_storage, sweep_worker
+from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker
 from ups_fast.files import RunFolderError
 from ups_fast.report import sweep_figure
 from ups_fast.report.sweep_page import points_of, sweep_page
@@ -48,7 +48,7 @@ def tiny(features: Path, tmp_path: Path) -> list[str]:
 def empty() -> bytes:
     """A storage without trials, whose tables take a while to make."""
     with TemporaryDirectory() as place:
-        sweep_storage._open(f"sqlite:///{place}/empty.db").engine.dispose()
+        sweep_optuna.open_storage(f"sqlite:///{place}/empty.db").engine.dispose()
         return Path(place, "empty.db").read_bytes()
 
 

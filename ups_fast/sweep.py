@@ -34,8 +34,9 @@ try:
     from ups_fast.workers import News, run_trials
 
     if find_spec("optuna") is not None:
+        from ups_fast.sweep_optuna import PRUNERS, SAMPLERS
         from ups_fast.sweep_results import keys_of, line_of, records_of, write
-        from ups_fast.sweep_storage import PRUNERS, RUNNING, SAMPLERS, WAITING, Board, Entry, Plan, look
+        from ups_fast.sweep_storage import RUNNING, WAITING, Board, Entry, Plan, look
         from ups_fast.sweep_worker import Slot, run_one
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":

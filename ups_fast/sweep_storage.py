@@ -7,12 +7,10 @@ its run folder: no moment exists at which a trial is in neither state, so none c
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,22 +18,14 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ups_fast.files import RunFolderError
-from ups_fast.seeds import derive
-from ups_fast.sweep_space import Axis, Space, Values
-from ups_fast.words import line_of, shown
+from ups_fast.sweep_optuna import GONE, distribution, one_sentence, open_storage, pruner, sampler, why
+from ups_fast.sweep_space import Space, Values
+from ups_fast.words import shown
 
-optuna.logging.set_verbosity(logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-SAMPLERS, PRUNERS = ("tpe", "random", "gp"), ("none", "median", "halving")
 BEAT_SECONDS = 10.0  # a worker says so often that it lives
 GRACE_SECONDS = 60.0  # one of another machine that has not for so long is gone
 LONG_GRACE_SECONDS = 900.0  # one of this machine, whose number another process may have taken
@@ -44,8 +34,6 @@ RETRY_SECONDS = 0.5
 MOST_DEATHS = 5  # of processes in one trial, without a finished round between them
 WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
 PRUNED, FAILED = TrialState.PRUNED, TrialState.FAIL
-_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-GONE = (StorageInternalError, sqlalchemy.exc.DBAPIError)
 
 
 class StorageGone(ValueError):
@@ -105,16 +93,11 @@ def patient(call: Callable[..., Any]) -> Callable[..., Any]:
                 return call(board, *args)
             except GONE as error:
                 if time.monotonic() >= end:
-                    raise StorageGone(f"the storage does not answer: {_why(error)}") from error
+                    raise StorageGone(f"the storage does not answer: {why(error)}") from error
                 time.sleep(RETRY_SECONDS)
                 board.storage.engine.dispose()  # its connections may lead to what was there before
 
     return tried
-
-
-def _why(error: BaseException) -> str:
-    inner = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-    return shown(line_of(getattr(inner, "orig", None) or inner))  # type: ignore[arg-type]
 
 
 class Board:
@@ -124,14 +107,14 @@ class Board:
         """Opens the storage, and makes the study in it where there is none. Raises ValueError with one sentence."""
         self.plan, self.patience = plan, PATIENCE_SECONDS
         self.me = f"{socket.gethostname()}:{os.getpid()}"
-        self.storage = _open(plan.url)
-        with _one_sentence(plan.url):
+        self.storage = open_storage(plan.url)
+        with one_sentence(plan.url):
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=plan.name,
                 direction="maximize",
                 load_if_exists=True,
-                pruner=_pruner(plan.pruner),
+                pruner=pruner(plan.pruner),
             )
         self._heard: dict[int, tuple[Any, float]] = {}  # by trial: its last beat, and when it was heard first
         self._shunned: dict[int, float] = {}  # indices of trials that another process holds, and until when
@@ -160,7 +143,7 @@ class Board:
                 self._queue_seeds(entry, there)
 
     def _queue(self, index: int, values: Values) -> None:
-        given = {axis.key: _distribution(axis) for axis in self.plan.space.axes if values}
+        given = {axis.key: distribution(axis) for axis in self.plan.space.axes if values}
         self.study.add_trial(
             create_trial(state=WAITING, params=values, distributions=given, user_attrs={"index": index})
         )
@@ -220,9 +203,9 @@ class Board:
         """The values of a trial's point, drawn where there are none, and then queues its other seeds."""
         space, values = self.plan.space, entry.values
         if len(values) < len(space.axes):
-            self.study.sampler = _sampler(self.plan, entry.index)
+            self.study.sampler = sampler(self.plan.sampler, entry.index)
             trial = optuna.trial.Trial(self.study, entry.trial_id)
-            values = {axis.key: trial._suggest(axis.key, _distribution(axis)) for axis in space.axes}
+            values = {axis.key: trial._suggest(axis.key, distribution(axis)) for axis in space.axes}
         entry.values = values
         if space.is_search:
             self._queue_seeds(entry, {each.index: each for each in self.entries()})
@@ -377,7 +360,7 @@ def _lives(worker: str) -> bool | None:
 
 def look(plan: Plan) -> list[Entry]:
     """The trials that a storage has. Makes no table and no file. Raises ValueError with one sentence."""
-    with _one_sentence(plan.url):
+    with one_sentence(plan.url):
         file = sqlalchemy.make_url(plan.url).database if plan.url.startswith("sqlite") else ""
         if file and not os.path.exists(file):
             return []
@@ -387,105 +370,3 @@ def look(plan: Plan) -> list[Entry]:
         if not there or plan.name not in optuna.get_all_study_names(plan.url):
             return []
     return Board(plan).entries()
-
-
-# Optuna's objects ------------------------------------------------------------------------------------------------
-
-
-def _open(url: str) -> RDBStorage:
-    timeout = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    with _one_sentence(url):
-        if url.startswith("sqlite"):
-            _check_tables(url)
-        for last in (False, False, True):  # two processes may make the tables at once
-            try:
-                storage = RDBStorage(url, engine_kwargs=timeout)
-                break
-            except sqlalchemy.exc.OperationalError as error:
-                if last or "already exists" not in str(error):
-                    raise
-                time.sleep(RETRY_SECONDS)
-    if storage.engine.dialect.name == "sqlite":
-        _lock_first(storage.engine)
-    return storage
-
-
-def _check_tables(url: str) -> None:
-    """A file of SQLite that is somebody else's gets no tables of ours."""
-    engine = sqlalchemy.create_engine(url)
-    names = sqlalchemy.inspect(engine).get_table_names()
-    engine.dispose()
-    if names and "studies" not in names:
-        raise ValueError(
-            f"--storage {shown(url)} holds tables of something else, such as {shown(names[0])}: name another file"
-        )
-
-
-def _lock_first(engine: Any) -> None:
-    """SQLite knows no SELECT FOR UPDATE: two processes could both read that a trial waits, and both take it."""
-
-    def connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # Python's own BEGIN comes too late
-
-    def begun(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    sqlalchemy.event.listen(engine, "connect", connected)
-    sqlalchemy.event.listen(engine, "begin", begun)
-    engine.dispose()  # connections that were opened before
-
-
-class _one_sentence:
-    """Turns what is wrong with a storage into a ValueError that names it, without its password."""
-
-    def __init__(self, url: str) -> None:
-        try:
-            self.url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        except sqlalchemy.exc.ArgumentError:
-            raise ValueError(
-                f"--storage must be a URL such as sqlite:///sweep.db or postgresql://user@host/name, got {shown(url)}"
-            ) from None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if error is None:
-            return
-        if isinstance(error, (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)):
-            raise ValueError(f"--storage {self.url} cannot be used: {_why(error)}") from error
-        if isinstance(error, ImportError):
-            missing = getattr(error.__cause__ or error, "name", None) or line_of(error)
-            raise ValueError(
-                f"--storage {self.url} needs a package that is not installed: pip install "
-                f"'{_DRIVERS.get(missing, missing)}'"
-            ) from error
-        if isinstance(error, (RuntimeError, AssertionError)):
-            raise ValueError(f"--storage {self.url} is of another version: {line_of(error)}") from error
-
-
-def _distribution(axis: Axis) -> BaseDistribution:
-    if axis.words:
-        return CategoricalDistribution(axis.words)
-    if axis.whole:
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
-
-
-def _sampler(plan: Plan, index: int) -> BaseSampler:
-    """One for each point, seeded by it: what it draws does not depend on which process draws."""
-    seed = derive(0, "sweep", index) % 2**32
-    if plan.sampler == "random":
-        return RandomSampler(seed=seed)
-    if plan.sampler == "gp":
-        return GPSampler(seed=seed)
-    return TPESampler(seed=seed, multivariate=True, constant_liar=True)
-
-
-def _pruner(name: str) -> BasePruner:
-    """Rounds are its rungs. Round 0 learns from the labels alone, and decides nothing."""
-    if name == "median":
-        return MedianPruner(n_startup_trials=4, n_warmup_steps=1)
-    if name == "halving":
-        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    return NopPruner()

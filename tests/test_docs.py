@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ups_fast
-from ups_fast import config, label_studio, predict, study
+from ups_fast import config, label_studio, predict, study, sweep, sweep_space
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS
 from ups_fast.models import build
@@ -95,7 +95,7 @@ def test_keys_exist(page):
         dotted = dotted and not name.endswith((".safetensors", ".py", ".html", ".png", ".*"))
         if dotted or (equals and value and not python):
             assert name in config.KEYS or owners(name), f"{word} is no key"
-            if re.fullmatch(r"[\w.:-]+", value):
+            if re.fullmatch(r"[\w.:-]+", value) and ".." not in value:  # which is a range of a sweep
                 config.load(ROOT / "configs/digits.yaml", [word, *recipe_for(word)])
 
 
@@ -122,6 +122,16 @@ def test_commands_of_train_have_a_config_and_keys(page, monkeypatch):
     for path, *words in commands(page, "python -m ups_fast.train"):
         if path != "--help" and "method.name=entropy" not in words:  # which tests/test_toy_method.py runs
             config.load(path, words)
+
+
+def test_commands_of_sweep_can_be_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = [words for page in PAGES for words in commands(page, "python -m ups_fast.sweep")]
+    assert len(found) >= 3
+    for words in found:
+        args = sweep._words(words)
+        path = args.config if args.config.startswith("configs/") else "configs/digits.yaml"
+        sweep._plan(args, sweep_space.read(path, args.overrides))
 
 
 def test_the_old_names_of_keys_are_all_told():
@@ -152,13 +162,14 @@ def test_options_exist(page, capsys):
         ("label_studio tasks", label_studio.main, ["tasks"]),
         ("label_studio merge", label_studio.main, ["merge"]),
         ("study", study.main, []),
+        ("sweep", sweep.main, []),
     ]:
         with pytest.raises(SystemExit):
             main([*verb, "--help"])
         known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
         every.update(known)
         for words in commands(page, f"python -m ups_fast.{program}"):
-            assert len(words) >= (1 if program == "study" else 2)
+            assert len(words) >= (1 if program in ("study", "sweep") else 2)
             assert all(word in known for word in words if word.startswith("--"))
     for span in spans(page):
         assert not re.fullmatch(r"--[a-z-]+", span) or span in every, span

@@ -60,6 +60,12 @@ ORDER = [
     "workers",
     "study_file",
     "study",
+    "sweep_space",
+    "sweep_optuna",
+    "sweep_storage",
+    "sweep_worker",
+    "sweep_results",
+    "sweep",
 ]
 BASE = {
     "seeds",

@@ -343,6 +343,19 @@ def val_of(cfg: Config, data: ImageSet, labeled: Tensor) -> tuple[Tensor, Tensor
     return hold_out(labeled, data.train_labels, cfg.data.val_share, derive(cfg.seed, "val"))
 
 
+def validates(cfg: Config, device: torch.device, console: Console) -> bool:
+    """Whether a run of `cfg` has validation samples. Reads the data, or of a folder only what files there are.
+
+    Raises ValueError with one sentence where there can be none.
+    """
+    if cfg.data.name != "folder":
+        data = load_data(cfg, device, console)
+        return len(val_of(cfg, data, split_of(cfg, data)[0])[1]) > 0
+    with naming_key("data.root"):
+        found = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed, wanted=_wanted(cfg)[0])
+    return cfg.data.val_share > 0 or len(found.val) > 0
+
+
 def hold_out(
     labeled: Tensor,  # int64 [L], sample ids
     labels: Tensor,  # int64 [N], or of several int8 [N, C]

@@ -120,7 +120,9 @@ def hold_the_first_three() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
-COMMANDS = {f"ups_fast.{name}" for name in ("train", "predict", "export", "label_studio", "study", "info")}
+COMMANDS = {
+    f"ups_fast.{name}" for name in ("train", "predict", "export", "label_studio", "study", "sweep", "info")
+}
 
 
 def stop_at_ctrl_c() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ups_fast.files import load_arrays, read_bytes
 from ups_fast.inputs import load_data
 from ups_fast.machine import pick_device
 from ups_fast.rounds import rounds
-from ups_fast.state import headline_of, task_in
+from ups_fast.state import Row, headline_of, task_in
 
 MOST_METRICS = 2**26  # bytes of a metrics.jsonl
 # Of the last row of a run, as metrics.jsonl has them.
@@ -38,7 +38,8 @@ KEPT = (
     "test_ece",
 )
 PARTS = ("test", "val", "unlabeled")  # whose accuracy is kept, or of several labels their mAP
-_loaded: dict[str, ImageSet] = {}  # the data of the last trial of this process
+MOST_KEPT = 2**27  # bytes of data beyond which only those of the last trial are kept
+_loaded: dict[str, ImageSet] = {}  # the data of this process's last trials, which may differ by seed alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,18 @@ class Trial:
 
 
 def train(trial: Trial, tell: Callable[[str], None]) -> None:
-    """Trains what the trial's folder lacks. `tell` hears of each round in a few words.
+    """Trains what the trial's folder lacks. `tell` hears of each round in a few words. Raises as `begin`."""
+    tell("reading data")
+    found = begin(trial)
+    tell(f"round 0 of {trial.cfg.train.rounds}")
+    for row in found:
+        score = headline_of(row)
+        said = "" if score is None else f", test {100 * score:.1f} %"
+        tell(f"round {row['round'] + 1} of {trial.cfg.train.rounds}{said}")
+
+
+def begin(trial: Trial) -> Iterator[Row]:
+    """The rows of the trial's rounds, as `rounds.rounds` gives them: each new one is trained when it is asked for.
 
     Data are loaded once for trials of equal data and seed that follow each other in a process.
     Raises as `rounds.rounds` and `prepare`.
@@ -64,13 +76,7 @@ def train(trial: Trial, tell: Callable[[str], None]) -> None:
     command.check_kernels(device)
     torch.set_num_threads(cfg.threads or 1)
     nobody = Console(file=io.StringIO(), quiet=True)
-    tell("reading data")
-    run = prepare(cfg, _data(cfg, device, nobody), nobody)
-    tell(f"round 0 of {cfg.train.rounds}")
-    for row in rounds(run, nobody):
-        score = headline_of(row)
-        said = "" if score is None else f", test {100 * score:.1f} %"
-        tell(f"round {row['round'] + 1} of {cfg.train.rounds}{said}")
+    return rounds(prepare(cfg, _data(cfg, device, nobody), nobody), nobody)
 
 
 def _data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
@@ -78,7 +84,8 @@ def _data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
         return load_data(cfg, device, console)
     key = json.dumps([asdict(cfg.data), cfg.seed])
     if key not in _loaded:
-        _loaded.clear()
+        if sum(each.train_images.nbytes for each in _loaded.values()) > MOST_KEPT:
+            _loaded.clear()
         _loaded[key] = load_data(cfg, device, console)
     return _loaded[key]
 

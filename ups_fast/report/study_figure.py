@@ -43,7 +43,7 @@ def curves(variants: Mapping[str, Sequence[Record]], base: str = "") -> str:
     shown = dict(list(shown.items())[:MOST_CURVES])
     if not shown:
         return ""
-    with _figure(3) as (figure, (kappa, tau, share)):
+    with figure_of(3) as (figure, (kappa, tau, share)):
         styles = iter(zip(COLORS, MARKERS, strict=True))
         for name, found in shown.items():
             color, marker = (INK, "*") if name == base else next(styles)
@@ -71,19 +71,19 @@ def curves(variants: Mapping[str, Sequence[Record]], base: str = "") -> str:
             kappa.plot([], [], label=name, **how)
         _ticks(kappa, [*(f"{each:g}" for each in KAPPAS[:-1]), "none"], "kappa_p: largest std that is kept")
         _ticks(tau, [f"{each:g}" for each in TAUS], "tau_p: least confidence that is kept")
-        _title(kappa, "Calibration error by kappa", "ECE % of what the limit would keep at tau_p")
-        _title(tau, "Calibration error by tau", "ECE % of what the limit would keep at kappa_p")
-        _title(share, "Accuracy by share", "Right % of the most confident labels")
+        titled(kappa, "Calibration error by kappa", "ECE % of what the limit would keep at tau_p")
+        titled(tau, "Calibration error by tau", "ECE % of what the limit would keep at kappa_p")
+        titled(share, "Accuracy by share", "Right % of the most confident labels")
         for axes in (kappa, tau):
             axes.set_ylim(bottom=0)
         share.set(xlim=(0, 102), xlabel="share of the unlabeled samples that is kept, %")
         _legend(figure, kappa)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def trained(key: str, points: Sequence[tuple[str, Sequence[Record]]]) -> str:
     """Results over the values of a key, each value trained, as SVG: means with standard deviations."""
-    with _figure(3) as (figure, panels):
+    with figure_of(3) as (figure, panels):
         what = (
             ("test", f"Test {task_in(points[0][1][0]).word}", "%"),
             ("positive_acc", "Right labels", "% of the positives"),
@@ -97,8 +97,8 @@ def trained(key: str, points: Sequence[tuple[str, Sequence[Record]]]) -> str:
             spread = [statistics.stdev(each[i]) if len(each[i]) > 1 else 0.0 for i in known]
             axes.errorbar(known, means, spread, color=COLORS[0], marker="o", ms=5, lw=1.5, capsize=3)
             _ticks(axes, [value for value, _ in points], key)
-            _title(axes, title, note)
-        return _svg(figure)
+            titled(axes, title, note)
+        return svg_of(figure)
 
 
 def cells(variants: Mapping[str, Sequence[Record]]) -> str:
@@ -115,7 +115,7 @@ def cells(variants: Mapping[str, Sequence[Record]]) -> str:
     colors = LinearSegmentedColormap.from_list("errors", ["#F5F7FA", "#F4B183", "#D55E00", "#6B2F00"])
     edges = ["0", *(f"{each:g}" for each in KAPPAS[:-1]), "inf"]
     first = next(c for c in range(10) if any(each[:, c, 0].any() for each in sums.values()))
-    with _figure(3, -(-len(sums) // 3)) as (figure, panels):
+    with figure_of(3, -(-len(sums) // 3)) as (figure, panels):
         for axes in panels[len(sums) :]:
             axes.set_visible(False)
         for axes, (name, found) in zip(panels, sums.items(), strict=False):
@@ -133,11 +133,11 @@ def cells(variants: Mapping[str, Sequence[Record]]) -> str:
             axes.spines[["left", "bottom"]].set_visible(False)
             axes.set(xlabel="confidence", ylabel="std over the passes")
             axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 @contextmanager
-def _figure(columns: int, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+def figure_of(columns: int, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -152,7 +152,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return statistics.mean(known) if known else math.nan
 
 
-def _title(axes: Axes, title: str, note: str) -> None:
+def titled(axes: Axes, title: str, note: str) -> None:
     axes.set_title(f"{title}\n", loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=9, color=MUTED)
     axes.grid(axis="y", color=RULE)
@@ -169,7 +169,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, names, loc="outside lower left", ncols=4)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

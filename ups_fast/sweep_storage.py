@@ -1,0 +1,372 @@
+"""The trials of a sweep in a storage of Optuna, which any number of processes on any number of machines share.
+
+All trials are queued when a sweep begins, each with its index. A worker claims one by making it RUNNING; that is one
+transaction, so nobody else gets it. A trial whose worker is gone becomes WAITING again, under the same number and with
+its run folder: no moment exists at which a trial is in neither state, so none can be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ups_fast.files import RunFolderError
+from ups_fast.sweep_optuna import GONE, distribution, one_sentence, open_storage, pruner, sampler, why
+from ups_fast.sweep_space import Space, Values
+from ups_fast.words import shown
+
+BEAT_SECONDS = 10.0  # a worker says so often that it lives
+GRACE_SECONDS = 60.0  # one of another machine that has not for so long is gone
+LONG_GRACE_SECONDS = 900.0  # one of this machine, whose number another process may have taken
+PATIENCE_SECONDS = 120.0  # so long a storage that does not answer is waited for
+RETRY_SECONDS = 0.5
+MOST_DEATHS = 5  # of processes in one trial, without a finished round between them
+WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
+PRUNED, FAILED = TrialState.PRUNED, TrialState.FAIL
+
+
+class StorageGone(ValueError):
+    """The storage has not answered for PATIENCE_SECONDS."""
+
+
+class Lost(Exception):
+    """The trial was taken for dead, and is another worker's now."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every process of a sweep knows: its space, where its trials stand, and how they are chosen."""
+
+    space: Space
+    url: str
+    trials: int  # so many in all
+    sampler: str = "tpe"
+    pruner: str = "none"
+
+    @property
+    def name(self) -> str:
+        """Of the study in its storage."""
+        return str(self.space.folder)
+
+    def point_of(self, index: int) -> tuple[int, int]:
+        """The number of a trial's point, and its seed."""
+        point, at = divmod(index, len(self.space.seeds))
+        return point, self.space.seeds[at]
+
+
+@dataclass
+class Entry:
+    """A trial as the storage has it."""
+
+    index: int
+    state: TrialState
+    values: Values  # of its point; empty while none is drawn
+    seed: int
+    score: float | None  # best share of the validation samples
+    curve: dict[int, float]  # the same of each round
+    notes: Mapping[str, Any] = field(repr=False)  # worker, starts, numbers, error
+    trial_id: int = -1
+
+    @property
+    def ended(self) -> bool:
+        return self.state.is_finished()
+
+
+def patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that tries again while the storage does not answer. What it does may be done twice."""
+
+    def tried(board: Board, *args: Any) -> Any:
+        end = time.monotonic() + board.patience
+        while True:
+            try:
+                return call(board, *args)
+            except GONE as error:
+                if time.monotonic() >= end:
+                    raise StorageGone(f"the storage does not answer: {why(error)}") from error
+                time.sleep(RETRY_SECONDS)
+                board.storage.engine.dispose()  # its connections may lead to what was there before
+
+    return tried
+
+
+class Board:
+    """The trials of a sweep, for one process. Methods raise StorageGone where the storage stays away."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Opens the storage, and makes the study in it where there is none. Raises ValueError with one sentence."""
+        self.plan, self.patience = plan, PATIENCE_SECONDS
+        self.me = f"{socket.gethostname()}:{os.getpid()}"
+        self.storage = open_storage(plan.url)
+        with one_sentence(plan.url):
+            self.study = optuna.create_study(
+                storage=self.storage,
+                study_name=plan.name,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=pruner(plan.pruner),
+            )
+        self._heard: dict[int, tuple[Any, float]] = {}  # by trial: its last beat, and when it was heard first
+        self._shunned: dict[int, float] = {}  # indices of trials that another process holds, and until when
+
+    @patient
+    def begin(self) -> None:
+        """Queues the trials that the storage lacks. Raises RunFolderError where it has those of another sweep."""
+        mine, found = self.plan.space.plan(), self.study.user_attrs.get("plan")
+        if found is None:
+            self.study.set_user_attr("plan", mine)
+        elif differing := [key for key in {**mine, **found} if mine.get(key) != found.get(key)]:
+            key = differing[0]
+            more = f" and {len(differing) - 1} others" if len(differing) > 1 else ""
+            now, was = (shown(each.get(key, "absent")) for each in (mine, found))
+            raise RunFolderError(
+                f"run_dir={self.plan.space.folder} has another sweep: {key} is {now} and was {was}{more}; choose "
+                "another run_dir"
+            )
+        there = {entry.index: entry for entry in self.entries()}
+        grid = [] if self.plan.space.is_search else self.plan.space.grid
+        for index in range(self.plan.trials):
+            if index not in there and (grid or index % len(self.plan.space.seeds) == 0):
+                self._queue(index, grid[self.plan.point_of(index)[0]] if grid else {})
+        for entry in there.values():
+            if entry.values:
+                self._queue_seeds(entry, there)
+
+    def _queue(self, index: int, values: Values) -> None:
+        given = {axis.key: distribution(axis) for axis in self.plan.space.axes if values}
+        self.study.add_trial(
+            create_trial(state=WAITING, params=values, distributions=given, user_attrs={"index": index})
+        )
+
+    def _queue_seeds(self, entry: Entry, there: Mapping[int, Entry]) -> None:
+        """The other seeds of a point, which its first trial has drawn."""
+        seeds = len(self.plan.space.seeds)
+        if entry.index % seeds == 0:
+            for index in range(entry.index + 1, min(entry.index + seeds, self.plan.trials)):
+                if index not in there:
+                    self._queue(index, entry.values)
+
+    @patient
+    def entries(self) -> list[Entry]:
+        """All trials by index. Where two processes have queued one at once, the first of its kind counts."""
+        found: dict[int, Entry] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            index = trial.user_attrs.get("index")
+            if isinstance(index, int) and index not in found:
+                found[index] = self._entry(index, trial)
+        return sorted(found.values(), key=lambda entry: entry.index)
+
+    def _entry(self, index: int, trial: FrozenTrial) -> Entry:
+        seed = self.plan.point_of(index)[1]
+        curve = dict(trial.intermediate_values)
+        score = max(curve.values(), default=None)
+        return Entry(
+            index, trial.state, dict(trial.params), seed, score, curve, trial.user_attrs, trial._trial_id
+        )
+
+    # Claims --------------------------------------------------------------------------------------------------
+
+    @patient
+    def claim(self) -> Claim | None:
+        """A trial that waits, now this process's: first those whose point is drawn. None where none waits."""
+        now = time.monotonic()
+        waiting = [each for each in self.entries() if each.state == WAITING and each.index < self.plan.trials]
+        for entry in sorted(
+            waiting,
+            key=lambda each: (self._shunned.get(each.index, 0) > now, not each.values, each.index),
+        ):
+            try:
+                if not self.storage.set_trial_state_values(entry.trial_id, RUNNING):
+                    continue
+            except UpdateFinishedTrialError:
+                continue
+            self.note(entry.trial_id, "worker", self.me)
+            return Claim(self, entry)
+        return None
+
+    def shun(self, index: int) -> None:
+        """Claims it last for a while."""
+        self._shunned[index] = time.monotonic() + GRACE_SECONDS
+
+    @patient
+    def draw(self, entry: Entry) -> Values:
+        """The values of a trial's point, drawn where there are none, and then queues its other seeds."""
+        space, values = self.plan.space, entry.values
+        if len(values) < len(space.axes):
+            self.study.sampler = sampler(self.plan.sampler, entry.index)
+            trial = optuna.trial.Trial(self.study, entry.trial_id)
+            values = {axis.key: trial._suggest(axis.key, distribution(axis)) for axis in space.axes}
+        entry.values = values
+        if space.is_search:
+            self._queue_seeds(entry, {each.index: each for each in self.entries()})
+        return values
+
+    @patient
+    def note(self, trial_id: int, name: str, value: Any) -> None:
+        self.storage.set_trial_user_attr(trial_id, name, value)
+
+    @patient
+    def notes(self, trial_id: int) -> Mapping[str, Any]:
+        return self.storage.get_trial(trial_id).user_attrs
+
+    @patient
+    def end(self, trial_id: int, state: TrialState, value: float | None = None) -> None:
+        with suppress(UpdateFinishedTrialError):  # by this process, when the answer got lost
+            self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+
+    def requeue(self, trial_id: int) -> None:
+        self.note(trial_id, "worker", "")  # first, so that the next worker is not taken for the last one
+        self.end(trial_id, WAITING)
+
+    # Those whose worker is gone --------------------------------------------------------------------------------
+
+    def rescue(self, entries: Sequence[Entry]) -> list[int]:
+        """Queues trials again whose worker is gone: its process on this machine, or elsewhere its sign of life.
+
+        Returns their indices. Signs of life are counted, not dated, so that clocks need not agree.
+        """
+        rescued, now = [], time.monotonic()
+        for entry in entries:
+            if entry.state != RUNNING:
+                self._heard.pop(entry.index, None)
+                continue
+            beat = entry.notes.get("worker"), entry.notes.get("beat"), len(entry.curve)
+            last, since = self._heard.get(entry.index, (None, now))
+            if beat != last:
+                self._heard[entry.index] = beat, now
+                since = now
+            worker = str(entry.notes.get("worker", ""))
+            lives = _lives(worker)
+            grace = LONG_GRACE_SECONDS if lives else GRACE_SECONDS
+            if lives is not False and now - since < grace:
+                continue
+            if str(self.notes(entry.trial_id).get("worker", "")) != worker:  # somebody else was faster
+                continue
+            rescued.append(entry.index)
+            self._heard.pop(entry.index, None)
+            deaths = int(entry.notes.get("deaths", 0)) + 1
+            self.note(entry.trial_id, "deaths", deaths)
+            if deaths < MOST_DEATHS:
+                self.requeue(entry.trial_id)
+                continue
+            self.note(
+                entry.trial_id,
+                "error",
+                f"its process ended {deaths} times within one round: memory may be used up, and fewer --workers need "
+                "less",
+            )
+            self.end(entry.trial_id, FAILED)
+        return rescued
+
+    def forget_silence(self) -> None:
+        """After a time without the storage, in which no sign of life could arrive."""
+        self._heard.clear()
+
+
+class Claim:
+    """A trial while this process runs it. As a context it gives signs of life."""
+
+    def __init__(self, board: Board, entry: Entry) -> None:
+        self.board, self.entry, self.id = board, entry, entry.trial_id
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Claim:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        number = int(self.entry.notes.get("beat", 0))
+        while not self._over.wait(BEAT_SECONDS):
+            number += 1
+            with suppress(Exception):  # a storage that is away hears the next one
+                self.board.storage.set_trial_user_attr(self.id, "beat", number)
+        self.board.storage.remove_session()
+
+    def starts_at(self, round: int, epoch: int) -> None:
+        """Notes where the checkpoint stood when this process took the trial."""
+        starts = [*self.entry.notes.get("starts", []), [round, epoch]]
+        self.board.note(self.id, "starts", starts)
+
+    def report(self, round: int, score: float) -> bool:
+        """Keeps what a round came to. Returns whether the pruner ends the trial. Raises Lost."""
+        if round in self.entry.curve:  # before this process took it
+            return False
+        notes = self.board.notes(self.id)
+        if notes.get("worker") != self.board.me:
+            raise Lost
+        prune: bool = self._report(round, score)
+        self.entry.curve[round] = score
+        if notes.get("deaths"):
+            self.board.note(self.id, "deaths", 0)
+        return prune
+
+    def _report(self, round: int, score: float) -> bool:
+        @patient
+        def both(board: Board) -> bool:
+            board.storage.set_trial_intermediate_value(self.id, round, score)
+            return optuna.trial.Trial(board.study, self.id).should_prune()
+
+        return bool(both(self.board))
+
+    def ended(self, numbers: Mapping[str, Any], *, pruned: bool = False) -> None:
+        self.board.note(self.id, "numbers", dict(numbers))
+        curve = self.entry.curve
+        self.board.end(
+            self.id, PRUNED if pruned else COMPLETE, curve[max(curve)] if pruned else max(curve.values())
+        )
+
+    def failed(self, sentence: str) -> None:
+        self.board.note(self.id, "error", sentence)
+        self.board.end(self.id, FAILED)
+
+    def release(self) -> None:
+        """Leaves the trial to whoever comes next. Where the storage is away, it is found out by its silence."""
+        self.board.patience = 0.0
+        try:
+            with suppress(StorageGone):
+                self.board.requeue(self.id)
+        finally:
+            self.board.patience = PATIENCE_SECONDS
+
+
+def _lives(worker: str) -> bool | None:
+    """Whether it is a process of this machine that lives, or was one; None for those of other machines."""
+    host, _, pid = worker.rpartition(":")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return None
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def look(plan: Plan) -> list[Entry]:
+    """The trials that a storage has. Makes no table and no file. Raises ValueError with one sentence."""
+    with one_sentence(plan.url):
+        file = sqlalchemy.make_url(plan.url).database if plan.url.startswith("sqlite") else ""
+        if file and not os.path.exists(file):
+            return []
+        engine = sqlalchemy.create_engine(plan.url)
+        there = "studies" in sqlalchemy.inspect(engine).get_table_names()
+        engine.dispose()
+        if not there or plan.name not in optuna.get_all_study_names(plan.url):
+            return []
+    return Board(plan).entries()

@@ -296,7 +296,14 @@ def test_an_address_in_use_and_variables_that_are_wrong(
     assert "is in use by another program: choose another port with torchrun --master-port" in said
     monkeypatch.setenv("RANK", "first")
     assert train.main(words) == 2
-    assert "RANK must be a number where WORLD_SIZE is one, got first: use torchrun" in capfd.readouterr().err
+    assert "RANK must be a number where WORLD_SIZE is set, got first: use torchrun" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "2")
+    assert train.main(words) == 2
+    assert "RANK must be below WORLD_SIZE=2, got 2: use torchrun" in capfd.readouterr().err
+    for size in ("abc", "-3", "²"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert train.main(words) == 2
+        assert f"WORLD_SIZE must be a number, got {size}: use torchrun" in capfd.readouterr().err
 
 
 @pytest.mark.slow

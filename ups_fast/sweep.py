@@ -28,6 +28,7 @@ try:
     from ups_fast.display import Interrupted, open_console, say
     from ups_fast.files import RunFolderError, writing
     from ups_fast.inputs import validates
+    from ups_fast.study import RECORDS as STUDY_RECORDS
     from ups_fast.study import _count
     from ups_fast.sweep_space import MOST_TRIALS, Space, read
     from ups_fast.words import many
@@ -138,7 +139,7 @@ def _slots(args: Namespace, plan: Plan, asked: str, device: torch.device) -> lis
 def _check_folder(folder: Path) -> None:
     with writing(folder):
         there = list(folder.iterdir()) if folder.exists() else []
-    if there and not (folder / "trials").is_dir():
+    if there and (not (folder / "trials").is_dir() or any(each.name == STUDY_RECORDS for each in there)):
         raise RunFolderError(f"run_dir={folder} holds files but no sweep: choose another folder")
 
 

@@ -47,7 +47,11 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def _check_tables(url: str) -> None:
-    """A file of SQLite that is somebody else's gets no tables of ours."""
+    """A file of SQLite that is somebody else's gets no tables of ours, and memory none that nobody else sees."""
+    if sqlalchemy.make_url(url).database in (None, "", ":memory:"):
+        raise ValueError(
+            f"--storage must be a file that all workers can open, such as sqlite:///sweep.db, got {shown(url)}"
+        )
     engine = sqlalchemy.create_engine(url)
     names = sqlalchemy.inspect(engine).get_table_names()
     engine.dispose()

@@ -162,7 +162,7 @@ def _axis(key: str, text: str) -> Axis | None:
 
 
 def _value(kind: type, word: str) -> Any:
-    """So that 0.6 and 0.60 are the same, and true and yes; what is no legal value is refused when the config is made."""
+    """So that 0.6 is 0.60, and true is yes; what is no legal value is refused when the config is made."""
     try:
         return typed(kind, word if kind is str else config_file.parse(word))
     except (ValueError, OverflowError, YAMLError):

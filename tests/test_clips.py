@@ -309,7 +309,7 @@ def test_a_file_that_counts_frames_that_were_never_taken_is_whole(tmp_path):
     assert len(read_clip(tmp_path / "late.avi", Clip(40, 1, 16, 3))) == 20
     content = (tmp_path / "late.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: len(content) // 3])
-    with pytest.raises(DamagedImage, match="ends early|cannot be decoded"):
+    with pytest.raises(DamagedImage, match=r"ends early|cannot be decoded"):
         read_clip(tmp_path / "cut.avi", Clip(40, 1, 16, 3))
 
 

@@ -141,7 +141,9 @@ def test_no_path_is_told(monkeypatch):
 def test_every_optional_package_is_listed():
     text = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(
-        r"^(train|timm|lite|export|video|sweep|dali) = (\[.*?\])(?: +#[^\n]*)?$", text, re.MULTILINE | re.DOTALL
+        r"^(train|timm|lite|export|video|sweep|dali) = (\[.*?\])(?: +#[^\n]*)?$",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
     assert len(extras) == 7
     wanted = {}

@@ -42,7 +42,9 @@ try:
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
         if str(getattr(error, "name", "")).partition(".")[0] in ("optuna", "sqlalchemy", "alembic"):
-            complain(f"error: optuna cannot be used ({error}): pip install --force-reinstall 'ups_fast[sweep]'")
+            complain(
+                f"error: optuna cannot be used ({error}): pip install --force-reinstall 'ups_fast[sweep]'"
+            )
             sys.exit(2)
         sys.exit(command.interrupted_early(error))
     raise

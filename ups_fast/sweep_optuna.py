@@ -37,8 +37,9 @@ def open_storage(url: str) -> RDBStorage:
             try:
                 storage = RDBStorage(url, engine_kwargs=timeout)
                 break
-            except sqlalchemy.exc.OperationalError as error:
-                if not left or "already exists" not in str(error):
+            except sqlalchemy.exc.DBAPIError as error:
+                twice = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+                if not left or not twice:
                     raise
                 time.sleep(RETRY_SECONDS)
     if storage.engine.dialect.name == "sqlite":

@@ -295,6 +295,24 @@ def test_the_middle_of_a_file_is_read(tmp_path, name, codec):
     assert read_clip(path, Clip(20, 1, 16, 3)).shape == (12, 16, 16, 3)
 
 
+def test_a_file_that_counts_frames_that_were_never_taken_is_whole(tmp_path):
+    """An .avi has a place for each tick of its clock, and a camera that was late leaves some empty."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "late.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1000)
+        stream.width = stream.height = 32
+        for t in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * t, np.uint8), format="rgb24")
+            frame.pts = 40 * t
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(read_clip(tmp_path / "late.avi", Clip(40, 1, 16, 3))) == 20
+    content = (tmp_path / "late.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 3])
+    with pytest.raises(DamagedImage, match=r"ends early|cannot be decoded"):
+        read_clip(tmp_path / "cut.avi", Clip(40, 1, 16, 3))
+
+
 def test_files_that_are_no_clips_are_refused_with_one_sentence(tmp_path):
     whole = film(tmp_path / "a.mp4", codec="libx264", movflags="faststart").read_bytes()
     files = {

@@ -77,6 +77,13 @@ def plan_of(tmp_path: Path, *words: str, trials: int = 0, url: str = "") -> Plan
         ("train.lr=0.1,0.2..0.3", "train.lr must be a list or a range, got both"),
         ("train.lr=0.1,0.10", "train.lr must list different values"),
         ("train.lr=0.1,", "train.lr must list different values"),
+        ("train.warm_start=true,True", "train.warm_start must list different values"),
+        ("train.warm_start=1,yes", "train.warm_start must list different values"),
+        ("train.warm_start=true..false", "train.warm_start must be true or false, got 'true..false'"),
+        ("method.name=ups..fixmatch", "method.name must be one of"),
+        ("train.lr=0.1..0.2:LOG", "train.lr must be a number, got '0.1..0.2:LOG'"),
+        ("train.lr=", "train.lr must be a number, got nothing"),
+        ("seed=0,1 seed=2", "seed is given twice"),
         ("train.lr=0.1,0.2 train.lr=0.3", "train.lr is given twice"),
         ("train.lr=0.1,0.2 train.lr=0.3,0.4", "train.lr is given twice"),
         ("select.tau_n=0.6..0.9", "select.tau_n=0.9: select.tau_n must not exceed select.tau_p"),
@@ -93,6 +100,10 @@ def plan_of(tmp_path: Path, *words: str, trials: int = 0, url: str = "") -> Plan
         ("train.lr=1,2 data.val_share=0.001", "data.val_share=0.001 holds out no image"),
         ("train.lr=1,2 data.val_share=0.3 --storage nonsense", "--storage must be a URL such as"),
         ("train.lr=1,2 data.val_share=0.3 --storage oracledb://x", "--storage oracledb://x cannot be used"),
+        (
+            "train.lr=1,2 data.val_share=0.3 --storage sqlite://",
+            "--storage must be a file that all workers can open",
+        ),
         ("train.lr=1,2 data.val_share=0.3 device=cuda:77", "device=cuda:77"),
     ],
 )
@@ -312,6 +323,11 @@ def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threa
 
     best = config.load(tmp_path / "out/best.yaml")
     assert best.train.weight_decay == 0.001 and best.seed == 3 and best.run_dir == "runs/best"
+    with open(tmp_path / "out/best.yaml", "a") as file:
+        file.write("device: cpu\n")
+    edited = (tmp_path / "out/best.yaml").read_bytes()
+    assert sweep.main(words) == 0 and (tmp_path / "out/best.yaml").read_bytes() == edited
+    assert "best.yaml was changed by hand and stays as it is" in capsys.readouterr().out
     assert sweep.main([*words, "train.lr=0.2"]) == 2
     assert "has another sweep: train.lr is 0.2 and was 0.1" in capsys.readouterr().err
 
@@ -366,6 +382,10 @@ def test_a_folder_of_something_else_is_refused(tiny, tmp_path, capsys):
     assert sweep.main([*tiny, "train.lr=0.1,0.2"]) == 2
     assert "holds files but no sweep" in capsys.readouterr().err
     assert (tmp_path / "out/sweep.html").read_text() == "mine"
+    (tmp_path / "out/trials").mkdir()
+    (tmp_path / "out/study.jsonl").touch()
+    assert sweep.main([*tiny, "train.lr=0.1,0.2"]) == 2
+    assert "holds files but no sweep" in capsys.readouterr().err
 
 
 # The page --------------------------------------------------------------------------------------------------

@@ -261,8 +261,11 @@ FROZEN = {"model.name": "lite0", "model.freeze": True}
         ({"select.uncertainty": "augment", **ROWS}, "by data.noise and data.drop_columns, but both are 0"),
         ({"select.uncertainty": "augment", **FROZEN}, "by data.noise and data.drop_columns, but both are 0"),
         ({"select.uncertainty": "augment", "select.passes": 1}, "augment needs select.passes above 1, got 1"),
-        ({"select.uncertainty": "augment", "select.mc_layers": 2}, "set select.mc_layers=0, got 2"),
-        ({"select.uncertainty": "heads", "select.mc_layers": 1}, "set select.mc_layers=0, got 1"),
+        (
+            {"select.uncertainty": "augment", "select.mc_layers": 2},
+            "or select.uncertainty=dropout, got select.mc_layers=2",
+        ),
+        ({"select.uncertainty": "heads", "select.mc_layers": 1}, "got select.mc_layers=1"),
         ({"select.uncertainty": "heads"}, "heads needs select.heads above 1, got 1"),
         ({"select.uncertainty": "heads", "select.heads": 5}, "set select.passes=5, got 10"),
     ],

@@ -224,7 +224,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     keep = [*words, "checkpoint_seconds=3600"]
     ends, seconds = commands(keep, tmp_path / "told", at={rank: (5, signaled(signal.SIGTERM))})
     assert [end.status for end in ends] == [130, 130] and seconds < 5
-    assert "stopped in round 0" in ends[0].err and "to go on: " in ends[0].err and ends[1].err == ""
+    assert (
+        "stopped in round 0" in ends[0].err
+        and "to go on, give the same command again" in ends[0].err
+        and ends[1].err == ""
+    )
     state = load_checkpoint(tmp_path / "run")
     assert state and (state.epoch, state.step) == (1, 1)
     assert_goes_on(keep, tmp_path, whole)
@@ -296,7 +300,14 @@ def test_an_address_in_use_and_variables_that_are_wrong(
     assert "is in use by another program: choose another port with torchrun --master-port" in said
     monkeypatch.setenv("RANK", "first")
     assert train.main(words) == 2
-    assert "RANK must be a number where WORLD_SIZE is one, got first: use torchrun" in capfd.readouterr().err
+    assert "RANK must be a number where WORLD_SIZE is set, got first: use torchrun" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "2")
+    assert train.main(words) == 2
+    assert "RANK must be below WORLD_SIZE=2, got 2: use torchrun" in capfd.readouterr().err
+    for size in ("abc", "-3", "²"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert train.main(words) == 2
+        assert f"WORLD_SIZE must be a number, got {size}: use torchrun" in capfd.readouterr().err
 
 
 @pytest.mark.slow

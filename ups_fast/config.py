@@ -532,7 +532,10 @@ def _validate_uncertainty(cfg: Config) -> None:
             raise ValueError(f"{source} needs model.dropout above 0, got 0")
         return
     if select.mc_layers:
-        raise ValueError(f"{source} labels without dropout: set select.mc_layers=0, got {select.mc_layers}")
+        raise ValueError(
+            f"{source} labels without dropout: set select.mc_layers=0, or select.uncertainty=dropout, got "
+            f"select.mc_layers={select.mc_layers}"
+        )
     if select.uncertainty == "heads":
         if select.heads == 1:
             raise ValueError(f"{source} needs select.heads above 1, got 1")

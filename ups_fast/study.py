@@ -166,7 +166,8 @@ def _check_folder(study: Study) -> None:
     """Before anything is written: the folder is new or a study's, and no trial in it has another config."""
     with writing(study.folder):
         there = list(study.folder.iterdir()) if study.folder.exists() else []
-    if there and not (study.folder / "trials").is_dir():
+    swept = any(each.name in ("sweep.jsonl", "sweep.db") for each in there)
+    if there and (swept or not (study.folder / "trials").is_dir()):
         raise RunFolderError(f"run_dir={study.folder} holds files but no study: choose another folder")
     for job in study.jobs:
         check(job.trial)

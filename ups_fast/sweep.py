@@ -28,6 +28,7 @@ try:
     from ups_fast.display import Interrupted, open_console, say
     from ups_fast.files import RunFolderError, writing
     from ups_fast.inputs import validates
+    from ups_fast.study import RECORDS as STUDY_RECORDS
     from ups_fast.study import _count
     from ups_fast.sweep_space import MOST_TRIALS, Space, read
     from ups_fast.words import many
@@ -40,6 +41,11 @@ try:
         from ups_fast.sweep_worker import Slot, run_one
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
+        if str(getattr(error, "name", "")).partition(".")[0] in ("optuna", "sqlalchemy", "alembic"):
+            complain(
+                f"error: optuna cannot be used ({error}): pip install --force-reinstall 'ups_fast[sweep]'"
+            )
+            sys.exit(2)
         sys.exit(command.interrupted_early(error))
     raise
 
@@ -138,7 +144,7 @@ def _slots(args: Namespace, plan: Plan, asked: str, device: torch.device) -> lis
 def _check_folder(folder: Path) -> None:
     with writing(folder):
         there = list(folder.iterdir()) if folder.exists() else []
-    if there and not (folder / "trials").is_dir():
+    if there and (not (folder / "trials").is_dir() or any(each.name == STUDY_RECORDS for each in there)):
         raise RunFolderError(f"run_dir={folder} holds files but no sweep: choose another folder")
 
 

@@ -37,8 +37,9 @@ def open_storage(url: str) -> RDBStorage:
             try:
                 storage = RDBStorage(url, engine_kwargs=timeout)
                 break
-            except sqlalchemy.exc.OperationalError as error:
-                if not left or "already exists" not in str(error):
+            except sqlalchemy.exc.DBAPIError as error:
+                twice = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+                if not left or not twice:
                     raise
                 time.sleep(RETRY_SECONDS)
     if storage.engine.dialect.name == "sqlite":
@@ -47,7 +48,11 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def _check_tables(url: str) -> None:
-    """A file of SQLite that is somebody else's gets no tables of ours."""
+    """A file of SQLite that is somebody else's gets no tables of ours, and memory none that nobody else sees."""
+    if sqlalchemy.make_url(url).database in (None, "", ":memory:"):
+        raise ValueError(
+            f"--storage must be a file that all workers can open, such as sqlite:///sweep.db, got {shown(url)}"
+        )
     engine = sqlalchemy.create_engine(url)
     names = sqlalchemy.inspect(engine).get_table_names()
     engine.dispose()

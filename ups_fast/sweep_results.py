@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from ups_fast import config_file
-from ups_fast.files import write_atomic
+from ups_fast.files import read_bytes, write_atomic
 from ups_fast.report.sweep_page import Point, Record, keys_of, percent, points_of, sweep_page
 from ups_fast.sweep_storage import Entry, Plan
 from ups_fast.words import many
@@ -83,16 +85,35 @@ def write(plan: Plan, records: Sequence[Record], study: optuna.Study) -> list[st
             0, f"{many(len(failed), 'trial')} failed, such as {failed[0]['trial']}: {failed[0]['error']}"
         )
     if points:
-        _write_best(plan, points[0])
         said.insert(0, f"best: {points[0].said} {keys_of(points[0].keys)}".rstrip())
-        said.append(f"to run it: python -m ups_fast.train {space.folder / BEST}")
+        said.append(_write_best(plan, points[0]))
     return said
 
 
-def _write_best(plan: Plan, best: Point) -> None:
+def _write_best(plan: Plan, best: Point) -> str:
+    """Writes best.yaml, but not over what the user has made of it, and returns what there is to say of it."""
+    path = plan.space.folder / BEST
+    if path.exists() and not _is_ours(path):
+        return (
+            f"{path} was changed by hand and stays as it is: rename it, and the same command writes a new one"
+        )
     cfg = replace(plan.space.make(best.keys, best.seed), run_dir="")
-    head = f"# The best point of a sweep: {best.said}\n"
-    write_atomic(plan.space.folder / BEST, (head + config_file.write(asdict(cfg))).encode())
+    text = f"# The best point of a sweep: {best.said}\n{config_file.write(asdict(cfg))}"
+    write_atomic(path, (text + _seal(text)).encode())
+    return f"to run it: python -m ups_fast.train {path}"
+
+
+def _seal(text: str) -> str:
+    """The last line of best.yaml, by which a later command sees that nobody has changed it."""
+    return f"# as it was written: {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        *lines, last = read_bytes(path, config_file.LARGEST).decode().splitlines(keepends=True)
+        return last == _seal("".join(lines))
+    except (OSError, ValueError):
+        return False
 
 
 def _importance(axes: Sequence[Any], points: Sequence[Point], study: optuna.Study) -> Mapping[str, float]:

@@ -10,7 +10,9 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from ups_fast import config
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from ups_fast import config, config_file
 from ups_fast.config import KEYS, METHOD_KEYS, Config
 from ups_fast.files import home
 from ups_fast.schema import typed
@@ -110,6 +112,9 @@ def read(path: str | Path, words: Sequence[str]) -> Space:
     axes: dict[str, Axis] = {}
     seeds: tuple[int, ...] = ()
     folder = f"runs/sweep/{path.stem}"
+    keys = [word.partition("=")[0] for word in words]
+    if twice := next((key for key in keys if keys.count(key) > 1), ""):
+        raise ValueError(f"{twice} is given twice")
     for word in words:
         key, _, text = word.partition("=")
         if key == "run_dir" and text:
@@ -117,14 +122,9 @@ def read(path: str | Path, words: Sequence[str]) -> Space:
         elif key == "seed" and text:
             seeds = _seeds(text)
         elif axis := _axis(key, text):
-            if key in axes:
-                raise ValueError(f"{key} is given twice")
             axes[key] = axis
         else:
             shared.append(word)
-    clash = next((word.partition("=")[0] for word in shared if word.partition("=")[0] in axes), "")
-    if clash:
-        raise ValueError(f"{clash} is given twice")
     space = Space(path, tuple(shared), tuple(axes.values()), seeds or (0,), home(folder))
     _check(space)
     if not seeds:
@@ -162,10 +162,10 @@ def _axis(key: str, text: str) -> Axis | None:
 
 
 def _value(kind: type, word: str) -> Any:
-    """So that 0.6 and 0.60 are the same; what is no legal value is refused when the config is made."""
+    """So that 0.6 is 0.60, and true is yes; what is no legal value is refused when the config is made."""
     try:
-        return typed(kind, word)
-    except (ValueError, OverflowError):
+        return typed(kind, word if kind is str else config_file.parse(word))
+    except (ValueError, OverflowError, YAMLError):
         return word
 
 
@@ -201,6 +201,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 def _check(space: Space) -> None:
     """That the configs can be, and agree on the data. Of a search those at the ends of its ranges."""
     if not space.axes and len(space.seeds) == 1:
+        space.make({}, space.seeds[0])  # which says what is wrong with method.name=a..b
         raise ValueError(
             "nothing varies: give a key several values, such as train.lr=0.01..0.3:log, select.tau_p=0.6,0.7 or "
             "seed=0,1,2"

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = shlex.join([python, "-m", "ups_fast.train", *words])
         complain("")
         complain(str(error) or "stopped")
-        complain(f"to go on: {again}")
+        complain(f"to go on: {again}" if world.size == 1 else "to go on, give the same command again")
 
     def say(error: Exception, sentence: str) -> None:
         world.say(error, sentence)

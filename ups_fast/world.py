@@ -88,20 +88,27 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in it at one process fails at all of them, with the sentence of the first."""
+        """What fails in it at one process fails at all of them, with the sentence of the first.
+
+        SystemExit, of a parser of words that has said why, is raised as it is where it was.
+        """
         if self.size == 1:
             yield
             return
-        mine: Exception | None = None
+        mine: Exception | SystemExit | None = None
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, Lost) or getattr(error, "everywhere", False):
                 raise
             mine = error
         said: list[str | None] = [None] * self.size
         text = None if mine is None else line_of(mine)
+        if isinstance(mine, SystemExit):
+            text = "its command cannot be read"
         call(dist.all_gather_object, said, text, group=self.patient)
+        if isinstance(mine, SystemExit):
+            raise mine
         failed = [rank for rank, each in enumerate(said) if each is not None]
         if not failed:
             return
@@ -242,15 +249,23 @@ class World:
 
     def say(self, error: BaseException, sentence: str) -> None:
         """Says of an error what one process has to say for all: 0 where all have it, else the first to come here."""
-        if self.size == 1 or getattr(error, "everywhere", False):
+        if self.size == 1:
+            complain(f"error: {sentence}")
+            return
+        if getattr(error, "everywhere", False):
             if self.main:
                 complain(f"error: {sentence}")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives all processes
+                with suppress(
+                    RuntimeError
+                ):  # and torchrun ends all as soon as one has: not before it is said
+                    self.store.set("said", "") if self.main else _until(self._is_said, 5.0)
             return
         try:
             first = self.store.add("speaks", 1) == 1
             self.store.set(f"here/{self.rank}", "")
             if not first:
-                _until(lambda: self.store.check(["said"]), 5.0)
+                _until(self._is_said, 5.0)
                 return
         except RuntimeError:  # it was kept by a process that is lost, too
             pass
@@ -263,6 +278,9 @@ class World:
         complain(f"error: {sentence}")
         with suppress(RuntimeError):
             self.store.set("said", "")
+
+    def _is_said(self) -> bool:
+        return bool(self.store.check(["said"]))
 
     def _missing(self) -> str:
         """Who does not come to `say` within a second."""
@@ -289,9 +307,11 @@ def join() -> World:
 
     Raises ValueError, one sentence, where its variables of the environment are wrong, and OSError where nobody comes.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         return ALONE
-    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    size, rank, local_rank = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if rank >= size:
+        raise ValueError(f"RANK must be below WORLD_SIZE={size}, got {rank}: use torchrun")
     where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     wait = timedelta(seconds=MEETING)
     try:
@@ -312,8 +332,7 @@ def join() -> World:
 
 def _number(name: str) -> int:
     value = os.environ.get(name, "")
-    if not value.isdecimal():
-        raise ValueError(
-            f"{name} must be a number where WORLD_SIZE is one, got {shown(value) or 'nothing'}: use torchrun"
-        )
+    if not (value.isascii() and value.isdecimal()) or len(value) > 9:
+        where = " where WORLD_SIZE is set" if name != "WORLD_SIZE" else ""
+        raise ValueError(f"{name} must be a number{where}, got {shown(value) or 'nothing'}: use torchrun")
     return int(value)

@@ -142,16 +142,17 @@ def _count(container: Any, name: str) -> int:
     for packet in container.demux(stream):
         if packet.size:
             count += 1
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            at = packet.dts if packet.pts is None else packet.pts
+            if at is not None:
+                end = max(end, float((at + (packet.duration or 0)) * packet.time_base))
     claimed = stream.frames
-    if count < _ENOUGH * claimed:
+    long = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / 1e6
+    first = float((container.start_time or 0) / 1e6)
+    early = end - first < _ENOUGH * long
+    if count < _ENOUGH * claimed and (early or not long):  # an .avi may count frames that were never taken
         raise DamagedImage(f"{name} ends early: it has {count:,} of {many(claimed, 'frame')}")
-    long = (container.duration or 0) / 1e6
-    if not claimed and long and not container.streams.audio:  # such as of .webm; sound may be longer
-        first = float((container.start_time or 0) / 1e6)
-        if end - first < _ENOUGH * long:
-            raise DamagedImage(f"{name} ends early: it has {end - first:.1f} of {long:.1f} seconds")
+    if not claimed and early and not container.streams.audio:  # such as of .webm; sound may be longer
+        raise DamagedImage(f"{name} ends early: it has {end - first:.1f} of {long:.1f} seconds")
     if not count:
         raise DamagedImage(f"{name} has a video without frames")
     return count

@@ -141,9 +141,11 @@ def test_no_path_is_told(monkeypatch):
 def test_every_optional_package_is_listed():
     text = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(
-        r"^(train|timm|lite|export|video|dali) = (\[.*?\])(?: +#[^\n]*)?$", text, re.MULTILINE | re.DOTALL
+        r"^(train|timm|lite|export|video|sweep|dali) = (\[.*?\])(?: +#[^\n]*)?$",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
-    assert len(extras) == 6
+    assert len(extras) == 7
     wanted = {}
     for extra, names in extras:
         for name in ast.literal_eval(names):

@@ -47,6 +47,7 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "ups_fast[export]"),
     "onnxscript": ("onnxscript", "ups_fast[export]"),
     "av": ("av", "ups_fast[video]"),
+    "optuna": ("optuna", "ups_fast[sweep]"),
     "nvidia-dali": ("nvidia.dali", "ups_fast[dali]"),
     "pyarrow": ("pyarrow", "pyarrow"),
 }

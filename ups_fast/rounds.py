@@ -125,12 +125,12 @@ def resume(run: Run, console: Console) -> None:
     say(
         console,
         f"{data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, {val}"
-        f"{len(data.test_labels):,} test images; {_networks(run)} on {run.device}",
+        f"{len(data.test_labels):,} test {run.cfg.sample}s; {_networks(run)} on {run.device}",
     )
     labeled = class_counts(data.train_labels[state.labeled], len(data.classes))
     tests = class_counts(data.test_labels, len(data.classes))
     vals = class_counts(data.train_labels[state.val], len(data.classes)) if len(state.val) else None
-    say(console, classes_line(data.classes, labeled, tests, vals))
+    say(console, classes_line(data.classes, labeled, tests, vals, run.cfg.sample))
     if note := uneven(data.classes, labeled):
         say(console, note)
     mode, dtype, why = run.step.plan
@@ -291,12 +291,12 @@ class _Round:
         gone = torch.tensor(list(run.images.unreadable), dtype=torch.int64)
         self._check_answers(task.answered(found)[~torch.isin(state.unlabeled, gone)])
         if run.cfg.select.weight == "measured":
-            known = self._label("labeling validation images", run.images, state.val)
+            known = self._label(f"labeling validation {run.cfg.sample}s", run.images, state.val)
             found = task.weighed(found, known, data.train_labels[state.val])
         guess = {}
         if not (run.truth >= 0).any():
             index = torch.arange(len(data.test_labels))
-            on_test = self._label("labeling test images", run.test_images, index)
+            on_test = self._label(f"labeling test {run.cfg.sample}s", run.test_images, index)
             guess = task.guess(on_test, data.test_labels)
         earlier: list[float] = [row.get(headline) or 0.0 for row in state.rows]  # type: ignore[misc]
         best = score is not None and score >= max(earlier, default=0)

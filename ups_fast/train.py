@@ -22,7 +22,7 @@ import ups_fast
 from ups_fast import command, machine
 from ups_fast.messages import LINE
 from ups_fast.terminal import complain, ended
-from ups_fast.words import line_of
+from ups_fast.words import line_of, many
 from ups_fast.world import ALONE, World, join
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _train(cfg: config.Config, world: World) -> None:
         warnings.simplefilter("ignore")  # process 0 has the same ones
     device = _start(cfg, world)
     gpu = device.type == "cuda"
-    place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if gpu else many(torch.get_num_threads(), "thread")
     load, cores = machine.load(), machine.cores()
     if not gpu and torch.get_num_threads() > 1 and load > cores:
         console.print(
@@ -207,7 +207,7 @@ def _report(cfg: config.Config, data: ImageSet, result: Result, console: Console
         again = "fix that, and the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
-    if guess := report.test_guess(result.rows[-1]):
+    if guess := report.test_guess(result.rows[-1], cfg.sample):
         console.print(guess)
     if recall := report.recall_line(result.rows[-1], data.classes):
         console.print(recall)

@@ -210,13 +210,13 @@ def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
     error = math.sqrt(max(p * (1 - p) for p in (best, ours)) / n)
     if best - ours <= error:
         return ""
-    images = "validation" if judge == "val" else "test"
+    part = "validation" if judge == "val" else "test"
     features = "the features" if found.given else "the features of the trained network"
-    looked = "" if judge == "val" else ", but test images were looked at to find this"
+    looked = "" if judge == "val" else f", but test {cfg.sample}s were looked at to find this"
     return (
-        f"A baseline serves these data better: {name} on {features} is right on {percent(best)} of {n:,} {images} "
-        f"images, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} points)"
-        f"{looked}."
+        f"A baseline serves these data better: {name} on {features} is right on {percent(best)} of {n:,} {part} "
+        f"{cfg.sample}s, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} "
+        f"points){looked}."
     )
 
 
@@ -230,10 +230,10 @@ def source(found: Comparison, cfg: Config) -> str:
         which = "features of the pretrained network" if cfg.model.freeze else "given features"
         return f"The baselines learn from the {which}. {settings} Seconds of a round include those before it."
     return (
-        "The baselines learn from features of the trained network on clean images, in the state of the last round. "
-        f"That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look better "
-        f"than on features of their own. {settings} Seconds of a round include those before it, those of baselines "
-        f"neither training nor the features ({found.seconds:.1f} s)."
+        f"The baselines learn from features of the trained network on clean {cfg.sample}s, in the state of the last "
+        f"round. That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look "
+        f"better than on features of their own. {settings} Seconds of a round include those before it, those of "
+        f"baselines neither training nor the features ({found.seconds:.1f} s)."
     )
 
 

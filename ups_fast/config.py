@@ -319,10 +319,10 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     @property
-    def sample(self) -> str:
+    def noun(self) -> str:
         """What a sentence calls a sample of the run: "image", "clip" or "row".
 
-        >>> Config(data=DataConfig(name="features")).sample
+        >>> Config(data=DataConfig(name="features")).noun
         'row'
         """
         clips = self.model.name.startswith(("conv2plus1d-", f"{VIDEO}:")) or self.model.name in VIDEO_NAMES

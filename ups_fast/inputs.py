@@ -372,7 +372,7 @@ def hold_out(
         left = len(labeled) - int(share * len(labeled) + 1e-9)
         if left == len(labeled):
             raise ValueError(
-                f"data.val_share={share} of {left} labeled images is none: raise it, or label more images"
+                f"data.val_share={share} of {left} labeled samples is none: raise it, or label more"
             )
         kept, drawn_sets = split_label_sets(labels[labeled], left, seed)
         return labeled[kept], labeled[drawn_sets]
@@ -383,7 +383,7 @@ def hold_out(
         drawn[members[: min(int(share * len(members) + 1e-9), len(members) - 1)]] = True
     if not drawn.any():
         raise ValueError(
-            f"data.val_share={share} holds out no image, because no class has enough labeled ones: raise it, or label "
-            "more images"
+            f"data.val_share={share} holds out no sample, because no class has enough labeled ones: raise it, or label "
+            "more"
         )
     return labeled[~drawn], labeled[drawn]

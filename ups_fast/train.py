@@ -207,7 +207,7 @@ def _report(cfg: config.Config, data: ImageSet, result: Result, console: Console
         again = "fix that, and the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
-    if guess := report.test_guess(result.rows[-1], cfg.sample):
+    if guess := report.test_guess(result.rows[-1], cfg.noun):
         console.print(guess)
     if recall := report.recall_line(result.rows[-1], data.classes):
         console.print(recall)

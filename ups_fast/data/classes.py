@@ -113,7 +113,7 @@ def classes_line(
     labeled: Sequence[int],
     test: Sequence[int],
     val: Sequence[int] | None = None,
-    sample: str = "image",
+    noun: str = "image",
 ) -> str:
     """The classes with their counts of samples, for a console: of many the first CONSOLE."""
     counts = [labeled, test] if val is None else [labeled, val, test]
@@ -122,7 +122,7 @@ def classes_line(
         f"{name!r} {' + '.join(f'{n:,}' for n in some)}" for name, *some in zip(classes, *counts, strict=True)
     ]
     more = f" and {len(each) - CONSOLE:,} more, which the report lists" if len(each) > CONSOLE else ""
-    return f"classes ({parts} {sample}s): {', '.join(each[:CONSOLE])}{more}"
+    return f"classes ({parts} {noun}s): {', '.join(each[:CONSOLE])}{more}"
 
 
 def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:

@@ -212,10 +212,10 @@ def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
         return ""
     part = "validation" if judge == "val" else "test"
     features = "the features" if found.given else "the features of the trained network"
-    looked = "" if judge == "val" else f", but test {cfg.sample}s were looked at to find this"
+    looked = "" if judge == "val" else f", but test {cfg.noun}s were looked at to find this"
     return (
         f"A baseline serves these data better: {name} on {features} is right on {percent(best)} of {n:,} {part} "
-        f"{cfg.sample}s, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} "
+        f"{cfg.noun}s, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} "
         f"points){looked}."
     )
 
@@ -230,7 +230,7 @@ def source(found: Comparison, cfg: Config) -> str:
         which = "features of the pretrained network" if cfg.model.freeze else "given features"
         return f"The baselines learn from the {which}. {settings} Seconds of a round include those before it."
     return (
-        f"The baselines learn from features of the trained network on clean {cfg.sample}s, in the state of the last "
+        f"The baselines learn from features of the trained network on clean {cfg.noun}s, in the state of the last "
         f"round. That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look "
         f"better than on features of their own. {settings} Seconds of a round include those before it, those of "
         f"baselines neither training nor the features ({found.seconds:.1f} s)."

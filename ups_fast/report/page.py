@@ -76,7 +76,7 @@ _CORNER = {
 
 
 _CLASS_NUMBERS = {
-    "single": "Recall is the share of a class's {sample}s that get its label.",
+    "single": "Recall is the share of a class's {noun}s that get its label.",
     "multilabel": "AP is average precision. ECE is the calibration error of the class's probability.",
 }
 
@@ -106,8 +106,8 @@ def write_report(
     write_atomic(png, image.getvalue())
     counts = {
         "labeled": class_labels,
-        f"validation {cfg.sample}s": class_vals,
-        f"test {cfg.sample}s": class_tests,
+        f"validation {cfg.noun}s": class_vals,
+        f"test {cfg.noun}s": class_tests,
     }
     entries, truth = task_in(rows[-1]).entries(pseudo_labels, truth)
     table = _class_table(rows[-1], entries, truth, classes, counts)
@@ -131,27 +131,27 @@ def _page(
     examples: str,
 ) -> str:
     """The whole of report.html: one file without links to others."""
-    title, sample = html.escape(headline(rows, cfg)), cfg.sample
+    title, noun = html.escape(headline(rows, cfg)), cfg.noun
     settings = html.escape(config_file.write(asdict(cfg)))
     picture = base64.b64encode(image).decode()
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     wrong = rows[-1].get("test_mistakes") or []
     pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
-    confused = f"<h2>Most frequent mistakes on the test {sample}s, last round</h2>\n" if wrong else ""
-    confused += text_table(["is", "labeled as", f"{sample}s"], pairs) + "\n" if wrong else ""
+    confused = f"<h2>Most frequent mistakes on the test {noun}s, last round</h2>\n" if wrong else ""
+    confused += text_table(["is", "labeled as", f"{noun}s"], pairs) + "\n" if wrong else ""
     better, rivals = _baselines(baselines, rows, cfg) if baselines else ("", "")
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return document(
         title,
         f"""<p>{html.escape(told)}</p>
-{better}<img alt="Charts: accuracy and selected {sample}s by round, calibration, confidence against uncertainty"
+{better}<img alt="Charts: accuracy and selected {noun}s by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
 <ul>{_FIRST_POINT[one_training(cfg)]}{_READING}{_CORNER[one_training(cfg)]}</ul>
 <h2>Rounds</h2>
-{text_table(*_round_table(rows, sample))}
+{text_table(*_round_table(rows, noun))}
 {rivals}{examples}<h2>Classes, last round</h2>
-<p class="muted">{_CLASS_NUMBERS[task_in(rows[-1]).name].format(sample=sample)} Correct is the share of a class's
+<p class="muted">{_CLASS_NUMBERS[task_in(rows[-1]).name].format(noun=noun)} Correct is the share of a class's
  positive pseudo-labels that are right.</p>
 {text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
@@ -188,7 +188,7 @@ def _baselines(found: Comparison, rows: Rows, cfg: Config) -> tuple[str, str]:
     return better, f'<h2>Baselines</h2>\n<p class="muted">{about}</p>\n{table}\n'
 
 
-def _round_table(rows: Rows, sample: str) -> tuple[list[str], list[list[str]]]:
+def _round_table(rows: Rows, noun: str) -> tuple[list[str], list[list[str]]]:
     judged = headline_of(rows[-1], "val") is not None
     head = [
         "round",
@@ -198,7 +198,7 @@ def _round_table(rows: Rows, sample: str) -> tuple[list[str], list[list[str]]]:
         "correct",
         "negatives",
         "correct",
-        f"on {sample}s",
+        f"on {noun}s",
         "ECE",
         "ECE selected",
         "ECE test, without dropout",

@@ -39,12 +39,10 @@ def one_training(cfg: Config) -> bool:
 def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
     """`pseudo_labels` and `truth` as `Task.entries` gives them."""
     last, unlabeled, multi = rows[-1], len(pseudo_labels.index), task_in(rows[-1]) is MULTI
-    sample = cfg.sample
+    noun = cfg.noun
     score = headline_of(last)
     of = (
-        f"pairs of unlabeled {sample} and class"
-        if multi
-        else f"unlabeled {sample}s have a positive pseudo-label"
+        f"pairs of unlabeled {noun} and class" if multi else f"unlabeled {noun}s have a positive pseudo-label"
     )
     kept = f"{last['positives']:,} of {unlabeled:,} {of}" + " are labeled as positive" * multi
     if last["positive_acc"] is not None:
@@ -57,34 +55,34 @@ def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config)
     known = int((truth >= 0).sum())
     if known == 0:
         told += (
-            f". The true classes of the unlabeled {sample}s are not known, so these labels cannot be checked"
+            f". The true classes of the unlabeled {noun}s are not known, so these labels cannot be checked"
         )
-        if guess := test_guess(last, sample):
+        if guess := test_guess(last, noun):
             told += f". {guess}"
     elif known < unlabeled:
-        told += f" (checked on the {known:,} {'pairs' if multi else f'{sample}s'} whose true class is known)"
+        told += f" (checked on the {known:,} {'pairs' if multi else f'{noun}s'} whose true class is known)"
     if score is None:
-        return f"No test {sample} could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
+        return f"No test {noun} could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
     step = ""
     if len(rows) > 1 and (first := headline_of(rows[0])) is not None and not one_training(cfg):
         step = f", {100 * (score - first):+.1f} points from round 0"
-    right = f"The network is right on {percent(score)} of the test {sample}s{step}."
+    right = f"The network is right on {percent(score)} of the test {noun}s{step}."
     if multi:
-        right = f"Mean average precision on the test {sample}s is {percent(score)}{step}."
+        right = f"Mean average precision on the test {noun}s is {percent(score)}{step}."
     sentences = (
-        f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows, sample)}"
+        f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows, noun)}"
     )
     return " ".join(sentences.split())
 
 
-def chosen(rows: Rows, sample: str = "image") -> str:
+def chosen(rows: Rows, noun: str = "image") -> str:
     """By what the best network was chosen."""
     judged = [(score, row["round"]) for row in rows if (score := headline_of(row, "val")) is not None]
     if not judged:
-        return f"There are no validation {sample}s, so no round was chosen as the best."
+        return f"There are no validation {noun}s, so no round was chosen as the best."
     score, number = max(judged)
     right = percent(score)
-    return f"{BEST} holds the network of round {number}, the best on validation {sample}s ({right})."
+    return f"{BEST} holds the network of round {number}, the best on validation {noun}s ({right})."
 
 
 def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
@@ -113,9 +111,7 @@ def advice(rows: Rows, cfg: Config) -> str:
     help_ = [words for words, open_ in settings.items() if open_]
     if (headline_of(rows[-1]) or 0) >= (headline_of(rows[0]) or 0) or one_training(cfg):
         return ""
-    return (
-        f"The last round is worse than round 0 on the test {cfg.sample}s. What may help: {', '.join(help_)}."
-    )
+    return f"The last round is worse than round 0 on the test {cfg.noun}s. What may help: {', '.join(help_)}."
 
 
 def _augmentation(cfg: Config) -> dict[str, bool]:
@@ -127,7 +123,7 @@ def _augmentation(cfg: Config) -> dict[str, bool]:
     return {"augmentation (data.ops)": not cfg.data.ops}
 
 
-def test_guess(row: Row, sample: str = "image") -> str:
+def test_guess(row: Row, noun: str = "image") -> str:
     """A sentence on what the selection does to test samples; empty where it was not tried."""
     if (count := row.get("test_positives")) is None:
         return ""
@@ -137,7 +133,7 @@ def test_guess(row: Row, sample: str = "image") -> str:
         low, high = interval(accuracy, count)
         share = f"{percent(accuracy)} of them with the right label"
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
-    what = f"pairs of test {sample} and class" if task_in(row) is MULTI else f"test {sample}s"
+    what = f"pairs of test {noun} and class" if task_in(row) is MULTI else f"test {noun}s"
     took = f"The same thresholds select {count:,} of {of_all:,} {what}{right}"
     return f"{took}. This estimates how good the pseudo-labels are"
 

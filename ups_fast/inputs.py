@@ -56,7 +56,7 @@ from ups_fast.words import many
 PUBLISHED = (*VOC, "ucf101")  # data sets of files that are not compared at every start
 FILES = "files.json"  # in a run's folder: which files it is about
 IMAGES = "images.npz"  # or else: a hash and a label of each image
-FEW_TESTS = 100  # images: their accuracy is a rough guess
+FEW_TESTS = 100  # of them accuracy or mAP is a rough guess
 
 
 @contextmanager
@@ -102,7 +102,10 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             with naming_key("data.root"):
                 folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed, wanted=wanted)
             if (tests := len(folder.test)) < FEW_TESTS:
-                note = f"only {tests:,} test {wanted.noun}s: each of them is {100 / tests:.1f} points of accuracy"
+                rough = f"each of them is {100 / tests:.1f} points of accuracy"
+                if folder.label.ndim == 2:
+                    rough = "their mAP is a rough guess"
+                note = f"only {tests:,} test {wanted.noun}s: {rough}"
                 folder = replace(folder, notes=[*folder.notes, note])
         needed = len(folder.paths) * (clip.most if clip else 1) * size * size * channels
         why = _why_not_in_memory(cfg, needed, memory(device) // 2)

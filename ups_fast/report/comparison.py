@@ -197,8 +197,8 @@ def _fits(found: Comparison) -> bool:
 def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
     """A sentence for a user whose data are better served by a baseline; else empty.
 
-    Better is an accuracy that is higher by more than its standard error, sqrt(p (1 - p) / n), the larger one of the
-    two: on validation images where there are some, else on test images, and that is said.
+    Better is an accuracy that is higher by more than its standard error, sqrt(p (1 - p) / n), the largest one of the
+    two and of their mean: on validation images where there are some, else on test images, and that is said.
     """
     judge = "val" if found.known["val"] and rows[-1].get("val_acc") is not None else "test"
     ours = rows[-1]["val_acc" if judge == "val" else "test_acc"]
@@ -207,7 +207,7 @@ def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
         return ""
     best, name = max(tried, key=lambda each: each[0])
     n = found.known[judge]
-    error = math.sqrt(max(p * (1 - p) for p in (best, ours)) / n)
+    error = math.sqrt(max(p * (1 - p) for p in (best, ours, (best + ours) / 2)) / n)
     if best - ours <= error:
         return ""
     part = "validation" if judge == "val" else "test"

@@ -135,7 +135,7 @@ def test_guess(row: Row, noun: str = "image") -> str:
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
     what = f"pairs of test {noun} and class" if task_in(row) is MULTI else f"test {noun}s"
     took = f"The same thresholds select {count:,} of {of_all:,} {what}{right}"
-    return f"{took}. This estimates how good the pseudo-labels are"
+    return f"{took}. This estimates how good the pseudo-labels are" if count else took
 
 
 def recall_line(row: Row, classes: Sequence[str], most: int = 10) -> str:

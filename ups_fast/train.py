@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = shlex.join([python, "-m", "ups_fast.train", *words])
         complain("")
         complain(str(error) or "stopped")
-        complain(f"to go on: {again}")
+        several = "the same command by torchrun, or in one process " if world.size > 1 else ""
+        complain(f"to go on: {several}{again}")
 
     def say(error: Exception, sentence: str) -> None:
         world.say(error, sentence)

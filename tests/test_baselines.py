@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,11 @@ def test_the_sentence_appears_exactly_where_a_baseline_wins(tmp_path, monkeypatc
         assert looked == (ours[1] is None) == ("100 test images" in said) != ("400 validation images" in said)
     page = a_page(tmp_path, rows, found(**rivals))
     assert page.text.count("A baseline serves these data better") == bool(wins)
+
+
+def test_the_standard_error_of_all_against_nothing_is_not_zero():
+    few = replace(found(a=(1.0, None)), known={"test": 2, "unlabeled": 0, "val": 0})
+    assert "(standard error 35.4 points)" in verdict(few, [a_row(0.5), a_row(0.0, round=1)], Config())
 
 
 def a_page(folder: Any, rows: Any, baselines: Comparison | None) -> Page:

@@ -21,6 +21,7 @@ from ups_fast.config import KEYS
 from ups_fast.files import RunFolderError
 from ups_fast.report import page
 from ups_fast.terminal import COMMANDS
+from ups_fast.words import many
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -178,7 +179,7 @@ def test_a_run_from_start_to_report_and_again(tmp_path, capsys, alone):
         out, err = capsys.readouterr()
     assert (status, err) == (0, "")
     assert out.startswith(
-        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu ({threads} threads)\n"
+        f"ups_fast {ups_fast.__version__} with torch {torch.__version__} on cpu ({many(threads, 'thread')})\n"
     )
     assert f"ops on cpu: {ups_fast.backend()['cpu']}" in out
     assert "40 labeled" in out and "wrn-10-1" in out

@@ -299,9 +299,7 @@ def test_where_the_truth_is_unknown_test_images_judge(tmp_path, cfg, blank):
     assert taken in page.read_text() and report.test_guess(rows[-1]).startswith(taken)
     assert report.test_guess(rows_of(pseudo_labels, truth, 10, 1)[0]) == ""
     nothing = {**found, **of_test_images(no_samples(test), test_truth[:0])}
-    assert report.test_guess(nothing).startswith(
-        "The same thresholds select 0 of 0 test images. This estimates"
-    )
+    assert report.test_guess(nothing) == "The same thresholds select 0 of 0 test images"
     assert "No label can be checked" in words(
         panels(pseudo_labels, unknown, [{**rows[0], **nothing}], cfg)[2]
     )
@@ -332,9 +330,10 @@ def test_a_run_that_did_not_pay_says_so(tmp_path, cfg, blank):
         "What may help: more train.epochs, a higher select.tau_p, select.balance_rounds=0 where classes are of "
         "unequal size."
     )
-    rowwise = replace(cfg, data=replace(cfg.data, name="features"))
+    rowwise = replace(cfg, data=replace(cfg.data, name="features"), train=replace(cfg.train, min_steps=300))
     frozen = replace(cfg, model=replace(cfg.model, freeze=True))
     assert "data.ops" not in report.advice(rows, rowwise) and "data.noise" in report.advice(rows, rowwise)
+    assert "on the test rows. What may help: a higher train.min_steps, a" in report.advice(rows, rowwise)
     assert "data.views=4 with" in report.advice(rows, frozen)
     _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10)
     assert report.advice(rows, cfg) in page.read_text()
@@ -401,6 +400,31 @@ def test_own_arrays_give_the_run_its_name(cfg):
     figure.canvas.draw()  # the name is no formula
     assert figure.texts[0].get_text().startswith("my $\\frac{$ data: test accuracy 80.0 %")
     assert figure.texts[1].get_text().startswith("40 labeled and 300 unlabeled images")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("row", "data.name", "features"),
+        ("clip", "model.name", "conv2plus1d-8"),
+        ("clip", "model.name", "r3d_18"),
+    ],
+)
+def test_rows_and_clips_are_not_called_images(tmp_path, cfg, kind, key, value):
+    pseudo_labels, truth, rows = case()
+    group, name = key.split(".")
+    cfg = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+    figure = draw(rows, pseudo_labels, truth, cfg, 40)
+    told = " ".join([*(text.get_text() for text in figure.texts), *map(words, figure.axes)])
+    assert f"unlabeled {kind}s" in told and "image" not in told
+    counts = {"class_labels": [4] * 10, "class_vals": [4] * 10, "class_tests": [4] * 10}
+    _, page = report.write_report(tmp_path, rows, pseudo_labels, truth, cfg, ["x"] * 10, **counts)
+    shown = re.sub(
+        r"<style>.*?</style>|<pre>.*?</pre>|data:image[^\"]*", "", page.read_text(), flags=re.DOTALL
+    )
+    assert (
+        f"of the test {kind}s" in shown and f"<th>validation {kind}s</th>" in shown and "image" not in shown
+    )
 
 
 def test_of_many_images_the_same_ones_are_drawn_every_time(cfg):

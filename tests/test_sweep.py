@@ -97,7 +97,7 @@ def plan_of(tmp_path: Path, *words: str, trials: int = 0, url: str = "") -> Plan
         ("seed=0..1999 train.lr=1,2", "these lists make 4,000 trials, and 2,000 are allowed"),
         ("train.lr=1,2 --trials 3", "--trials is for ranges, and these lists make a grid of 2 trials"),
         ("train.lr=1,2", "a sweep is judged by validation samples, and never by test samples"),
-        ("train.lr=1,2 data.val_share=0.001", "data.val_share=0.001 holds out no image"),
+        ("train.lr=1,2 data.val_share=0.001", "data.val_share=0.001 holds out no sample"),
         ("train.lr=1,2 data.val_share=0.3 --storage nonsense", "--storage must be a URL such as"),
         ("train.lr=1,2 data.val_share=0.3 --storage oracledb://x", "--storage oracledb://x cannot be used"),
         (

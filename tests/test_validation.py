@@ -75,7 +75,7 @@ def test_no_share_is_no_part_and_a_share_of_nothing_is_a_sentence() -> None:
     kept, val = hold_out(labeled, labels, 0.0, seed=0)
     assert torch.equal(kept, labeled) and len(val) == 0 and val.dtype == torch.int64
     with pytest.raises(
-        ValueError, match=r"^data\.val_share=0\.1 holds out no image, because no class has enough"
+        ValueError, match=r"^data\.val_share=0\.1 holds out no sample, because no class has enough"
     ):
         hold_out(labeled, labels, 0.1, seed=0)
 
@@ -203,7 +203,7 @@ def test_an_unreadable_image_of_it_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_share_that_takes_nothing_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.val_share=0\.25 holds out no image"):
+    with pytest.raises(ValueError, match=r"data\.val_share=0\.25 holds out no sample"):
         run(tiny_config(tmp_path / "run", data__val_share=0.25))
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,7 @@ from ups_fast import config_file
 from ups_fast.machine import device_parts
 from ups_fast.methods import METHODS, Options
 from ups_fast.models import KINDS
+from ups_fast.models.backbone import VIDEO, VIDEO_NAMES
 from ups_fast.models.dropouts import has_maps
 from ups_fast.models.mlp import widths_of
 from ups_fast.models.options import MOST_FRAMES, ModelConfig
@@ -316,6 +317,16 @@ class Config:
     method: Options = field(default_factory=METHODS["ups"].Options)  # those of method.name
     select: SelectConfig = field(default_factory=SelectConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+    @property
+    def noun(self) -> str:
+        """What a sentence calls a sample of the run: "image", "clip" or "row".
+
+        >>> Config(data=DataConfig(name="features")).noun
+        'row'
+        """
+        clips = self.model.name.startswith(("conv2plus1d-", f"{VIDEO}:")) or self.model.name in VIDEO_NAMES
+        return "row" if self.data.name == "features" else "clip" if clips else "image"
 
 
 _GROUPS: dict[str, type] = {

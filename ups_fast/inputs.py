@@ -56,7 +56,7 @@ from ups_fast.words import many
 PUBLISHED = (*VOC, "ucf101")  # data sets of files that are not compared at every start
 FILES = "files.json"  # in a run's folder: which files it is about
 IMAGES = "images.npz"  # or else: a hash and a label of each image
-FEW_TESTS = 100  # images: their accuracy is a rough guess
+FEW_TESTS = 100  # of them accuracy or mAP is a rough guess
 
 
 @contextmanager
@@ -102,7 +102,10 @@ def load_data(cfg: Config, device: torch.device, console: Console) -> ImageSet:
             with naming_key("data.root"):
                 folder = scan(cfg.data.root, test_share=cfg.data.test_share, seed=cfg.seed, wanted=wanted)
             if (tests := len(folder.test)) < FEW_TESTS:
-                note = f"only {tests:,} test {wanted.noun}s: each of them is {100 / tests:.1f} points of accuracy"
+                rough = f"each of them is {100 / tests:.1f} points of accuracy"
+                if folder.label.ndim == 2:
+                    rough = "their mAP is a rough guess"
+                note = f"only {tests:,} test {wanted.noun}s: {rough}"
                 folder = replace(folder, notes=[*folder.notes, note])
         needed = len(folder.paths) * (clip.most if clip else 1) * size * size * channels
         why = _why_not_in_memory(cfg, needed, memory(device) // 2)
@@ -372,7 +375,7 @@ def hold_out(
         left = len(labeled) - int(share * len(labeled) + 1e-9)
         if left == len(labeled):
             raise ValueError(
-                f"data.val_share={share} of {left} labeled images is none: raise it, or label more images"
+                f"data.val_share={share} of {left} labeled samples is none: raise it, or label more"
             )
         kept, drawn_sets = split_label_sets(labels[labeled], left, seed)
         return labeled[kept], labeled[drawn_sets]
@@ -383,7 +386,7 @@ def hold_out(
         drawn[members[: min(int(share * len(members) + 1e-9), len(members) - 1)]] = True
     if not drawn.any():
         raise ValueError(
-            f"data.val_share={share} holds out no image, because no class has enough labeled ones: raise it, or label "
-            "more images"
+            f"data.val_share={share} holds out no sample, because no class has enough labeled ones: raise it, or label "
+            "more"
         )
     return labeled[~drawn], labeled[drawn]

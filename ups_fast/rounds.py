@@ -125,12 +125,12 @@ def resume(run: Run, console: Console) -> None:
     say(
         console,
         f"{data.name}: {len(state.labeled):,} labeled, {len(state.unlabeled):,} unlabeled, {val}"
-        f"{len(data.test_labels):,} test images; {_networks(run)} on {run.device}",
+        f"{len(data.test_labels):,} test {data.noun}s; {_networks(run)} on {run.device}",
     )
     labeled = class_counts(data.train_labels[state.labeled], len(data.classes))
     tests = class_counts(data.test_labels, len(data.classes))
     vals = class_counts(data.train_labels[state.val], len(data.classes)) if len(state.val) else None
-    say(console, classes_line(data.classes, labeled, tests, vals))
+    say(console, classes_line(data.classes, labeled, tests, vals, data.noun))
     if note := uneven(data.classes, labeled):
         say(console, note)
     mode, dtype, why = run.step.plan
@@ -291,12 +291,12 @@ class _Round:
         gone = torch.tensor(list(run.images.unreadable), dtype=torch.int64)
         self._check_answers(task.answered(found)[~torch.isin(state.unlabeled, gone)])
         if run.cfg.select.weight == "measured":
-            known = self._label("labeling validation images", run.images, state.val)
+            known = self._label(f"labeling validation {run.data.noun}s", run.images, state.val)
             found = task.weighed(found, known, data.train_labels[state.val])
         guess = {}
         if not (run.truth >= 0).any():
             index = torch.arange(len(data.test_labels))
-            on_test = self._label("labeling test images", run.test_images, index)
+            on_test = self._label(f"labeling test {run.data.noun}s", run.test_images, index)
             guess = task.guess(on_test, data.test_labels)
         earlier: list[float] = [row.get(headline) or 0.0 for row in state.rows]  # type: ignore[misc]
         best = score is not None and score >= max(earlier, default=0)
@@ -432,7 +432,7 @@ class _Round:
     def _check_answers(self, answered: Tensor) -> None:  # bool [n], of images that could be read
         """Weights may be finite, and yet so large that no answer is. Raises Diverged."""
         if len(answered) and not bool(answered.any()):
-            raise self._diverged("the network's answers are NaN or infinite for all images")
+            raise self._diverged(f"the network's answers are NaN or infinite for all {self.run.data.noun}s")
 
     def _diverged(self, what: str) -> Diverged:
         state, (key, rate) = self.state, self.run.lr(self.state.round)
@@ -461,7 +461,7 @@ def check_unreadable(run: Run, watch: Watch) -> None:
     if labeled == len(state.labeled) or 2 * len(gone) > len(run.images):
         what = f"all {labeled:,} labeled" if labeled == len(state.labeled) else f"{len(gone):,}"
         raise ValueError(
-            f"data.root={run.cfg.data.root}: {what} images cannot be read any more, such as {some}. Put them "
+            f"data.root={run.cfg.data.root}: {what} {run.data.noun}s cannot be read any more, such as {some}. Put them "
             "back, and the same command goes on"
         )
     if found >= 2 * watch.reported:
@@ -482,11 +482,11 @@ def worries(row: Row, run: Run) -> Iterator[str]:
         yield f"nothing was selected. More epochs{lower} may help"
     elif row["positives"] > 20 and max(each) > 0.95 * row["positives"]:
         yield (
-            f"nearly all positives are of class {classes[each.index(max(each))]!r}. If the images are "
+            f"nearly all positives are of class {classes[each.index(max(each))]!r}. If the {run.data.noun}s are "
             f"not, the network does not tell the classes apart yet: more {epochs} or a lower train.lr may help"
         )
     elif row["positives"] > 20 and none:
         more = f" and {len(none) - 3:,} more" * (len(none) > 3)
         yield f"nothing was selected as {', '.join(none[:3])}{more}"
     if no_label := row["no_label"] - sum(i in gone for i in run.state.unlabeled.tolist()):
-        yield f"{no_label:,} images have no label: their logits are NaN or infinite"
+        yield f"{no_label:,} {run.data.noun}s have no label: their logits are NaN or infinite"

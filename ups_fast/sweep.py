@@ -278,7 +278,7 @@ class _Drive:
 
     def counted(self) -> str:
         states = [entry.state.name for entry in self.mine()]
-        words = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
+        words = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "begun"}
         said = [f"{states.count(name):,} {word}" for name, word in words.items() if name in states]
         return f"{', '.join(said) or '0 done'} of {self.plan.trials:,}"
 

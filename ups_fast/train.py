@@ -22,7 +22,7 @@ import ups_fast
 from ups_fast import command, machine
 from ups_fast.messages import LINE
 from ups_fast.terminal import complain, ended
-from ups_fast.words import line_of
+from ups_fast.words import line_of, many
 from ups_fast.world import ALONE, World, join
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = shlex.join([python, "-m", "ups_fast.train", *words])
         complain("")
         complain(str(error) or "stopped")
-        complain(f"to go on: {again}" if world.size == 1 else "to go on, give the same command again")
+        several = "the same command by torchrun, or in one process " if world.size > 1 else ""
+        complain(f"to go on: {several}{again}")
 
     def say(error: Exception, sentence: str) -> None:
         world.say(error, sentence)
@@ -139,7 +140,7 @@ def _train(cfg: config.Config, world: World) -> None:
         warnings.simplefilter("ignore")  # process 0 has the same ones
     device = _start(cfg, world)
     gpu = device.type == "cuda"
-    place = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if gpu else many(torch.get_num_threads(), "thread")
     load, cores = machine.load(), machine.cores()
     if not gpu and torch.get_num_threads() > 1 and load > cores:
         console.print(
@@ -207,7 +208,7 @@ def _report(cfg: config.Config, data: ImageSet, result: Result, console: Console
         again = "fix that, and the same command makes the report without training again"
         raise ValueError(f"the run is complete, but its report is not: {error}; {again}") from error
     console.print(report.headline(result.rows, cfg))
-    if guess := report.test_guess(result.rows[-1]):
+    if guess := report.test_guess(result.rows[-1], cfg.noun):
         console.print(guess)
     if recall := report.recall_line(result.rows[-1], data.classes):
         console.print(recall)

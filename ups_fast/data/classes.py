@@ -109,16 +109,20 @@ def class_counts(labels: Tensor, n_classes: int) -> list[int]:  # int64 [N], -1 
 
 
 def classes_line(
-    classes: Sequence[str], labeled: Sequence[int], test: Sequence[int], val: Sequence[int] | None = None
+    classes: Sequence[str],
+    labeled: Sequence[int],
+    test: Sequence[int],
+    val: Sequence[int] | None = None,
+    noun: str = "image",
 ) -> str:
-    """The classes with their counts, for a console: of many the first CONSOLE."""
+    """The classes with their counts of samples, for a console: of many the first CONSOLE."""
     counts = [labeled, test] if val is None else [labeled, val, test]
     parts = "labeled + test" if val is None else "labeled + validation + test"
     each = [
         f"{name!r} {' + '.join(f'{n:,}' for n in some)}" for name, *some in zip(classes, *counts, strict=True)
     ]
     more = f" and {len(each) - CONSOLE:,} more, which the report lists" if len(each) > CONSOLE else ""
-    return f"classes ({parts} images): {', '.join(each[:CONSOLE])}{more}"
+    return f"classes ({parts} {noun}s): {', '.join(each[:CONSOLE])}{more}"
 
 
 def uneven(classes: Sequence[str], labeled: Sequence[int]) -> str:

@@ -296,10 +296,10 @@ def average(ema: nn.Module, network: nn.Module, decay: float | Tensor) -> None:
 
 
 def check_mu(mu: int, unlabeled: int, batch_size: int) -> int:
-    """Unlabeled rows of a batch; ValueError where there are not so many images."""
+    """Unlabeled rows of a batch; ValueError where there are not so many samples."""
     if mu * batch_size > unlabeled:
         raise ValueError(
-            f"method.mu={mu} asks for {mu * batch_size:,} unlabeled images in a batch, but there are {unlabeled:,}: "
+            f"method.mu={mu} asks for {mu * batch_size:,} unlabeled samples in a batch, but there are {unlabeled:,}: "
             "lower method.mu or train.batch_size"
         )
     return mu * batch_size

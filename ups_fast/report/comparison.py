@@ -197,8 +197,8 @@ def _fits(found: Comparison) -> bool:
 def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
     """A sentence for a user whose data are better served by a baseline; else empty.
 
-    Better is an accuracy that is higher by more than its standard error, sqrt(p (1 - p) / n), the larger one of the
-    two: on validation images where there are some, else on test images, and that is said.
+    Better is an accuracy that is higher by more than its standard error, sqrt(p (1 - p) / n), the largest one of the
+    two and of their mean: on validation images where there are some, else on test images, and that is said.
     """
     judge = "val" if found.known["val"] and rows[-1].get("val_acc") is not None else "test"
     ours = rows[-1]["val_acc" if judge == "val" else "test_acc"]
@@ -207,16 +207,16 @@ def verdict(found: Comparison, rows: Rows, cfg: Config) -> str:
         return ""
     best, name = max(tried, key=lambda each: each[0])
     n = found.known[judge]
-    error = math.sqrt(max(p * (1 - p) for p in (best, ours)) / n)
+    error = math.sqrt(max(p * (1 - p) for p in (best, ours, (best + ours) / 2)) / n)
     if best - ours <= error:
         return ""
-    images = "validation" if judge == "val" else "test"
+    part = "validation" if judge == "val" else "test"
     features = "the features" if found.given else "the features of the trained network"
-    looked = "" if judge == "val" else ", but test images were looked at to find this"
+    looked = "" if judge == "val" else f", but test {cfg.noun}s were looked at to find this"
     return (
-        f"A baseline serves these data better: {name} on {features} is right on {percent(best)} of {n:,} {images} "
-        f"images, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} points)"
-        f"{looked}."
+        f"A baseline serves these data better: {name} on {features} is right on {percent(best)} of {n:,} {part} "
+        f"{cfg.noun}s, the last round of {cfg.method.name} on {percent(ours)} (standard error {100 * error:.1f} "
+        f"points){looked}."
     )
 
 
@@ -230,10 +230,10 @@ def source(found: Comparison, cfg: Config) -> str:
         which = "features of the pretrained network" if cfg.model.freeze else "given features"
         return f"The baselines learn from the {which}. {settings} Seconds of a round include those before it."
     return (
-        "The baselines learn from features of the trained network on clean images, in the state of the last round. "
-        f"That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look better "
-        f"than on features of their own. {settings} Seconds of a round include those before it, those of baselines "
-        f"neither training nor the features ({found.seconds:.1f} s)."
+        f"The baselines learn from features of the trained network on clean {cfg.noun}s, in the state of the last "
+        f"round. That network has learned from the pseudo-labels of {cfg.method.name}, which makes the baselines look "
+        f"better than on features of their own. {settings} Seconds of a round include those before it, those of "
+        f"baselines neither training nor the features ({found.seconds:.1f} s)."
     )
 
 

@@ -57,22 +57,22 @@ def draw(rows: Rows, pseudo_labels: Any, truth: Tensor, cfg: Config, labeled: in
         accuracy, counts, calibration, plane = (figure.add_subplot(grid[i]) for i in range(4))
         figure.text(0.06, 0.95, headline(rows, cfg), fontsize=17, fontweight="bold", parse_math=False)
         figure.text(0.06, 0.918, _subline(pseudo_labels, cfg, labeled), fontsize=11, color=MUTED)
-        _draw_accuracy(accuracy, rows, any_known=bool((truth >= 0).any()))
+        _draw_accuracy(accuracy, rows, cfg.noun, any_known=bool((truth >= 0).any()))
         task, all_known = task_in(rows[-1]), bool((truth >= 0).all())
         labels, truth = task.entries(pseudo_labels, truth)
-        _draw_counts(counts, rows, len(labels.index), all_known=all_known, parts=one_training(cfg))
-        _draw_calibration(calibration, _bins(rows[-1], labels, truth))
+        _draw_counts(counts, rows, cfg, len(labels.index), all_known=all_known)
+        _draw_calibration(calibration, _bins(rows[-1], labels, truth, cfg.noun), cfg.noun)
         _draw_plane(plane, labels, truth, cfg, multi=task is MULTI)
     return figure
 
 
 def _subline(pseudo_labels: Any, cfg: Config, labeled: int) -> str:
-    rounds = "Round 0 trained on the labeled images alone."
+    rounds = f"Round 0 trained on the labeled {cfg.noun}s alone."
     if one_training(cfg):
         rounds = f"Rounds are parts of one training by {cfg.method.name}."
     return (
-        f"{labeled:,} labeled and {len(pseudo_labels.index):,} unlabeled images, {cfg.model.name}, seed {cfg.seed}. "
-        f"{rounds}"
+        f"{labeled:,} labeled and {len(pseudo_labels.index):,} unlabeled {cfg.noun}s, {cfg.model.name}, "
+        f"seed {cfg.seed}. {rounds}"
     )
 
 
@@ -113,7 +113,7 @@ def _by_round(axes: Axes, rows: Rows) -> None:
     axes.grid(axis="y", color=RULE)
 
 
-def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
+def _draw_accuracy(axes: Axes, rows: Rows, noun: str, *, any_known: bool) -> None:
     curves = [
         ("test set", [headline_of(row) for row in rows], BLUE, "-o"),
         ("positive pseudo-labels", [row["positive_acc"] for row in rows], GREEN, "--s"),
@@ -132,7 +132,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
             continue
         value = 100 * share
         _note(axes, f"{value:.1f}", (row["round"], value), (0, -15), ha="center", weight="bold", color=BLUE)
-    unknown = "" if any_known else ". The true classes of unlabeled images are not known"
+    unknown = "" if any_known else f". The true classes of unlabeled {noun}s are not known"
     multi = task_in(rows[-1]) is MULTI
     what = "mAP, and correct pseudo-labels," if multi else "Correct answers"
     _title(axes, "mAP by round" if multi else "Accuracy by round", f"{what} in percent{unknown}")
@@ -140,7 +140,7 @@ def _draw_accuracy(axes: Axes, rows: Rows, *, any_known: bool) -> None:
     _by_round(axes, rows)
 
 
-def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, parts: bool) -> None:
+def _draw_counts(axes: Axes, rows: Rows, cfg: Config, unlabeled: int, *, all_known: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rounds = [row["round"] for row in rows]
@@ -156,8 +156,8 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, par
     pale = "negative" if multi else "negative classes only"
     axes.bar(rounds, others, 0.7, bottom=positives, color=PALE, label=pale)
     axes.axhline(unlabeled, color=INK, lw=1, ls=DASHES)
-    what = "whose labels pass the limits" if parts else "that a next round would train on"
-    of = "Pairs of unlabeled image and class" if multi else "Unlabeled images"
+    what = "whose labels pass the limits" if one_training(cfg) else "that a next round would train on"
+    of = f"Pairs of unlabeled {cfg.noun} and class" if multi else f"Unlabeled {cfg.noun}s"
     _title(axes, "What was selected", f"{of} {what}")
     _legend(axes)
     _by_round(axes, rows)
@@ -167,11 +167,11 @@ def _draw_counts(axes: Axes, rows: Rows, unlabeled: int, *, all_known: bool, par
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _bins(row: Row, pseudo_labels: PseudoLabels, truth: Tensor) -> dict[str, Reliability]:
-    """How far confidence is deserved, by groups of images: of unlabeled ones, or else of test images."""
+def _bins(row: Row, pseudo_labels: PseudoLabels, truth: Tensor, noun: str) -> dict[str, Reliability]:
+    """How far confidence is deserved, by groups of samples: of unlabeled ones, or else of test samples."""
     if not (truth >= 0).any():
         found = row.get("test_bins") or {}
-        names = {"all": "all test images", "selected": "selected"}
+        names = {"all": f"all test {noun}s", "selected": "selected"}
         return {names[key]: Reliability(*torch.tensor(found[key]).T) for key in names if found.get(key)}
     groups = {"all unlabeled": torch.ones_like(pseudo_labels.positive), "selected": pseudo_labels.positive}
     judged = {name: each & (truth >= 0) & (pseudo_labels.label >= 0) for name, each in groups.items()}
@@ -183,16 +183,16 @@ def _bins(row: Row, pseudo_labels: PseudoLabels, truth: Tensor) -> dict[str, Rel
     }
 
 
-def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability]) -> None:
+def _draw_calibration(axes: Axes, groups: Mapping[str, Reliability], noun: str) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=DASHES)
     for name, bins in groups.items():
         how: Any = {"color": BLUE, "marker": "s"} if name == "selected" else {"color": MUTED, "marker": "o"}
         filled = bins.count > 0
         x, y, count = (each[filled].numpy() for each in (bins.confidence, bins.accuracy, bins.count))
-        axes.plot(x, y, lw=0.8, alpha=0.5, color=how["color"])  # thin: a bin may hold one image
+        axes.plot(x, y, lw=0.8, alpha=0.5, color=how["color"])  # thin: a bin may hold one sample
         axes.scatter(x, y, 15 + 200 * count / count.sum(), lw=0, zorder=3, clip_on=False, **how)
         axes.plot([], [], ms=6, lw=0, label=f"{name}: ECE {ece(bins):.3f}", **how)
-    _title(axes, "Is the confidence right?", "Perfect on the dashed line. Larger points are more images")
+    _title(axes, "Is the confidence right?", f"Perfect on the dashed line. Larger points are more {noun}s")
     _legend(axes)
     if not groups:
         axes.text(0.5, 0.5, "No label can be checked", ha="center", color=MUTED, backgroundcolor="white")
@@ -232,7 +232,7 @@ def _draw_plane(axes: Axes, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Con
             dots: Any = {"color": color, "marker": marker, "alpha": alpha, "lw": 0, "clip_on": False}
             axes.scatter(x[members], y[members], size, label=name, **dots)
     sampled = len(drawn) < len(finite)
-    of = "pair" if multi else "image"
+    of = "pair" if multi else cfg.noun
     points = f"{MOST_POINTS:,} of {len(finite):,} {of}s" if sampled else f"One point per {of}"
     _title(axes, "Confidence and uncertainty", f"{points}. The tinted corner passes both limits")
     _legend(axes)

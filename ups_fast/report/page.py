@@ -59,7 +59,7 @@ _FIRST_POINT = {
 <li><b>Accuracy by round:</b> the points are stages of one training. The curve should rise to its end.</li>""",
 }
 _READING = """
-<li><b>What was selected:</b> the dashed line is all unlabeled images. Good bars grow towards it and show few wrong
+<li><b>What was selected:</b> the dashed line is all that is unlabeled. Good bars grow towards it and show few wrong
  labels.</li>
 <li><b>Is the confidence right?</b> On the diagonal, confidence equals accuracy. Below it the network is
  overconfident. The expected calibration error (ECE) is the mean distance.</li>
@@ -76,7 +76,7 @@ _CORNER = {
 
 
 _CLASS_NUMBERS = {
-    "single": "Recall is the share of a class's images that get its label.",
+    "single": "Recall is the share of a class's {noun}s that get its label.",
     "multilabel": "AP is average precision. ECE is the calibration error of the class's probability.",
 }
 
@@ -89,10 +89,10 @@ def write_report(
     cfg: Config,
     classes: Sequence[str],  # C names
     *,
-    labeled: int | None = None,  # how many images; None: as the config says
-    class_labels: Sequence[int] | None = None,  # [C] labeled images of each class; None: not known
-    class_tests: Sequence[int] | None = None,  # [C] test images likewise
-    class_vals: Sequence[int] | None = None,  # [C] validation images likewise
+    labeled: int | None = None,  # how many samples; None: as the config says
+    class_labels: Sequence[int] | None = None,  # [C] labeled samples of each class; None: not known
+    class_tests: Sequence[int] | None = None,  # [C] test samples likewise
+    class_vals: Sequence[int] | None = None,  # [C] validation samples likewise
     notes: Sequence[str] = (),  # sentences on the data, such as one for each damaged file
     baselines: Comparison | None = None,
     examples: str = "",  # HTML, as of `examples`
@@ -104,7 +104,11 @@ def write_report(
     draw(rows, pseudo_labels, truth, cfg, labeled).savefig(image, format="png", dpi=144)
     png, page = Path(run_dir) / "report.png", Path(run_dir) / "report.html"
     write_atomic(png, image.getvalue())
-    counts = {"labeled": class_labels, "validation images": class_vals, "test images": class_tests}
+    counts = {
+        "labeled": class_labels,
+        f"validation {cfg.noun}s": class_vals,
+        f"test {cfg.noun}s": class_tests,
+    }
     entries, truth = task_in(rows[-1]).entries(pseudo_labels, truth)
     table = _class_table(rows[-1], entries, truth, classes, counts)
     told = summary(rows, entries, truth, cfg)
@@ -127,27 +131,27 @@ def _page(
     examples: str,
 ) -> str:
     """The whole of report.html: one file without links to others."""
-    title = html.escape(headline(rows, cfg))
+    title, noun = html.escape(headline(rows, cfg)), cfg.noun
     settings = html.escape(config_file.write(asdict(cfg)))
     picture = base64.b64encode(image).decode()
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     wrong = rows[-1].get("test_mistakes") or []
     pairs = [[classes[a], classes[b], f"{n:,}"] for a, b, n in wrong]
-    confused = "<h2>Most frequent mistakes on the test images, last round</h2>\n" if wrong else ""
-    confused += text_table(["is", "labeled as", "images"], pairs) + "\n" if wrong else ""
+    confused = f"<h2>Most frequent mistakes on the test {noun}s, last round</h2>\n" if wrong else ""
+    confused += text_table(["is", "labeled as", f"{noun}s"], pairs) + "\n" if wrong else ""
     better, rivals = _baselines(baselines, rows, cfg) if baselines else ("", "")
     data = f"<h2>About the data</h2>\n<ul>{items}</ul>\n" if notes else ""
     return document(
         title,
         f"""<p>{html.escape(told)}</p>
-{better}<img alt="Charts: accuracy and selected images by round, calibration, confidence against uncertainty"
+{better}<img alt="Charts: accuracy and selected {noun}s by round, calibration, confidence against uncertainty"
  src="data:image/png;base64,{picture}">
 <h2>How to read the charts</h2>
 <ul>{_FIRST_POINT[one_training(cfg)]}{_READING}{_CORNER[one_training(cfg)]}</ul>
 <h2>Rounds</h2>
-{text_table(*_round_table(rows))}
+{text_table(*_round_table(rows, noun))}
 {rivals}{examples}<h2>Classes, last round</h2>
-<p class="muted">{_CLASS_NUMBERS[task_in(rows[-1]).name]} Correct is the share of a class's
+<p class="muted">{_CLASS_NUMBERS[task_in(rows[-1]).name].format(noun=noun)} Correct is the share of a class's
  positive pseudo-labels that are right.</p>
 {text_table(*class_table)}
 {confused}{data}<h2>Settings</h2>
@@ -184,7 +188,7 @@ def _baselines(found: Comparison, rows: Rows, cfg: Config) -> tuple[str, str]:
     return better, f'<h2>Baselines</h2>\n<p class="muted">{about}</p>\n{table}\n'
 
 
-def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _round_table(rows: Rows, noun: str) -> tuple[list[str], list[list[str]]]:
     judged = headline_of(rows[-1], "val") is not None
     head = [
         "round",
@@ -194,7 +198,7 @@ def _round_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         "correct",
         "negatives",
         "correct",
-        "on images",
+        f"on {noun}s",
         "ECE",
         "ECE selected",
         "ECE test, without dropout",
@@ -225,7 +229,7 @@ def _class_table(
     pseudo_labels: PseudoLabels,
     truth: Tensor,
     classes: Sequence[str],
-    counts: Mapping[str, Sequence[int] | None],  # by the name of a column: [C] images of each class
+    counts: Mapping[str, Sequence[int] | None],  # by the name of a column: [C] samples of each class
 ) -> tuple[list[str], list[list[str]]]:
     """Columns that nothing is known of are left out."""
     n, names = len(classes), range(len(classes))

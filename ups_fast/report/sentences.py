@@ -39,8 +39,11 @@ def one_training(cfg: Config) -> bool:
 def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config) -> str:
     """`pseudo_labels` and `truth` as `Task.entries` gives them."""
     last, unlabeled, multi = rows[-1], len(pseudo_labels.index), task_in(rows[-1]) is MULTI
+    noun = cfg.noun
     score = headline_of(last)
-    of = "pairs of unlabeled image and class" if multi else "unlabeled images have a positive pseudo-label"
+    of = (
+        f"pairs of unlabeled {noun} and class" if multi else f"unlabeled {noun}s have a positive pseudo-label"
+    )
     kept = f"{last['positives']:,} of {unlabeled:,} {of}" + " are labeled as positive" * multi
     if last["positive_acc"] is not None:
         kept += f", {percent(last['positive_acc'])} of them correct"
@@ -51,31 +54,35 @@ def summary(rows: Rows, pseudo_labels: PseudoLabels, truth: Tensor, cfg: Config)
         told += f", {percent(last['negative_acc'])} of which are correct"
     known = int((truth >= 0).sum())
     if known == 0:
-        told += ". The true classes of the unlabeled images are not known, so these labels cannot be checked"
-        if guess := test_guess(last):
+        told += (
+            f". The true classes of the unlabeled {noun}s are not known, so these labels cannot be checked"
+        )
+        if guess := test_guess(last, noun):
             told += f". {guess}"
     elif known < unlabeled:
-        told += f" (checked on the {known:,} {'pairs' if multi else 'images'} whose true class is known)"
+        told += f" (checked on the {known:,} {'pairs' if multi else f'{noun}s'} whose true class is known)"
     if score is None:
-        return f"No test image could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
+        return f"No test {noun} could be read. {kept}; {told}. {_doubts(pseudo_labels, cfg)}"
     step = ""
     if len(rows) > 1 and (first := headline_of(rows[0])) is not None and not one_training(cfg):
         step = f", {100 * (score - first):+.1f} points from round 0"
-    right = f"The network is right on {percent(score)} of the test images{step}."
+    right = f"The network is right on {percent(score)} of the test {noun}s{step}."
     if multi:
-        right = f"Mean average precision on the test images is {percent(score)}{step}."
-    sentences = f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows)}"
+        right = f"Mean average precision on the test {noun}s is {percent(score)}{step}."
+    sentences = (
+        f"{right} {advice(rows, cfg)} {kept}; {told}. {_doubts(pseudo_labels, cfg)} {chosen(rows, noun)}"
+    )
     return " ".join(sentences.split())
 
 
-def chosen(rows: Rows) -> str:
+def chosen(rows: Rows, noun: str = "image") -> str:
     """By what the best network was chosen."""
     judged = [(score, row["round"]) for row in rows if (score := headline_of(row, "val")) is not None]
     if not judged:
-        return "There are no validation images, so no round was chosen as the best."
+        return f"There are no validation {noun}s, so no round was chosen as the best."
     score, number = max(judged)
     right = percent(score)
-    return f"{BEST} holds the network of round {number}, the best on validation images ({right})."
+    return f"{BEST} holds the network of round {number}, the best on validation {noun}s ({right})."
 
 
 def _doubts(pseudo_labels: PseudoLabels, cfg: Config) -> str:
@@ -93,7 +100,7 @@ def advice(rows: Rows, cfg: Config) -> str:
     """What to do where the rounds have made the network worse; else empty."""
     train, select = cfg.train, cfg.select
     settings = {
-        "more train.epochs": True,
+        "a higher train.min_steps" if train.min_steps else "more train.epochs": True,
         "a higher select.tau_p": getattr(cfg.method, "schedule", "") != "curriculum",
         "train.warm_start=true with train.later_rounds_lr a third of train.lr": not train.warm_start,
         "a higher train.labeled_repeats": train.labeled_repeats == 1,
@@ -104,7 +111,7 @@ def advice(rows: Rows, cfg: Config) -> str:
     help_ = [words for words, open_ in settings.items() if open_]
     if (headline_of(rows[-1]) or 0) >= (headline_of(rows[0]) or 0) or one_training(cfg):
         return ""
-    return f"The last round is worse than round 0 on the test images. What may help: {', '.join(help_)}."
+    return f"The last round is worse than round 0 on the test {cfg.noun}s. What may help: {', '.join(help_)}."
 
 
 def _augmentation(cfg: Config) -> dict[str, bool]:
@@ -116,8 +123,8 @@ def _augmentation(cfg: Config) -> dict[str, bool]:
     return {"augmentation (data.ops)": not cfg.data.ops}
 
 
-def test_guess(row: Row) -> str:
-    """A sentence on what the selection does to test images; empty where it was not tried."""
+def test_guess(row: Row, noun: str = "image") -> str:
+    """A sentence on what the selection does to test samples; empty where it was not tried."""
     if (count := row.get("test_positives")) is None:
         return ""
     of_all = sum(each[0] for each in row["test_bins"]["all"])
@@ -126,9 +133,9 @@ def test_guess(row: Row) -> str:
         low, high = interval(accuracy, count)
         share = f"{percent(accuracy)} of them with the right label"
         right = f", {share} (95 % interval {percent(low)} to {percent(high)})"
-    what = "pairs of test image and class" if task_in(row) is MULTI else "test images"
+    what = f"pairs of test {noun} and class" if task_in(row) is MULTI else f"test {noun}s"
     took = f"The same thresholds select {count:,} of {of_all:,} {what}{right}"
-    return f"{took}. This estimates how good the pseudo-labels are"
+    return f"{took}. This estimates how good the pseudo-labels are" if count else took
 
 
 def recall_line(row: Row, classes: Sequence[str], most: int = 10) -> str:

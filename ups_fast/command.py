@@ -6,7 +6,9 @@ import argparse
 import errno
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -38,6 +40,34 @@ class Parser(argparse.ArgumentParser):
         stream = Stream(file, "the text")
         stream.write(message)
         stream.flush()
+
+
+def count(text: str) -> int:
+    """The type of an argument that is a number from 1.
+
+    >>> count("3")
+    3
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text}")
+    return int(text)
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Says each warning once, as one line, without the line of code that Python would add."""
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            yield
+        finally:
+            for sentence in dict.fromkeys(str(each.message) for each in told):
+                complain(f"warning: {sentence}")
+
+
+def may_go_on(error: KeyboardInterrupt) -> None:
+    """What a command that goes on by itself says after Ctrl-C."""
+    complain(str(error) or "stopped")
+    complain("to go on, give the same command again")
 
 
 def interrupted_early(error: BaseException) -> int:

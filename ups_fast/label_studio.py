@@ -8,7 +8,7 @@ are written, conflicts or not; 2 for what the user can mend (one sentence, and n
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 
@@ -113,12 +113,6 @@ def _list(findings: Sequence[Finding]) -> None:
         console.print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ArgumentTypeError(f"must be a number from 1, got {text}")
-    return int(text)
-
-
 def _words(argv: Sequence[str] | None) -> Namespace:
     program, hint = "python -m ups_fast.label_studio", "--help explains the rest"
     parser = command.Parser(hint, prog=program, description=DESCRIPTION)
@@ -127,7 +121,7 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     one.add_argument("run", metavar="RUN", help="the run's folder, such as runs/folder")
     one.add_argument("--out", required=True, help="the tasks to write, a new file of the suffix .json")
     one.add_argument(
-        "--next", type=_count, default=0, metavar="N", help="only the first N tasks. Default: all"
+        "--next", type=command.count, default=0, metavar="N", help="only the first N tasks. Default: all"
     )
     one.set_defaults(act=tasks)
     two = verbs.add_parser("merge", hint=hint, description=MERGE, help="merge annotations into a table")

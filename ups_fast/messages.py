@@ -48,10 +48,8 @@ def call(collective: Callable, *args: Any, **how: Any) -> Any:
         LINE.lost = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one has ended
-        why = re.sub(r"^\[[^]]*\] *", "", line_of(error)).partition(". ")[
-            0
-        ]  # without gloo's place in its code
-        raise Lost(why) from error
+        said = re.sub(r"^\[[^]]*\] *", "", line_of(error))  # without gloo's place in its code
+        raise Lost(said.partition(". ")[0]) from error
 
 
 # Within a step -----------------------------------------------------------------------------------------------

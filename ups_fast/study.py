@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ups_fast import command, machine
-from ups_fast.terminal import complain, ended, printable
+from ups_fast.terminal import ended, printable
 
 try:
     from rich.console import Console
@@ -48,21 +47,12 @@ PAGE, RECORDS = "study.html", "study.jsonl"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
-
-    def stopped(error: KeyboardInterrupt) -> None:
-        complain(str(error) or "stopped")
-        complain("to go on, give the same command again")
-
-    return command.status_of(lambda: _study(_words(argv)), "give fewer --workers", stopped)
+    return command.status_of(lambda: _study(_words(argv)), "give fewer --workers", command.may_go_on)
 
 
 def _study(args: Namespace) -> None:
-    with warnings.catch_warnings(record=True) as told:
-        try:
-            study = read(args.study, args.overrides, base=args.base, seeds=args.seeds)
-        finally:
-            for sentence in dict.fromkeys(str(each.message) for each in told):
-                complain(f"warning: {sentence}")
+    with command.told_warnings():
+        study = read(args.study, args.overrides, base=args.base, seeds=args.seeds)
     device = machine.pick_device(study.base.device)
     command.check_packages()
     command.check_kernels(device)
@@ -207,7 +197,7 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("study", metavar="STUDY", help="the YAML file that describes the study")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of keys of all trials")
     parser.add_argument(
-        "--workers", type=_count, default=0, metavar="N",
+        "--workers", type=command.count, default=0, metavar="N",
         help="so many trials at once. Default: as many as there are cores, and 1 on a GPU",
     )  # fmt: skip
     parser.add_argument(
@@ -218,12 +208,6 @@ def _words(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="list the trials, and do nothing")
     return parser.parse_intermixed_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ArgumentTypeError(f"must be a number from 1, got {text}")
-    return int(text)
 
 
 def _seeds(text: str) -> list[int]:

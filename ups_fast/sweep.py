@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +28,6 @@ try:
     from ups_fast.files import RunFolderError, writing
     from ups_fast.inputs import validates
     from ups_fast.study import RECORDS as STUDY_RECORDS
-    from ups_fast.study import _count
     from ups_fast.sweep_space import MOST_TRIALS, Space, read
     from ups_fast.words import many
     from ups_fast.workers import News, run_trials
@@ -66,23 +64,14 @@ MOST_DEATHS = 10  # of processes, without a finished round between them
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the words `argv` (default: sys.argv) and returns the exit status."""
-
-    def stopped(error: KeyboardInterrupt) -> None:
-        complain(str(error) or "stopped")
-        complain("to go on, give the same command again")
-
-    return command.status_of(lambda: _sweep(_words(argv)), "give fewer --workers", stopped)
+    return command.status_of(lambda: _sweep(_words(argv)), "give fewer --workers", command.may_go_on)
 
 
 def _sweep(args: Namespace) -> None:
     if find_spec("optuna") is None:
         raise ValueError("optuna is not installed: pip install 'ups_fast[sweep]'")
-    with warnings.catch_warnings(record=True) as told:
-        try:
-            space = read(args.config, args.overrides)
-        finally:
-            for sentence in dict.fromkeys(str(each.message) for each in told):
-                complain(f"warning: {sentence}")
+    with command.told_warnings():
+        space = read(args.config, args.overrides)
     plan = _plan(args, space)
     cfg = space.first
     device = machine.pick_device(cfg.device)
@@ -182,7 +171,7 @@ class _Drive:
         what = "drawn" if self.plan.space.is_search else "in a grid"
         where = slots[0].device.partition(":")[0]
         waiting = sum(not entry.ended for entry in self.entries)
-        if waiting or self._queued() < self.plan.trials:
+        if waiting or len(self.mine()) < self.plan.trials:
             say(
                 console,
                 f"{self.plan.name}: {many(self.plan.trials, 'trial')} {what}, {self.counted()}; "
@@ -205,11 +194,8 @@ class _Drive:
     def mine(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.index < self.plan.trials]
 
-    def _queued(self) -> int:
-        return len(self.mine())
-
     def over(self) -> bool:
-        return self._queued() >= self.plan.trials and all(entry.ended for entry in self.mine())
+        return len(self.mine()) >= self.plan.trials and all(entry.ended for entry in self.mine())
 
     def run(self) -> None:
         """Until all trials have ended, those of other machines too, or this machine cannot go on."""
@@ -308,11 +294,11 @@ def _words(argv: Sequence[str] | None) -> Namespace:
         help=f"of a search, the number of runs in all, those of each seed counted. Default: {DEFAULT_TRIALS}",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=_count, default=0, metavar="N",
+        "--workers", type=command.count, default=0, metavar="N",
         help="so many trials at once. Default: as many as there are cores, or slots on the GPUs",
     )  # fmt: skip
     parser.add_argument(
-        "--slots-per-gpu", type=_count, default=1, metavar="N",
+        "--slots-per-gpu", type=command.count, default=1, metavar="N",
         help="so many trials at once on each GPU. Small networks leave room for several. Default: 1",
     )  # fmt: skip
     parser.add_argument(
@@ -333,9 +319,9 @@ def _words(argv: Sequence[str] | None) -> Namespace:
 
 
 def _trials(text: str) -> int:
-    count = _count(text)
+    count = command.count(text)
     if count > MOST_TRIALS:
-        raise command.argparse.ArgumentTypeError(f"must be at most {MOST_TRIALS:,}, got {text}")
+        raise ArgumentTypeError(f"must be at most {MOST_TRIALS:,}, got {text}")
     return count
 
 

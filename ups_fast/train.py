@@ -102,12 +102,8 @@ def _parsed(words: Sequence[str]) -> config.Config:
     parser.add_argument("config", metavar="CONFIG", help="the YAML file that describes the run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of its keys, see below")
     args = parser.parse_args(words)
-    with warnings.catch_warnings(record=True) as told:
-        try:
-            return config.load(args.config, args.overrides)
-        finally:
-            for each in told:  # without the line of code that Python would add
-                complain(f"warning: {each.message}")
+    with command.told_warnings():
+        return config.load(args.config, args.overrides)
 
 
 def _below_here(path: str) -> bool:

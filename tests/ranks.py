@@ -1,11 +1,15 @@
-"""Small runs of several processes, for test_world.py: each rank is a fork of the tests' process."""
+"""Small runs of several processes, for test_world.py.
+
+Each rank is forked from a server that has imported torch and done nothing else: a fork of the tests' own process could
+not train where an earlier test had started the threads of autograd.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -16,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo  # which takes seconds, once and not in each rank
 from rich.console import Console
 from torch import Tensor
 
@@ -29,6 +32,9 @@ from ups_fast.selection import features_of, pseudo_label
 from ups_fast.step import TrainStep
 from ups_fast.world import World, join
 
+SPAWN = multiprocessing.get_context("forkserver")
+# What takes seconds, once and not in each rank; `tests` is not on the path of the server.
+SPAWN.set_forkserver_preload(["torch._dynamo", "ups_fast.rounds", "ups_fast.train"])
 SECONDS = 120.0  # of all ranks together, after which they are killed
 
 
@@ -46,28 +52,14 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def fork(size: int, work: Callable[[World], Any], folder: Path, **changes: str) -> list[int]:
-    """A process for each rank, as torchrun starts them; each leaves FOLDER/rank, or a traceback."""
-    port, pids = free_port(), []
-    for rank in range(size):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        status = 1
-        try:
-            torch.set_num_threads(1)  # of more, the parent may have the only ones
-            os.environ.update({**environment(rank, size, port), **changes})
-            world = join()
-            world.open(torch.device("cpu"), 30)
-            torch.save(work(world), folder / f"{rank}")
-            world.close()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return pids
+def rank_of(rank: int, size: int, port: int, work: Callable[[World], Any], file: Path, changes: dict) -> None:
+    """A rank, as torchrun starts it; it leaves what `work` gives in `file`, or a traceback."""
+    torch.set_num_threads(1)  # of more, the parent may have the only ones
+    os.environ.update({**environment(rank, size, port), **changes})
+    world = join()
+    world.open(torch.device("cpu"), 30)
+    torch.save(work(world), file)
+    world.close()
 
 
 def results(
@@ -75,16 +67,20 @@ def results(
 ) -> list[Any]:
     """What `work` gives at each rank. Ranks that do not end are killed."""
     folder.mkdir()
-    pids, end = fork(size, work, folder, **changes), time.monotonic() + seconds
-    try:
-        while pids and time.monotonic() < end:
-            pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
-            time.sleep(0.002)
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(size)]
+    port, files = free_port(), [folder / f"{rank}" for rank in range(size)]
+    processes = [
+        SPAWN.Process(target=rank_of, args=(rank, size, port, work, file, changes))
+        for rank, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    return [torch.load(file, weights_only=False) for file in files]
 
 
 class End(NamedTuple):
@@ -107,44 +103,63 @@ def commands(
 ) -> tuple[list[End], float]:
     """`python -m ups_fast.train` at each rank, and the seconds from the first end to the last one."""
     folder.mkdir()
-    port, pids = free_port(), {}
+    port, processes = free_port(), []
     for rank in range(size):
-        if pid := os.fork():
-            pids[pid] = rank
-            continue
-        status = 70
-        try:
-            torch.set_num_threads(1)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-            os.environ.update({**environment(rank, size, port), **changes})
-            step, what = (at or {}).get(rank, (0, int))
-            happens_at(step, what)
-            train._report = lambda *_: None  # type: ignore[assignment]  # which takes seconds, and is of one process
-            status = train.main([*words, *(own or {}).get(rank, [])])
-        except SystemExit as error:
-            status = int(error.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            status = 71
-        finally:
-            sys.stderr.flush(), sys.stdout.flush()
-            os._exit(status)
-    statuses, ended = {}, []
+        environ = {**environment(rank, size, port), **changes}
+        happens = (at or {}).get(rank, (0, int))
+        given = rank, folder, [*words, *(own or {}).get(rank, [])], environ, *happens
+        processes.append(SPAWN.Process(target=command_of, args=given))
+        processes[-1].start()
+    ended: dict[int, float] = {}
     end = time.monotonic() + SECONDS
-    while len(statuses) < size:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in pids:
-            statuses[pids[pid]] = os.waitstatus_to_exitcode(status)
-            ended.append(time.monotonic())
-        if time.monotonic() > end or (ended and time.monotonic() > ended[-1] + SECONDS / 4):
-            for pid in [pid for pid, rank in pids.items() if rank not in statuses]:
-                os.kill(pid, signal.SIGKILL)
+    while len(ended) < size:
+        now = time.monotonic()
+        ended |= {
+            rank: now
+            for rank, each in enumerate(processes)
+            if rank not in ended and each.exitcode is not None
+        }
+        if now > end or (ended and now > max(ended.values()) + SECONDS / 4):
+            for process in processes:
+                process.kill()
         time.sleep(0.002)
     read = lambda rank, name: (folder / f"{rank}.{name}").read_text()  # noqa: E731
-    ends = [End(statuses[rank], read(rank, "out"), read(rank, "err")) for rank in range(size)]
-    return ends, ended[-1] - ended[0]
+    ends = [
+        End(int(each.exitcode or 0), read(rank, "out"), read(rank, "err"))
+        for rank, each in enumerate(processes)
+    ]
+    return ends, max(ended.values()) - min(ended.values())
+
+
+def command_of(
+    rank: int, folder: Path, words: list[str], environ: dict[str, str], step: int, what: Callable[[], object]
+) -> None:
+    status = 70
+    try:
+        torch.set_num_threads(1)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        os.environ.update(environ)
+        happens_at(step, what)
+        train._report = lambda *_: None  # type: ignore[assignment]  # which takes seconds, and is of one process
+        status = train.main(words)
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 71
+    finally:
+        sys.stderr.flush(), sys.stdout.flush()
+        os._exit(status)
+
+
+def signal_me(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def fail() -> None:
+    raise ValueError("the disk of this machine is gone")
 
 
 def happens_at(step: int, what: Callable[[], object]) -> None:

@@ -168,11 +168,7 @@ def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ten
 
 
 def signaled(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def fail() -> None:
-    raise ValueError("the disk of this machine is gone")
+    return partial(ranks.signal_me, number)
 
 
 def sentences(ends: list[End]) -> list[str]:
@@ -232,7 +228,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
 
 
 def test_a_rank_that_fails_says_why_and_ends_all(words: list[str], tmp_path: Path) -> None:
-    ends, seconds = commands(words, tmp_path / "failed", at={1: (5, fail)})
+    ends, seconds = commands(words, tmp_path / "failed", at={1: (5, ranks.fail)})
     assert [end.status for end in ends] == [2, 2] and seconds < 10
     assert sentences(ends) == ["error: the disk of this machine is gone (rank 1 of 2)"]
 

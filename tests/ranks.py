@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ups_fast import build, inputs, rounds, train
+from ups_fast import build, frozen, inputs, rounds, train
 from ups_fast.config import Config
 from ups_fast.data import ImageSet
 from ups_fast.models import Network
@@ -272,6 +272,21 @@ def compiled(world: World) -> list[Tensor]:
         world.sum_(gradients)
         found += [value.detach(), *(each.clone() for each in gradients)]
     return found
+
+
+def features(world: World, folder: str, cache: str = "") -> dict[str, Any]:
+    """Those of a frozen network whose weights lie in a folder, of clean pictures and of three views."""
+    own = {"name": "torchvision:shufflenet_v2_x0_5", "weights": f"{folder}/weights.pth", "freeze": True}
+    changes: dict[str, Any] = {
+        **{f"model.{key}": value for key, value in {**own, "input_size": 32, "head": "mlp-12"}.items()},
+        **{"data.views": 3, "data.crop": 2, "data.noise": 0.1, "data.cache": cache},
+    }
+    frozen.labeling_rows = lambda *_: 11  # type: ignore[assignment]
+    console, data = Console(file=io.StringIO(), width=200), pictures()
+    with world.together():
+        job = build.prepare(settings(data, **changes), data, console, world)
+    train, test = job.images, job.test_images
+    return {"train": train.seen, "test": test.seen, "said": console.file.getvalue()}  # type: ignore[attr-defined]
 
 
 def with_files(world: World, folder: str) -> dict[str, Any]:

@@ -64,10 +64,12 @@ def test_images_in_memory_and_in_files_are_augmented_alike_in_batches_of_any_siz
     cropped = PlainImages(None, [], size=8, channels=1, images=x, resized_crop=(0.2, 0.5), **PLAIN)
     wanted = here.augmented(torch.arange(20), seed=frozen.SEED, epoch=7)
     for images in (here, files, cropped):
-        batches = [each.clone() for each in frozen.augmented_batches(images, policy, 7, size)]
+        some = frozen.augmented_batches(images, torch.arange(20), policy, 7, size)
+        batches = [each.clone() for each in some]
         assert [len(each) for each in batches] == [size] * (20 // size) + [20 % size] * (20 % size > 0)
         assert torch.equal(torch.cat(batches), wanted) == (images is not cropped)
-    assert not list(frozen.augmented_batches(ResidentImages(x[:0], **PLAIN), policy, 7, size))
+    nothing = ResidentImages(x[:0], **PLAIN)
+    assert not list(frozen.augmented_batches(nothing, torch.arange(0), policy, 7, size))
 
 
 def drawn(policy: Noise, draw: int, number: int = 0, order: Tensor | None = None) -> Tensor:  # [N]

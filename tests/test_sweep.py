@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -444,18 +446,19 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-def under_way(folder: Path, since: float) -> float:
-    """Waits for a checkpoint within a round that is younger, and returns its time."""
+def under_way(process: subprocess.Popen[str], folder: Path, since: float) -> None:
+    """Waits for a checkpoint within a round that is younger."""
     from ups_fast.checkpoint import load_checkpoint
 
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
         for path in folder.glob("trials/*/checkpoint.pt"):
-            stamp = path.stat().st_mtime
-            if stamp > since and (stood := load_checkpoint(path.parent)) and stood.epoch + stood.step:
-                return stamp
+            young = path.stat().st_mtime > since
+            if young and (stood := load_checkpoint(path.parent)) and stood.epoch + stood.step:
+                return
         time.sleep(0.02)
-    raise AssertionError("no trial is under way")
+    process.kill()
+    raise AssertionError(f"no trial is under way: {process.communicate()}")
 
 
 def left_behind(process: subprocess.Popen[str]) -> None:
@@ -469,7 +472,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key != "seconds"} for line in lines_of(folder)]
 
 
-LONG = ("train.epochs=60", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9")
+LONG = ("train.epochs=25", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9")
 
 
 @pytest.mark.slow
@@ -478,10 +481,10 @@ def test_a_sweep_of_twelve_that_is_killed_ends_with_the_same_twelve(tiny, tmp_pa
     words = [*tiny, *LONG, "seed=0,1"]
     for how in ("worker", "sweep", "ctrl-c", "sigterm"):
         process = command(*words)
-        under_way(tmp_path / "out", time.time())
+        under_way(process, tmp_path / "out", time.time())
         if how == "worker":
             os.kill(workers_of(process)[0], signal.SIGKILL)
-            under_way(tmp_path / "out", time.time())
+            under_way(process, tmp_path / "out", time.time())
         if how == "ctrl-c":  # as a terminal sends it: to all
             os.killpg(process.pid, signal.SIGINT)
         else:
@@ -515,7 +518,7 @@ def plan_from(words: list[str]) -> Plan:
 def test_two_sweeps_on_one_storage_share_the_trials_and_outlast_it_for_ten_seconds(tiny, tmp_path):
     words = [*tiny, *LONG, "seed=0,1"]
     both = [command(*words), command(*words)]
-    under_way(tmp_path / "out", 0)
+    under_way(both[0], tmp_path / "out", 0)
     with sqlite3.connect(tmp_path / "out/sweep.db", timeout=60, isolation_level=None) as held:
         held.execute("BEGIN EXCLUSIVE")
         time.sleep(10)
@@ -530,30 +533,32 @@ def test_two_sweeps_on_one_storage_share_the_trials_and_outlast_it_for_ten_secon
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_hundred_trials_with_random_kills(tiny, tmp_path):
-    import random
-
-    random.seed(0)
+    draw = random.Random(0)
     words = [*tiny, "train.min_steps=20", "checkpoint_seconds=0.02", "train.lr=0.05..0.1", "seed=0..4"]
     words += ["--trials", "100", "--sampler", "random", "--pruner", "none"]
-    kills, since = 0, 0.0
+    kills, starts = 12, 0
     while True:
-        process = command(*words)
+        process, starts = command(*words), starts + 1
         while process.poll() is None:
-            if kills < 12:
-                since = under_way(tmp_path / "out", since)
-                time.sleep(random.random() * 3)
+            begun = len(list((tmp_path / "out/trials").glob("*")))
+            if kills and begun > 100 - 8 * kills:  # so that it is killed as often, however quick it is
+                time.sleep(draw.random() / 2)
                 found = workers_of(process)
-                kills += 1
+                kills -= 1
                 if kills % 4 == 0 or not found:
                     process.kill()
                 else:
-                    os.kill(random.choice(found), signal.SIGKILL)
-            time.sleep(0.2)
+                    with suppress(ProcessLookupError):  # the last trial of all is done
+                        os.kill(draw.choice(found), signal.SIGKILL)
+            time.sleep(0.02)
         out, err = process.communicate()
         assert process.returncode in (0, -9) and "Traceback" not in err, (out, err)
         if process.returncode == 0:
             break
         left_behind(process)
+    assert kills == 0 and starts == 4
+    entries = Board(plan_from(words)).entries()
+    assert any(len(entry.notes["starts"]) > 1 for entry in entries), "a kill has met a trial"
     found = numbers(tmp_path / "out")
     assert [line["state"] for line in found] == ["done"] * 100
     process = command(*[word.replace("/out", "/whole") for word in words])

@@ -312,22 +312,35 @@ def test_files_that_one_rank_finds_gone(tmp_path: Path) -> None:
     assert (first["found"]["label"] == -1).sum() == 3
 
 
-@pytest.mark.slow
-def test_features_of_a_frozen_network_are_computed_once(tmp_path: Path) -> None:
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder with those of a network to freeze."""
     models = pytest.importorskip("torchvision").models
     torch.manual_seed(0)
     torch.save(models.shufflenet_v2_x0_5(weights=None).state_dict(), tmp_path / "weights.pth")
-    own = {"name": "torchvision:shufflenet_v2_x0_5", "weights": str(tmp_path / "weights.pth"), "freeze": True}
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_features_of_a_frozen_network_are_shared_out_and_equal_bit_for_bit(size: int, weights: Path) -> None:
+    cache = weights / "cache"
+    (alone,) = results(1, partial(ranks.features, folder=str(weights)), weights / "1")
+    work = partial(ranks.features, folder=str(weights), cache=str(cache))
+    for way, said in (("n", "computed"), ("again", "from ")):
+        ranks_of = results(size, work, weights / way)
+        for found in ranks_of:
+            assert torch.equal(found["train"], alone["train"]) and torch.equal(found["test"], alone["test"])
+        assert ranks_of[0]["said"].count(said) == 4, ranks_of[0]["said"]
+        assert len(list(cache.glob("*.npy"))) == 4
+    assert len(alone["train"]) == 240 and not torch.equal(alone["train"][:80], alone["train"][80:160])
+
+
+@pytest.mark.slow
+def test_training_on_features_of_a_frozen_network(weights: Path) -> None:
+    own = {"name": "torchvision:shufflenet_v2_x0_5", "weights": str(weights / "weights.pth"), "freeze": True}
     changes = {f"model.{key}": value for key, value in {**own, "input_size": 32, "head": "mlp-12"}.items()}
-    more = {
-        **changes,
-        "data.cache": str(tmp_path / "cache"),
-        "train.rounds": 1,
-        "data.crop": 0,
-        "data.noise": 0.1,
-    }
-    assert_trained_alike(2, tmp_path, what="pictures", **more)
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # of the training and the test images
+    more = {**changes, "train.rounds": 1, "data.crop": 0, "data.noise": 0.1, "data.cache": ""}
+    assert_trained_alike(2, weights, what="pictures", **more)
 
 
 @pytest.mark.slow

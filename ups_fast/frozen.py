@@ -46,15 +46,14 @@ def open_features(
     """The features of the training and of the test images, on the device. They stand for the images in a run.
 
     They are standardized by those training images that are not held out to validate, and so is `network` from now on.
-    The clean ones give the numbers, by which augmented views are standardized, too. Process 0 computes them for all.
+    The clean ones give the numbers, by which augmented views are standardized, too. Several processes share the
+    batches, and process 0 has the cache.
 
     Raises ValueError where features are NaN or infinite, or take too much memory.
     """
     _must_fit(cfg, len(data.train_labels), network.n_features, device)
     forward = Forward(network, in_half(cfg.runtime.precision, device), console)
-    found = world.share(
-        lambda: [_part(cfg, data, forward, device, test=test).rows() for test in (False, True)]
-    )
+    found = [_part(cfg, data, forward, device, world, test=test).rows() for test in (False, True)]
     rows, unreadable = found[0]
     clean = rows[0]
     aside = [*([] if data.val is None else data.val.tolist()), *unreadable]
@@ -119,12 +118,18 @@ def in_half(precision: str, device: torch.device) -> bool:
 # The views ---------------------------------------------------------------------------------------------------
 
 
-def augmented_batches(images: Images, policy: Policy, view: int, batch_size: int) -> Iterator[Tensor]:
-    """All images in their order, augmented as in a training step of the draw `view`.
+def augmented_batches(
+    images: Images,
+    ids: Tensor,  # int64 [N], on the host
+    policy: Policy,
+    view: int,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """The images of these ids in their order, augmented as in a training step of the draw `view`.
 
     Each batch, float32 [B, C, H, W], is written over the last one.
     """
-    ids, short = torch.arange(len(images)), len(images) % batch_size
+    short = len(ids) % batch_size
     for part in ids.split([len(ids) - short, short]):
         steps = [(some, torch.full_like(some, view)) for some in part.split(batch_size) if len(some)]
         rows = min(batch_size, len(part))
@@ -136,20 +141,18 @@ def augmented_batches(images: Images, policy: Policy, view: int, batch_size: int
             yield out
 
 
-def embedded(
+def embed(
     features: Callable[[Tensor], Tensor],
     batches: Iterable[Tensor],
-    shape: tuple[int, int],
+    rows: Tensor,  # float32 [N, D], on the host
     progress: Callable[[int], None] = lambda images: None,
-) -> Tensor:  # float32 [N, D], on the host
-    """The features of all batches, not standardized."""
-    rows = torch.empty(shape)
+) -> None:
+    """Writes the features of all batches, not standardized, into `rows`."""
     at = 0
     for batch in batches:
         rows[at : at + len(batch)] = features(batch)
         at += len(batch)
         progress(len(batch))
-    return rows
 
 
 @dataclass
@@ -162,7 +165,10 @@ class _Part:
     views: int
     policy: Policy  # of the views but the first, the clean one
     forward: Forward
-    content: Any  # a hash of all that clean features depend on; None where nothing is kept
+    content: (
+        Any  # a hash of all that clean features depend on; None where nothing is kept, as by most processes
+    )
+    world: World
 
     def rows(self) -> tuple[Tensor, dict[int, str]]:
         """float32 [V, N, D], on the host; as of `Images.unreadable`."""
@@ -177,51 +183,68 @@ class _Part:
     def _view(self, view: int) -> Tensor:  # float32 [N, D]
         """From the cache, or computed."""
         n, console = len(self.images), self.forward.console
-        which = f", view {view + 1} of {self.views}" if self.views > 1 else ""
-        path, key = self._place(view)
-        if path and n:
-            try:
-                rows = read_rows(path, key, (n, self.forward.network.n_features))
-                say(console, f"features of {n:,} {self.name}{which}: from {path}")
-                return rows
-            except FileNotFoundError:
-                pass
-            except Exception as error:  # whatever a stranger's bytes may cause
-                say(console, f"{path} is damaged ({error}): its features are computed anew")
+        what = self.name + (f", view {view + 1} of {self.views}" if self.views > 1 else "")
+        rows = self.world.share(lambda: self._kept(view, what))
+        if rows is not None:
+            return rows
         began = time.monotonic()
-        rows = self._compute(view, f"features of {self.name}{which}")
+        rows = self._computed(view, f"features of {what}")
         if bad := first_not_finite(rows):
             raise ValueError(
                 f"model.name={self.cfg.model.name} gives features that are NaN or infinite, first for number {bad[1]} "
-                f"of the {self.name}{which}: choose other weights or another network"
+                f"of the {what}: choose other weights or another network"
             )
         if n:
-            say(
-                console, f"features of {n:,} {self.name}{which}: computed in {time.monotonic() - began:.1f} s"
-            )
+            say(console, f"features of {n:,} {what}: computed in {time.monotonic() - began:.1f} s")
+        path, key = self._place(view)
         if path and n and not self.images.unreadable:
             _keep(path, key, rows, console)
         return rows
 
-    def _compute(self, view: int, what: str) -> Tensor:  # float32 [N, D]
-        images, network = self.images, self.forward.network
-        size, n = labeling_rows(images.device, network.seen(images.shape[1:])), len(images)
+    def _kept(self, view: int, what: str) -> Tensor | None:
+        path, key = self._place(view)
+        n, console = len(self.images), self.forward.console
+        if not path or not n:
+            return None
+        try:
+            rows = read_rows(path, key, (n, self.forward.network.n_features))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever a stranger's bytes may cause
+            say(console, f"{path} is damaged ({error}): its features are computed anew")
+            return None
+        say(console, f"features of {n:,} {what}: from {path}")
+        return rows
+
+    def _computed(self, view: int, what: str) -> Tensor:  # float32 [N, D]
+        images, network, world, n = self.images, self.forward.network, self.world, len(self.images)
+        rows = torch.empty(n, network.n_features)
+        size = labeling_rows(images.device, network.seen(images.shape[1:]))
+        part, turns = world.part(n, size)
         with (
             progress_bar(self.forward.console) as bar,
             torch.backends.cudnn.flags(enabled=True, deterministic=True),
+            world.together(),
         ):
             task = bar.add_task(what, total=n, now="")
-            advance: Callable[[int], None] = lambda done: bar.advance(task, done)  # noqa: E731
+            advance: Callable[[int], None] = lambda done: bar.advance(task, done * world.size)  # noqa: E731
             network.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            batches: Iterable[Tensor] = ()
-            if n and view:
-                batches = augmented_batches(images, self.policy, view, size)
-            elif n:
-                batches = images.clean_batches(torch.arange(n, device=images.device), size)
             try:
-                return embedded(self.forward, batches, (n, network.n_features), advance)
+                if not self.forward.checked and world.size > 1:  # the first batch decides, at all processes
+                    embed(self.forward, self._batches(torch.arange(n)[:size], view, size), rows[:size])
+                embed(self.forward, self._batches(torch.arange(n)[part], view, size), rows[part], advance)
             finally:
                 network.cpu()  # the device is for what is trained
+        world.fill_(rows, turns * size)
+        world.union(images.unreadable, {})
+        return rows
+
+    def _batches(self, ids: Tensor, view: int, size: int) -> Iterable[Tensor]:
+        if not len(ids):
+            return ()
+        if view:
+            return augmented_batches(self.images, ids, self.policy, view, size)
+        return self.images.clean_batches(ids.to(self.images.device), size)
 
     def _place(self, view: int) -> tuple[Path | None, str]:
         """The file of the cache and the key: all that the features depend on. None where there is no cache."""
@@ -233,14 +256,17 @@ class _Part:
         return home(data.cache) / f"{found.hexdigest()}.npy", found.hexdigest()
 
 
-def _part(cfg: Config, data: ImageSet, forward: Forward, device: torch.device, *, test: bool) -> _Part:
+def _part(
+    cfg: Config, data: ImageSet, forward: Forward, device: torch.device, world: World, *, test: bool
+) -> _Part:
     channels, views = data.shape[0], 1 if test else cfg.data.views
     # The network normalizes on its own.
     raw = replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
     policy = image_policy(cfg) if views > 1 else POLICIES["none"]
     images = open_images(cfg, raw, device, policy, test=test)
-    content = _content(cfg, data, forward, type(images).__name__, test=test)
-    return _Part(cfg, "test images" if test else "training images", images, views, policy, forward, content)
+    content = _content(cfg, data, forward, type(images).__name__, test=test) if world.main else None
+    name = "test images" if test else "training images"
+    return _Part(cfg, name, images, views, policy, forward, content, world)
 
 
 # The cache ---------------------------------------------------------------------------------------------------

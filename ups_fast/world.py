@@ -176,10 +176,20 @@ class World:
         if not self.main:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         for tensor in tensors:
-            flat = tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(0)
-            for part in flat.split(CHUNK):
-                call(dist.broadcast, part, src=0, group=self.patient)
+            self._send(tensor, 0)
         return made if self.main else unpickled(text, tensors)
+
+    def _send(self, tensor: Tensor, source: int) -> None:
+        """Gives all processes what a tensor on the host, contiguous, is at process `source`."""
+        if tensor.numel():
+            for piece in tensor.view(-1).view(torch.uint8).split(CHUNK):
+                call(dist.broadcast, piece, src=source, group=self.patient)
+
+    def fill_(self, rows: Tensor, most: int) -> None:
+        """[n, ...] on the host, of which each process has made its `part`, of at most `most` rows: all get all."""
+        if self.size > 1:
+            for source in range(self.size):
+                self._send(rows[source * most :][:most], source)
 
     def copy_(self, tensors: Sequence[Tensor]) -> None:
         """Gives all processes the values of process 0, in place, on the device."""

@@ -43,6 +43,9 @@ def test_load_model_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors"):
         load_model(tmp_path)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(FileNotFoundError, match="which the same train command makes when its first round is"):
+        load_model(tmp_path)
     file = trained / "model.safetensors"
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors holds no trained network: it is a file"):
         load_model(file)

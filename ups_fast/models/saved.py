@@ -90,6 +90,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu", *, best:
     if not path.exists():
         why = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
         why = "it is a file" if folder.is_file() else why
+        if (folder / "checkpoint.pt").exists() and not (folder / MODEL).exists():
+            why += ", which the same train command makes when its first round is finished"
         if best and (folder / MODEL).exists():
             why += ", which only a run with a validation part has (data.val_share)"
         raise FileNotFoundError(f"run_dir={run_dir} holds no {'best' if best else 'trained'} network: {why}")

@@ -14,13 +14,15 @@ import time
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_rounds import one_thread
 from test_study import Links, features, threads
 
-from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker
+from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker, workers
 from ups_fast.files import RunFolderError
 from ups_fast.report import sweep_figure
 from ups_fast.report.sweep_page import points_of, sweep_page
@@ -503,6 +505,27 @@ def test_what_has_run_stays_on_the_page_and_a_page_that_cannot_be_written_hides_
     (folder / "sweep.jsonl").mkdir()
     assert sweep.main([*words, "--trials", "4"]) == 2
     assert "sweep.jsonl is a folder and must be a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_hears_no_signal_ends_after_its_trial(threads):
+    """A run that is about to end has no use for SIGTERM, and its process must not go on to the next one."""
+    ran, going = [], threading.Event()
+
+    def run_one(slot: Any, tell: Any) -> None:
+        while len(ran) < 200:
+            tell("looks for a trial")
+            ran.append(len(ran))
+            going.set()
+            time.sleep(0.05)
+
+    def tick() -> None:
+        assert not going.wait(30), "the storage is gone"
+
+    slot = SimpleNamespace(name="x")
+    with pytest.raises(AssertionError, match="the storage is gone"):
+        workers.run_trials([slot], 1, run_one, Console(quiet=True), tick=tick)
+    assert len(ran) < 100
 
 
 def test_a_folder_of_something_else_is_refused(tiny, tmp_path, capsys):

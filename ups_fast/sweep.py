@@ -6,6 +6,8 @@ Ctrl-C, after which the same command goes on.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -92,6 +94,8 @@ def _sweep(args: Namespace) -> None:
     slots = _slots(args, plan, cfg.device, device)
     with writing(space.folder):
         (space.folder / "trials").mkdir(parents=True, exist_ok=True)
+        if not os.access(space.folder, os.W_OK):  # of which SQLite would say that it cannot open a file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     board = Board(plan)
     board.begin()
     drive = _Drive(console, board, slots)

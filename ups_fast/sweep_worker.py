@@ -49,13 +49,16 @@ def run_one(slot: Slot, tell: Callable[[str], None]) -> str:
     """Runs trials until none waits. Returns "", or why this machine cannot go on: the trial then waits again."""
     try:
         board = _boards.get(slot.plan) or _boards.setdefault(slot.plan, Board(slot.plan, new=False))
-        while (claim := board.claim()) is not None:
+        while True:
+            tell("looks for a trial")
+            claim = board.claim()
+            if claim is None:
+                return ""
             with suppress(Lost):
                 if sentence := _run(board, claim, slot):
                     return sentence
     except StorageGone as error:
         return str(error)
-    return ""
 
 
 def _run(board: Board, claim: Claim, slot: Slot) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -505,6 +506,18 @@ def test_what_has_run_stays_on_the_page_and_a_page_that_cannot_be_written_hides_
     (folder / "sweep.jsonl").mkdir()
     assert sweep.main([*words, "--trials", "4"]) == 2
     assert "sweep.jsonl is a folder and must be a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_the_table_of_trials_in_progress_fits_its_terminal(width):
+    entry = sweep.Entry(7, RUNNING, {"train.lr": 0.0312, "select.tau_p": "0.6"}, 3, 0.5, {0: 0.5}, {})
+    entry.notes = {"worker": "host/1234-5:678"}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(sweep.table_of("1 begun of 9", [entry], {7: 12.3}, width))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    row = "".join(shown.split())
+    assert "train.lr=0.0312" in row and "50.0" in shown and ("host:678" in shown) == (width > 80)
 
 
 @pytest.mark.timeout(60)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from ups_fast import command, machine
 from ups_fast.terminal import complain, ended, printable
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
@@ -64,6 +65,7 @@ DEFAULT_TRIALS = 20
 POLL_SECONDS = 1.0
 MOST_DEATHS = 10  # of processes of this machine, without a round that it finished between them
 STORAGE = "sweep.db"
+WIDE = 80  # columns of a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,21 +266,11 @@ class _Drive:
     def _show(self) -> None:
         if not self.live:
             return
-        table = Table("trial", "round", "val %", "s", "where", "values", title_justify="left")
         scores = [entry.score for entry in self.mine() if entry.score is not None]
-        table.title = self.counted() + (
-            f"; best trial so far: val {100 * max(scores):.1f} %" if scores else ""
-        )
-        for entry in self.mine():
-            if entry.state == RUNNING:
-                best = "" if entry.score is None else f"{100 * entry.score:.1f}"
-                since = f"{time.monotonic() - self.seen[entry.index]:.0f}"
-                said = ", ".join(filter(None, (keys_of(entry.values), f"seed={entry.seed}")))
-                where = printable(entry.where)
-                table.add_row(
-                    f"{entry.index:04d}", str(len(entry.curve)), best, since, where, printable(said)
-                )
-        self.live.update(table, refresh=True)
+        title = self.counted() + (f"; best trial so far: val {100 * max(scores):.1f} %" if scores else "")
+        running = [entry for entry in self.mine() if entry.state == RUNNING]
+        since = {index: time.monotonic() - begun for index, begun in self.seen.items()}
+        self.live.update(table_of(title, running, since, self.console.width), refresh=True)
 
     def counted(self) -> str:
         states = [entry.state.name for entry in self.mine()]
@@ -304,6 +296,21 @@ class _Drive:
     def close(self) -> None:
         if self.live:
             self.live.stop()
+
+
+def table_of(title: str, running: Sequence[Entry], since: Mapping[int, float], width: int) -> Table:
+    """The trials in progress. A narrow terminal has no room for where they are."""
+    names = ["trial", "round", "val %", "s", "where"][: 5 if width >= WIDE else 4]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    table.add_column("values", overflow="fold")
+    for entry in running:
+        best = "" if entry.score is None else f"{100 * entry.score:.1f}"
+        said = ", ".join(filter(None, (keys_of(entry.values), f"seed={entry.seed}")))
+        cells = [f"{entry.index:04d}", str(len(entry.curve)), best, f"{since[entry.index]:.0f}", entry.where]
+        table.add_row(*map(printable, [*cells[: len(names)], said]))
+    return table
 
 
 def _words(argv: Sequence[str] | None) -> Namespace:

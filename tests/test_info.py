@@ -25,6 +25,8 @@ BROKEN = {
     "ups_needs": "import ups_absent",
     "ups_raises": "raise OSError('libx.so: cannot open /home/ann lee/lib/libx.so\\n\\x1b[2J')",
     "ups_exits": "raise SystemExit(3)",
+    "ups_panics": "raise BaseException('a panic of Rust')",
+    "ups_bytes": "__version__ = '3'; import sys; sys.stdout.buffer.write(b'hello')",
 }
 
 
@@ -43,6 +45,9 @@ def test_packages_that_are_missing_or_broken(tmp_path, monkeypatch, capfd):
     assert told("ups_needs") == f"broken (ModuleNotFoundError: No module named 'ups_absent'){remedy}"
     assert told("ups_raises") == f"broken (OSError: libx.so: cannot open lib/libx.so \x1b[2J){remedy}"
     assert told("ups_exits") == f"broken (SystemExit: 3){remedy}"
+    assert (
+        told("ups_panics") == f"broken (BaseException: a panic of Rust){remedy}" and told("ups_bytes") == "3"
+    )
     monkeypatch.setitem(sys.modules, "ups_good", None)
     assert told("ups_good").startswith("broken (ModuleNotFoundError") or "not installed" in told("ups_good")
     assert capfd.readouterr() == ("", "")
@@ -89,6 +94,17 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", broken)
     rows = dict(info.lines())
     assert rows["gpu"] == "failed (RuntimeError: no driver at libcuda.so)" and "cuda:0" not in rows
+
+
+@pytest.mark.skipif(ops._C is None or sys.platform != "linux", reason="there is no compiled module of Linux")
+def test_a_compiled_module_that_is_cut_off_is_not_loaded(tmp_path):
+    """To load one kills the process by SIGBUS."""
+    content = Path(ops._C.__file__).read_bytes()
+    path = tmp_path / "_C.so"
+    for size, cut in ((len(content), False), (len(content) // 2, True), (64, True), (63, False), (0, False)):
+        path.write_bytes(content[:size])
+        assert ops._is_cut_off(path) is cut
+    assert not ops._is_cut_off(tmp_path) and not ops._is_cut_off(tmp_path / "none")
 
 
 def test_without_kernels(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -16,13 +17,15 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_rounds import one_thread
 from test_study import Links, features, threads
 
-from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker
+from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker, workers
 from ups_fast.files import RunFolderError
 from ups_fast.report import sweep_figure
 from ups_fast.report.sweep_page import points_of, sweep_page
@@ -285,6 +288,99 @@ def test_a_storage_that_is_away_is_waited_for(tmp_path, monkeypatch):
         board.claim()
 
 
+def test_a_process_that_has_lost_its_trial_says_no_more_of_it(tmp_path):
+    """It may wake up after a minute: what it then says of the trial must not count."""
+    board = Board(plan_of(tmp_path, "train.lr=0.1,0.2"))
+    board.begin()
+    claim = board.claim()
+    for worker in ("elsewhere:1", ""):
+        board.note(claim.id, "worker", worker)
+        for say in (
+            lambda: claim.failed("x"),
+            lambda: claim.ended({}),
+            lambda: claim.starts_at(0, 1),
+            lambda: claim.report(0, 0.5),
+        ):
+            with pytest.raises(sweep_storage.Lost):
+                say()
+        claim.release()
+        now = board.entries()[0]
+        assert (now.state, now.worker, now.curve) == (RUNNING, worker, {})
+        assert not {"error", "numbers", "starts"} & set(now.notes)
+    board.end(claim.id, sweep_storage.COMPLETE, 1.0)
+    with pytest.raises(sweep_storage.Lost):
+        board.note(claim.id, "error", "x")
+
+
+def test_only_what_is_silent_now_is_taken_for_dead(tmp_path, monkeypatch):
+    """Between looking and acting this process may have been stopped for long, and others go on."""
+    now = [0.0]
+    monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now[0])
+    board = Board(plan_of(tmp_path, "train.lr=0.1,0.2", "seed=0,1"))
+    board.begin()
+    ids = [board.claim().id for _ in range(4)]
+    host, _, pid = board.me.rpartition(":")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    board.note(ids[0], "worker", "elsewhere:1")
+    board.note(ids[1], "worker", f"{host}:{dead.pid}")
+    board.note(
+        ids[2], "worker", f"{host.partition('/')[0]}:{dead.pid}"
+    )  # of another machine of the same name
+    old = board.entries()
+    assert board.rescue(old[:1] + old[2:]) == []
+    board.note(ids[0], "beat", 8)
+    board.end(ids[1], sweep_storage.COMPLETE, 1.0)
+    now[0] = 100.0
+    assert board.rescue(old) == [2]
+    entries = board.entries()
+    assert [entry.state.name for entry in entries] == ["RUNNING", "COMPLETE", "WAITING", "RUNNING"]
+    assert entries[3].where == f"{host.partition('/')[0]}:{pid}"
+
+
+def test_a_trial_that_gets_further_is_not_blamed_for_processes_that_end(tmp_path):
+    board = Board(plan_of(tmp_path, "train.lr=0.1,0.2"))
+    board.begin()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    deaths = []
+    for epoch in (0, 0, 1, 2, 2):
+        claim = board.claim()
+        claim.starts_at(0, epoch)
+        board.note(claim.id, "worker", f"{board.me.rpartition(':')[0]}:{dead.pid}")
+        board.rescue(board.entries(), blame=epoch < 2)
+        deaths.append(board.entries()[0].notes["deaths"])
+    assert deaths == [1, 2, 1, 0, 0]
+
+
+def test_a_study_that_no_sweep_has_made_is_refused(tmp_path):
+    import optuna
+
+    plan = plan_of(tmp_path, "train.lr=0.1,0.2")
+    with pytest.raises(StorageGone, match="the storage has lost its sweep"):
+        Board(plan, new=False)  # as a worker opens it
+    theirs = optuna.create_study(storage=plan.url, study_name=plan.name, direction="minimize")
+    with pytest.raises(RunFolderError, match=r"has a study named .*out that is no sweep"):
+        Board(plan).begin()
+    optuna.delete_study(study_name=plan.name, storage=plan.url)
+    theirs = optuna.create_study(storage=plan.url, study_name=plan.name, direction="maximize")
+    theirs.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(RunFolderError, match=r"has a study named .*out that is no sweep"):
+        Board(plan).begin()
+    assert len(theirs.trials) == 1 and not theirs.user_attrs
+
+
+def test_a_config_that_is_edited_meanwhile_changes_no_later_trial(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("recipe: features\ntrain: {momentum: 0.8}\n")
+    space = read(path, ["train.lr=0.1,0.2"])
+    before = space.plan()
+    path.write_text("train: {momentum: 0.7}\n")
+    assert space.trial(1, {"train.lr": "0.2"}, 3).train.momentum == 0.8 and space.plan() == before
+    path.unlink()
+    assert space.first.recipe == "features" and hash(space)
+
+
 # Sweeps ----------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +472,75 @@ def test_a_pruner_ends_trials_that_lag_behind(tiny, tmp_path, capsys, monkeypatc
     out = capsys.readouterr().out
     assert "0002  failed: memory is used up" in out and "best: val 70.0 %" in out
     assert lines[5]["val_by_round"] == [0.1, 0.2] and "0005  pruned after round 1, val 20.0 %" in out
+
+
+def test_what_has_run_stays_on_the_page_and_a_page_that_cannot_be_written_hides_no_reason(
+    tiny, tmp_path, capsys, quick, threads, monkeypatch
+):
+    words = [
+        *tiny[:-1],
+        "1",
+        f"run_dir={tmp_path / '50% a?b#c'}",
+        "train.lr=0.05..0.1",
+        "--sampler",
+        "random",
+    ]
+    del words[1]
+    monkeypatch.setattr(sweep_worker, "begin", lambda trial: rows_of(0.5 + 0.1 * int(trial.name)))
+    assert sweep.main([*words, "--trials", "3"]) == 0
+    folder = tmp_path / "50% a?b#c"
+    assert (folder / "sweep.db").is_file()
+    best = (folder / "best.yaml").read_bytes()
+    assert sweep.main([*words, "--trials", "1"]) == 0
+    assert [line["val"] for line in lines_of(folder)] == [0.5, 0.6, 0.7]
+    assert (folder / "best.yaml").read_bytes() == best
+    capsys.readouterr()
+
+    def full(*_: Any) -> Any:
+        raise RunFolderError("x could not be written") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sweep_worker, "begin", full)
+    monkeypatch.setattr(sweep, "write", full)
+    assert sweep.main([*words, "--trials", "4"]) == 2
+    assert "x could not be written: make room; 3 done of 4" in capsys.readouterr().err
+    monkeypatch.undo()
+    (folder / "sweep.jsonl").unlink()
+    (folder / "sweep.jsonl").mkdir()
+    assert sweep.main([*words, "--trials", "4"]) == 2
+    assert "sweep.jsonl is a folder and must be a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_the_table_of_trials_in_progress_fits_its_terminal(width):
+    entry = sweep.Entry(7, RUNNING, {"train.lr": 0.0312, "select.tau_p": "0.6"}, 3, 0.5, {0: 0.5}, {})
+    entry.notes = {"worker": "host/1234-5:678"}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(sweep.table_of("1 begun of 9", [entry], {7: 12.3}, width))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    row = "".join(shown.split())
+    assert "train.lr=0.0312" in row and "50.0" in shown and ("host:678" in shown) == (width > 80)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_hears_no_signal_ends_after_its_trial(threads):
+    """A run that is about to end has no use for SIGTERM, and its process must not go on to the next one."""
+    ran, going = [], threading.Event()
+
+    def run_one(slot: Any, tell: Any) -> None:
+        while len(ran) < 200:
+            tell("looks for a trial")
+            ran.append(len(ran))
+            going.set()
+            time.sleep(0.05)
+
+    def tick() -> None:
+        assert not going.wait(30), "the storage is gone"
+
+    slot = SimpleNamespace(name="x")
+    with pytest.raises(AssertionError, match="the storage is gone"):
+        workers.run_trials([slot], 1, run_one, Console(quiet=True), tick=tick)
+    assert len(ran) < 100
 
 
 def test_a_folder_of_something_else_is_refused(tiny, tmp_path, capsys):

@@ -371,12 +371,13 @@ def keys(cfg: Config) -> dict[str, Key]:
     return KEYS | METHOD_KEYS[cfg.method.name]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), tree: Mapping[str, Any] | None = None) -> Config:
     """Merge a recipe, the YAML file `path` and the words `overrides` ("key=value") over the defaults, and validate.
 
     An empty `run_dir` becomes runs/<stem of the file>. Values stand for themselves: references such as
     ${oc.env:HOME} are refused, so that a file means the same everywhere.
     An ~ or ~user at the start of a path stands for that home folder.
+    `tree` is what the file holds, as `config_file.read` gives it, where it has been read before.
     Raises ValueError or FileNotFoundError with one sentence that names the key.
     """
     path = Path(os.path.expanduser(path))
@@ -384,7 +385,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "method.name" in words:
         _check_method(words["method.name"])
     try:
-        cfg = _begun(_read(path), words)
+        cfg = _begun(_flat(config_file.read(path) if tree is None else tree), words)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     cfg = _finished(cfg, words)
@@ -406,7 +407,7 @@ def _begun(given: dict[str, Any], words: dict[str, Any]) -> Config:
     given.pop("method.name", None)
     recipe = words.get("recipe", given.get("recipe"))
     if recipe in KEYS["recipe"].choices[1:]:
-        _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
+        _merge(cfg, _flat(config_file.read(RECIPES / f"{recipe}.yaml")))
     _merge(cfg, given)
     return cfg
 
@@ -652,10 +653,10 @@ def _key_lines(found: Iterable[Key], width: int) -> Iterator[str]:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The YAML file as {dotted key: value}."""
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a YAML file holds as {dotted key: value}."""
     flat: dict[str, Any] = {}
-    for name, value in flatten(config_file.read(path)):
+    for name, value in flatten(tree):
         if name in flat:
             raise ValueError(f"{shown(name)} is given twice")
         flat[name] = value

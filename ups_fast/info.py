@@ -84,9 +84,12 @@ def found(package: str, module: str, wanted: str) -> str:
     wanted   what pip is to install
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        unheard = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
             there = import_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             return f'not installed: pip install "{wanted}"'
         text = without_paths(line_of(error))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import struct
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,24 @@ from .reference import REDUCTIONS, MultiLabelSelection, Reduction, Selection
 # Raised with kInterface of csrc/module.cpp whenever a schema below changes: kernels take no arguments but their own.
 INTERFACE = 4
 
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a compiled module (ELF, 64 bits) ends before its last table: to load it would kill the process."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:  # as the import will say
+        return False
+    if len(head) < 64 or not head.startswith(b"\x7fELF\x02\x01"):
+        return False
+    (start,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return bool(os.path.getsize(path) < start + size * count)
+
+
 try:
+    for _path in (Path(__file__).with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES):
+        if _is_cut_off(_path):  # as a full disk leaves it
+            raise ImportError(f"{_path} is cut off")
     from . import _C  # registers the kernels
 
     _why = ""

@@ -6,10 +6,13 @@ Ctrl-C, after which the same command goes on.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,13 @@ from ups_fast import command, machine
 from ups_fast.terminal import complain, ended, printable
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
 
-    from ups_fast.display import Interrupted, open_console, say
-    from ups_fast.files import RunFolderError, writing
+    from ups_fast.display import Interrupted, open_console, say, stop_signal
+    from ups_fast.files import RunFolderError, check_plain, writing
     from ups_fast.inputs import validates
     from ups_fast.study import RECORDS as STUDY_RECORDS
     from ups_fast.sweep_space import MOST_TRIALS, Space, read
@@ -33,9 +37,9 @@ try:
     from ups_fast.workers import News, run_trials
 
     if find_spec("optuna") is not None:
-        from ups_fast.sweep_optuna import PRUNERS, SAMPLERS
-        from ups_fast.sweep_results import keys_of, line_of, records_of, write
-        from ups_fast.sweep_storage import RUNNING, WAITING, Board, Entry, Plan, look
+        from ups_fast.sweep_optuna import PRUNERS, SAMPLERS, file_url
+        from ups_fast.sweep_results import BEST, PAGE, RECORDS, keys_of, line_of, records_of, write
+        from ups_fast.sweep_storage import RUNNING, WAITING, Board, Entry, Plan, StorageGone, look
         from ups_fast.sweep_worker import Slot, run_one
 except (KeyboardInterrupt, ImportError) as error:  # in the first seconds: nothing has been done
     if __name__ == "__main__":
@@ -59,7 +63,9 @@ all trials, and run_dir=FOLDER says where all is kept.
 The same command goes on with a stopped sweep."""
 DEFAULT_TRIALS = 20
 POLL_SECONDS = 1.0
-MOST_DEATHS = 10  # of processes, without a finished round between them
+MOST_DEATHS = 10  # of processes of this machine, without a round that it finished between them
+STORAGE = "sweep.db"
+WIDE = 80  # columns of a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,19 +96,24 @@ def _sweep(args: Namespace) -> None:
     slots = _slots(args, plan, cfg.device, device)
     with writing(space.folder):
         (space.folder / "trials").mkdir(parents=True, exist_ok=True)
+        if not os.access(space.folder, os.W_OK):  # of which SQLite would say that it cannot open a file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     board = Board(plan)
     board.begin()
     drive = _Drive(console, board, slots)
     try:
         drive.run()
     except KeyboardInterrupt:
-        drive.finish()
+        drive.finish_early()
         raise Interrupted(f"stopped: {drive.counted()}; everything is saved in {space.folder}") from None
+    except StorageGone as error:
+        drive.trouble = str(error)
     finally:
         drive.close()
-    drive.finish()
     if drive.trouble:
+        drive.finish_early()
         raise ValueError(f"{drive.trouble}; {drive.counted()}, and the same command goes on")
+    drive.finish()
 
 
 def _plan(args: Namespace, space: Space) -> Plan:
@@ -114,7 +125,7 @@ def _plan(args: Namespace, space: Space) -> Plan:
         )
     trials = (args.trials or DEFAULT_TRIALS) if space.is_search else size
     pruner = args.pruner or ("median" if space.is_search else "none")
-    url = args.storage or f"sqlite:///{space.folder / 'sweep.db'}"
+    url = args.storage or file_url(space.folder / STORAGE)
     return Plan(space, url, trials, args.sampler, pruner)
 
 
@@ -133,8 +144,12 @@ def _slots(args: Namespace, plan: Plan, asked: str, device: torch.device) -> lis
 def _check_folder(folder: Path) -> None:
     with writing(folder):
         there = list(folder.iterdir()) if folder.exists() else []
-    if there and (not (folder / "trials").is_dir() or any(each.name == STUDY_RECORDS for each in there)):
+    names = {each.name for each in there}
+    if there and (not names & {"trials", STORAGE} or STUDY_RECORDS in names):
         raise RunFolderError(f"run_dir={folder} holds files but no sweep: choose another folder")
+    for name in (RECORDS, BEST, PAGE):
+        check_plain(folder / name)
+    check_plain(folder / "trials", folder=True)
 
 
 def _list(console: Console, plan: Plan) -> None:
@@ -202,8 +217,10 @@ class _Drive:
         while not self.over() and not self.trouble:
             run_trials(self, len(self.free), run_one, self.console, self.told, self.tick)
             if not self.over() and not self.trouble:  # others have the rest
-                time.sleep(POLL_SECONDS)
-                self.tick()
+                with stop_signal(self.console) as stop:
+                    self.tick()
+                    if stop.wait(POLL_SECONDS):
+                        raise Interrupted
 
     def told(self, slot: Slot, news: News) -> None:
         if news.state in ("begun", "says"):
@@ -230,9 +247,12 @@ class _Drive:
         if self.board.rescue(self.entries):
             self.entries = self.board.entries()
         self.due = time.monotonic() + max(POLL_SECONDS, 10 * took)
-        finished = sum(len(entry.curve) + entry.ended for entry in self.entries)
+        here = self.board.me.rpartition(":")[0]
+        mine = [entry for entry in self.entries if entry.worker.rpartition(":")[0] == here]
+        finished = sum(len(entry.curve) + entry.ended for entry in mine)
         if finished > self.rounds_done:
-            self.deaths, self.rounds_done = 0, finished
+            self.deaths = 0
+        self.rounds_done = finished
         running = {entry.index for entry in self.entries if entry.state == RUNNING}
         self.seen = {index: self.seen.get(index, begun) for index in running}
         for entry in self.mine():
@@ -246,21 +266,11 @@ class _Drive:
     def _show(self) -> None:
         if not self.live:
             return
-        table = Table("trial", "round", "val %", "s", "where", "values", title_justify="left")
         scores = [entry.score for entry in self.mine() if entry.score is not None]
-        table.title = self.counted() + (
-            f"; best trial so far: val {100 * max(scores):.1f} %" if scores else ""
-        )
-        for entry in self.mine():
-            if entry.state == RUNNING:
-                best = "" if entry.score is None else f"{100 * entry.score:.1f}"
-                since = f"{time.monotonic() - self.seen[entry.index]:.0f}"
-                said = ", ".join(filter(None, (keys_of(entry.values), f"seed={entry.seed}")))
-                where = printable(str(entry.notes.get("worker", "")))
-                table.add_row(
-                    f"{entry.index:04d}", str(len(entry.curve)), best, since, where, printable(said)
-                )
-        self.live.update(table, refresh=True)
+        title = self.counted() + (f"; best trial so far: val {100 * max(scores):.1f} %" if scores else "")
+        running = [entry for entry in self.mine() if entry.state == RUNNING]
+        since = {index: time.monotonic() - begun for index, begun in self.seen.items()}
+        self.live.update(table_of(title, running, since, self.console.width), refresh=True)
 
     def counted(self) -> str:
         states = [entry.state.name for entry in self.mine()]
@@ -272,12 +282,35 @@ class _Drive:
         """The page, the table and the best config, of what the storage has."""
         self.close()
         self.entries = self.board.entries()
-        for line in write(self.plan, records_of(self.plan, self.mine()), self.board.study):
+        ran = [entry for entry in self.entries if entry.index < self.plan.trials or entry.ended]
+        for line in write(self.plan, records_of(self.plan, ran), self.board.study):
             say(self.console, line)
+
+    def finish_early(self) -> None:
+        """The same as far as storage and disk allow: why it ends is what there is to say."""
+        self.board.patience = 0.0
+        with suppress(StorageGone, RunFolderError):
+            self.board.rescue(self.board.entries(), blame=False)  # of workers that could not save any more
+            self.finish()
 
     def close(self) -> None:
         if self.live:
             self.live.stop()
+
+
+def table_of(title: str, running: Sequence[Entry], since: Mapping[int, float], width: int) -> Table:
+    """The trials in progress. A narrow terminal has no room for where they are."""
+    names = ["trial", "round", "val %", "s", "where"][: 5 if width >= WIDE else 4]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    table.add_column("values", overflow="fold")
+    for entry in running:
+        best = "" if entry.score is None else f"{100 * entry.score:.1f}"
+        said = ", ".join(filter(None, (keys_of(entry.values), f"seed={entry.seed}")))
+        cells = [f"{entry.index:04d}", str(len(entry.curve)), best, f"{since[entry.index]:.0f}", entry.where]
+        table.add_row(*map(printable, [*cells[: len(names)], said]))
+    return table
 
 
 def _words(argv: Sequence[str] | None) -> Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -45,6 +46,11 @@ def open_storage(url: str) -> RDBStorage:
     if storage.engine.dialect.name == "sqlite":
         _lock_first(storage.engine)
     return storage
+
+
+def file_url(path: Path) -> str:
+    """The URL of a file of SQLite, whatever characters are in its name."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _check_tables(url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Space:
     """A sweep as its words say it. A point has one value of each axis; a trial is a point with one seed."""
 
     config: Path
+    tree: Mapping[str, Any] = field(compare=False, repr=False)  # what was in it: it may be edited meanwhile
     words: tuple[str, ...]  # that all trials share
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
@@ -67,9 +68,9 @@ class Space:
 
     def make(self, values: Mapping[str, Any], seed: int, run_dir: str = "") -> Config:
         """The config of a trial. Raises ValueError as `config.load`."""
-        own = [f"{key}={value}" for key, value in values.items()]
         where = [f"run_dir={run_dir}"] if run_dir else []
-        return config.load(self.config, ["threads=1", *self.words, *own, f"seed={seed}", *where])
+        words = ["threads=1", *self.words, *_words(values), f"seed={seed}", *where]
+        return config.load(self.config, words, self.tree)
 
     def trial(self, index: int, values: Mapping[str, Any], seed: int) -> Config:
         return self.make(values, seed, str(self.folder / "trials" / f"{index:04d}"))
@@ -125,10 +126,14 @@ def read(path: str | Path, words: Sequence[str]) -> Space:
             axes[key] = axis
         else:
             shared.append(word)
-    space = Space(path, tuple(shared), tuple(axes.values()), seeds or (0,), home(folder))
+    try:
+        tree = config_file.read(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    space = Space(path, tree, tuple(shared), tuple(axes.values()), seeds or (0,), home(folder))
     _check(space)
     if not seeds:
-        own = config.load(path, [*shared, *_words(space._first())]).seed
+        own = config.load(path, [*shared, *_words(space._first())], tree).seed
         space = replace(space, seeds=(own,))
     return space
 

@@ -8,7 +8,6 @@ its run folder: no moment exists at which a trial is in neither state, so none c
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,10 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ups_fast import machine
 from ups_fast.files import RunFolderError
 from ups_fast.sweep_optuna import GONE, distribution, one_sentence, open_storage, pruner, sampler, why
 from ups_fast.sweep_space import Space, Values
@@ -31,17 +32,18 @@ GRACE_SECONDS = 60.0  # one of another machine that has not for so long is gone
 LONG_GRACE_SECONDS = 900.0  # one of this machine, whose number another process may have taken
 PATIENCE_SECONDS = 120.0  # so long a storage that does not answer is waited for
 RETRY_SECONDS = 0.5
-MOST_DEATHS = 5  # of processes in one trial, without a finished round between them
+MOST_DEATHS = 5  # of processes in one trial, none of which got further than the one before
+MOST_STARTS = 100  # of a trial that are kept
 WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
 PRUNED, FAILED = TrialState.PRUNED, TrialState.FAIL
 
 
 class StorageGone(ValueError):
-    """The storage has not answered for PATIENCE_SECONDS."""
+    """The storage has not answered for PATIENCE_SECONDS, or lacks what was in it."""
 
 
 class Lost(Exception):
-    """The trial was taken for dead, and is another worker's now."""
+    """The trial was taken for dead, and is another worker's now, or has been ended by it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,24 @@ class Entry:
     seed: int
     score: float | None  # best share of the validation samples
     curve: dict[int, float]  # the same of each round
-    notes: Mapping[str, Any] = field(repr=False)  # worker, starts, numbers, error
+    notes: Mapping[str, Any] = field(repr=False)  # worker, beat, deaths, starts, numbers, error
     trial_id: int = -1
+
+    @property
+    def worker(self) -> str:
+        """The process that runs it, or was the last one: of `Board.me`."""
+        return str(self.notes.get("worker", ""))
+
+    @property
+    def where(self) -> str:
+        """The same for people: such as host:1234."""
+        host, _, pid = self.worker.rpartition(":")
+        return f"{host.partition('/')[0]}:{pid}" if pid else ""
+
+    @property
+    def sign(self) -> tuple[Any, ...]:
+        """Changes as long as somebody works on it."""
+        return self.state, self.worker, self.notes.get("beat"), len(self.curve)
 
     @property
     def ended(self) -> bool:
@@ -84,13 +102,18 @@ class Entry:
 
 
 def patient(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that tries again while the storage does not answer. What it does may be done twice."""
+    """A method that tries again while the storage does not answer. What it does may be done twice.
+
+    Raises Lost where it would change a trial that has ended.
+    """
 
     def tried(board: Board, *args: Any) -> Any:
         end = time.monotonic() + board.patience
         while True:
             try:
                 return call(board, *args)
+            except UpdateFinishedTrialError as error:
+                raise Lost from error
             except GONE as error:
                 if time.monotonic() >= end:
                     raise StorageGone(f"the storage does not answer: {why(error)}") from error
@@ -103,19 +126,27 @@ def patient(call: Callable[..., Any]) -> Callable[..., Any]:
 class Board:
     """The trials of a sweep, for one process. Methods raise StorageGone where the storage stays away."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Opens the storage, and makes the study in it where there is none. Raises ValueError with one sentence."""
+    def __init__(self, plan: Plan, *, new: bool = True) -> None:
+        """Opens the storage and the study in it. Where there is none, makes one, or if not `new` raises StorageGone.
+
+        Raises ValueError with one sentence.
+        """
         self.plan, self.patience = plan, PATIENCE_SECONDS
-        self.me = f"{socket.gethostname()}:{os.getpid()}"
+        self.me = f"{machine.name()}:{os.getpid()}"
         self.storage = open_storage(plan.url)
+        about: dict[str, Any] = {
+            "storage": self.storage,
+            "study_name": plan.name,
+            "pruner": pruner(plan.pruner),
+        }
         with one_sentence(plan.url):
-            self.study = optuna.create_study(
-                storage=self.storage,
-                study_name=plan.name,
-                direction="maximize",
-                load_if_exists=True,
-                pruner=pruner(plan.pruner),
-            )
+            try:
+                if new:
+                    self.study = optuna.create_study(**about, direction="maximize", load_if_exists=True)
+                else:
+                    self.study = optuna.load_study(**about)
+            except KeyError:
+                raise StorageGone("the storage has lost its sweep") from None
         self._heard: dict[int, tuple[Any, float]] = {}  # by trial: its last beat, and when it was heard first
         self._shunned: dict[int, float] = {}  # indices of trials that another process holds, and until when
 
@@ -123,6 +154,11 @@ class Board:
     def begin(self) -> None:
         """Queues the trials that the storage lacks. Raises RunFolderError where it has those of another sweep."""
         mine, found = self.plan.space.plan(), self.study.user_attrs.get("plan")
+        ours = isinstance(found, dict) or (found is None and not self.study.get_trials(deepcopy=False))
+        if not ours or self.study.directions != [StudyDirection.MAXIMIZE]:
+            raise RunFolderError(
+                f"the storage has a study named {shown(self.plan.name)} that is no sweep: choose another run_dir"
+            )
         if found is None:
             self.study.set_user_attr("plan", mine)
         elif differing := [key for key in {**mine, **found} if mine.get(key) != found.get(key)]:
@@ -216,8 +252,9 @@ class Board:
         self.storage.set_trial_user_attr(trial_id, name, value)
 
     @patient
-    def notes(self, trial_id: int) -> Mapping[str, Any]:
-        return self.storage.get_trial(trial_id).user_attrs
+    def now(self, entry: Entry) -> Entry:
+        """The trial as the storage has it now."""
+        return self._entry(entry.index, self.storage.get_trial(entry.trial_id))
 
     @patient
     def end(self, trial_id: int, state: TrialState, value: float | None = None) -> None:
@@ -230,43 +267,46 @@ class Board:
 
     # Those whose worker is gone --------------------------------------------------------------------------------
 
-    def rescue(self, entries: Sequence[Entry]) -> list[int]:
+    def rescue(self, entries: Sequence[Entry], *, blame: bool = True) -> list[int]:
         """Queues trials again whose worker is gone: its process on this machine, or elsewhere its sign of life.
 
         Returns their indices. Signs of life are counted, not dated, so that clocks need not agree.
+
+        blame  whether the trial may have ended the process, and so may count as failed
         """
         rescued, now = [], time.monotonic()
         for entry in entries:
             if entry.state != RUNNING:
                 self._heard.pop(entry.index, None)
                 continue
-            beat = entry.notes.get("worker"), entry.notes.get("beat"), len(entry.curve)
             last, since = self._heard.get(entry.index, (None, now))
-            if beat != last:
-                self._heard[entry.index] = beat, now
+            if entry.sign != last:
+                self._heard[entry.index] = entry.sign, now
                 since = now
-            worker = str(entry.notes.get("worker", ""))
-            lives = _lives(worker)
+            lives = _lives(entry.worker)
             grace = LONG_GRACE_SECONDS if lives else GRACE_SECONDS
             if lives is not False and now - since < grace:
                 continue
-            if str(self.notes(entry.trial_id).get("worker", "")) != worker:  # somebody else was faster
+            if self.now(entry).sign != entry.sign:  # it has ended, or lives, or somebody else was faster
                 continue
-            rescued.append(entry.index)
             self._heard.pop(entry.index, None)
-            deaths = int(entry.notes.get("deaths", 0)) + 1
-            self.note(entry.trial_id, "deaths", deaths)
-            if deaths < MOST_DEATHS:
-                self.requeue(entry.trial_id)
-                continue
-            self.note(
-                entry.trial_id,
-                "error",
-                f"its process ended {deaths} times within one round: memory may be used up, and fewer --workers need "
-                "less",
-            )
-            self.end(entry.trial_id, FAILED)
+            rescued.append(entry.index)
+            with suppress(Lost):  # it ended just now
+                self._queue_again(entry, int(entry.notes.get("deaths", 0)) + blame)
         return rescued
+
+    def _queue_again(self, entry: Entry, deaths: int) -> None:
+        self.note(entry.trial_id, "deaths", deaths)
+        if deaths < MOST_DEATHS:
+            self.requeue(entry.trial_id)
+            return
+        self.note(
+            entry.trial_id,
+            "error",
+            f"its process ended {deaths} times and got no further: memory may be used up, and fewer --workers need "
+            "less",
+        )
+        self.end(entry.trial_id, FAILED)
 
     def forget_silence(self) -> None:
         """After a time without the storage, in which no sign of life could arrive."""
@@ -293,25 +333,35 @@ class Claim:
         number = int(self.entry.notes.get("beat", 0))
         while not self._over.wait(BEAT_SECONDS):
             number += 1
+            storage = self.board.storage
             with suppress(Exception):  # a storage that is away hears the next one
-                self.board.storage.set_trial_user_attr(self.id, "beat", number)
+                if storage.get_trial(self.id).user_attrs.get("worker") == self.board.me:
+                    storage.set_trial_user_attr(self.id, "beat", number)
         self.board.storage.remove_session()
 
+    def _check_mine(self) -> Entry:
+        """The trial as it is now. Raises Lost where it is another process's: what this one says counts no more."""
+        now = self.board.now(self.entry)
+        if now.worker != self.board.me:
+            raise Lost
+        return now
+
     def starts_at(self, round: int, epoch: int) -> None:
-        """Notes where the checkpoint stood when this process took the trial."""
-        starts = [*self.entry.notes.get("starts", []), [round, epoch]]
-        self.board.note(self.id, "starts", starts)
+        """Notes where the checkpoint stood when this process took the trial. Raises Lost."""
+        self._check_mine()
+        starts = self.entry.notes.get("starts", [])
+        if starts and [round, epoch] > starts[-1] and self.entry.notes.get("deaths"):
+            self.board.note(self.id, "deaths", 0)
+        self.board.note(self.id, "starts", [*starts[1 - MOST_STARTS :], [round, epoch]])
 
     def report(self, round: int, score: float) -> bool:
         """Keeps what a round came to. Returns whether the pruner ends the trial. Raises Lost."""
         if round in self.entry.curve:  # before this process took it
             return False
-        notes = self.board.notes(self.id)
-        if notes.get("worker") != self.board.me:
-            raise Lost
+        now = self._check_mine()
         prune: bool = self._report(round, score)
         self.entry.curve[round] = score
-        if notes.get("deaths"):
+        if now.notes.get("deaths"):
             self.board.note(self.id, "deaths", 0)
         return prune
 
@@ -324,6 +374,8 @@ class Claim:
         return bool(both(self.board))
 
     def ended(self, numbers: Mapping[str, Any], *, pruned: bool = False) -> None:
+        """Raises Lost."""
+        self._check_mine()
         self.board.note(self.id, "numbers", dict(numbers))
         curve = self.entry.curve
         self.board.end(
@@ -331,6 +383,8 @@ class Claim:
         )
 
     def failed(self, sentence: str) -> None:
+        """Raises Lost."""
+        self._check_mine()
         self.board.note(self.id, "error", sentence)
         self.board.end(self.id, FAILED)
 
@@ -338,7 +392,8 @@ class Claim:
         """Leaves the trial to whoever comes next. Where the storage is away, it is found out by its silence."""
         self.board.patience = 0.0
         try:
-            with suppress(StorageGone):
+            with suppress(StorageGone, Lost):
+                self._check_mine()
                 self.board.requeue(self.id)
         finally:
             self.board.patience = PATIENCE_SECONDS
@@ -347,7 +402,7 @@ class Claim:
 def _lives(worker: str) -> bool | None:
     """Whether it is a process of this machine that lives, or was one; None for those of other machines."""
     host, _, pid = worker.rpartition(":")
-    if host != socket.gethostname() or not pid.isdecimal():
+    if host != machine.name() or not pid.isdecimal():
         return None
     try:
         os.kill(int(pid), 0)
@@ -369,4 +424,4 @@ def look(plan: Plan) -> list[Entry]:
         engine.dispose()
         if not there or plan.name not in optuna.get_all_study_names(plan.url):
             return []
-    return Board(plan).entries()
+    return Board(plan, new=False).entries()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,12 @@ from ups_fast.trials import Trial, begin
 from ups_fast.words import line_of
 from ups_fast.workers import REMEDY
 
-# What no trial is to blame for, and the next one would meet, too.
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
+# What no trial is to blame for, and the next one would meet, too: disks that are full, gone or closed, and data that
+# are, as no key that varies names a path.
+_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV),
+)
 WAIT_SECONDS = 1.0  # after a trial that another process holds
 _boards: dict[Plan, Board] = {}  # of this process, one
 
@@ -44,13 +48,17 @@ class Slot:
 def run_one(slot: Slot, tell: Callable[[str], None]) -> str:
     """Runs trials until none waits. Returns "", or why this machine cannot go on: the trial then waits again."""
     try:
-        board = _boards.get(slot.plan) or _boards.setdefault(slot.plan, Board(slot.plan))
-        while (claim := board.claim()) is not None:
-            if sentence := _run(board, claim, slot):
-                return sentence
+        board = _boards.get(slot.plan) or _boards.setdefault(slot.plan, Board(slot.plan, new=False))
+        while True:
+            tell("looks for a trial")
+            claim = board.claim()
+            if claim is None:
+                return ""
+            with suppress(Lost):
+                if sentence := _run(board, claim, slot):
+                    return sentence
     except StorageGone as error:
         return str(error)
-    return ""
 
 
 def _run(board: Board, claim: Claim, slot: Slot) -> str:
@@ -62,13 +70,11 @@ def _run(board: Board, claim: Claim, slot: Slot) -> str:
     except KeyboardInterrupt:  # everything is saved
         claim.release()
         raise
-    except Lost:
-        pass
     except InUse:  # by a process that was taken for dead, or by the user
         claim.release()
         board.shun(claim.entry.index)
         time.sleep(WAIT_SECONDS)
-    except StorageGone:
+    except (Lost, StorageGone):
         raise
     except Exception as error:  # of this trial alone: the others go on
         if (number := _errno(error)) in _MACHINE:

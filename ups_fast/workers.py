@@ -61,7 +61,8 @@ def run_trials(
     """Gives each trial to the next of `workers` processes that is free, until all have ended.
 
     trials   asked for the next one only when a process is free, so that it may depend on what `told` has heard
-    run_one  run_one(trial, tell) in the other process, a function of a module; `tell` takes a few words
+    run_one  run_one(trial, tell) in the other process, a function of a module; `tell` takes a few words, and raises
+             KeyboardInterrupt once the processes are to end
     told     hears, in this process, what happens to each trial
     tick     called a few times a second
 
@@ -140,9 +141,9 @@ def _heard(worker: _Worker) -> News:
 
 def _end(busy: list[_Worker], free: list[_Worker]) -> None:
     """Waits for all processes; those in a trial save it first."""
-    for worker in free:
-        worker.pipe.close()  # there will be no other trial
-    for worker in busy:
+    for worker in [*free, *busy]:
+        _send(worker.pipe, None)  # there will be no other trial
+    for worker in busy:  # a trial that is about to end may hear no signal any more
         worker.process.terminate()
     for worker in [*free, *busy]:
         worker.process.join()
@@ -153,15 +154,21 @@ def _end(busy: list[_Worker], free: list[_Worker]) -> None:
 
 
 def _work(run_one: RunOne, pipe: Connection) -> None:
+    def tell(text: str) -> None:
+        if pipe.poll():  # amid a trial nothing comes but the end
+            raise KeyboardInterrupt
+        pipe.send(News("says", text))
+
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             trial = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            return
+        if trial is None:
             return
         try:
-            news = _outcome(run_one, trial, lambda text: pipe.send(News("says", text)))
-            pipe.send(news)
+            pipe.send(_outcome(run_one, trial, tell))
         except (KeyboardInterrupt, OSError):  # it is asked to end, or nobody listens any more
             return
 

@@ -63,8 +63,10 @@ ORDER = [
     "sweep_space",
     "sweep_optuna",
     "sweep_storage",
+    "sweep_claims",
     "sweep_worker",
     "sweep_results",
+    "sweep_drive",
     "sweep",
 ]
 BASE = {

@@ -25,11 +25,12 @@ from rich.console import Console
 from test_rounds import one_thread
 from test_study import Links, features, threads
 
-from ups_fast import sweep, sweep_optuna, sweep_storage, sweep_worker, workers
+from ups_fast import sweep, sweep_drive, sweep_optuna, sweep_storage, sweep_worker, workers
 from ups_fast.files import RunFolderError
 from ups_fast.report import sweep_figure
 from ups_fast.report.sweep_page import points_of, sweep_page
 from ups_fast.state import task_in
+from ups_fast.sweep_claims import Claims, Rescue
 from ups_fast.sweep_space import read
 from ups_fast.sweep_storage import FAILED, RUNNING, WAITING, Board, Plan, StorageGone
 
@@ -144,31 +145,32 @@ def test_a_trial_is_claimed_once_and_comes_back_when_its_process_is_gone(tmp_pat
     monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now[0])
     plan = plan_of(tmp_path, "train.lr=0.1,0.2", "seed=0,1")
     one, two = Board(plan), Board(plan)
+    of_one, of_two = Rescue(one), Rescue(two)
     one.begin()
     two.begin()  # adds nothing
-    claimed = [board.claim() for board in (one, two, one, two, one)]
+    claimed = [Claims(board).take() for board in (one, two, one, two, one)]
     assert [claim.entry.index if claim else None for claim in claimed] == [0, 1, 2, 3, None]
     assert claimed[1].entry.values == {"train.lr": "0.1"} and claimed[1].entry.seed == 1
-    assert one.rescue(one.entries()) == []  # this process lives
+    assert of_one(one.entries()) == []  # this process lives
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = one.me.rpartition(":")[0]
     one.note(claimed[1].id, "worker", f"{host}:{dead.pid}")
     one.note(claimed[2].id, "worker", "elsewhere:1")
-    assert two.rescue(two.entries()) == [1]
-    assert one.rescue(one.entries()) == []  # it is done
+    assert of_two(two.entries()) == [1]
+    assert of_one(one.entries()) == []  # it is done
     assert [entry.state for entry in one.entries()] == [RUNNING, WAITING, RUNNING, RUNNING]
-    again = one.claim()
+    again = Claims(one).take()
     assert again.entry.index == 1 and again.id == claimed[1].id
 
     # Of another machine only silence tells.
     now[0] = 59
-    assert one.rescue(one.entries()) == []
+    assert of_one(one.entries()) == []
     one.note(claimed[2].id, "beat", 7)
     now[0] = 100
-    assert one.rescue(one.entries()) == []
+    assert of_one(one.entries()) == []
     now[0] = 170
-    assert one.rescue(one.entries()) == [2]
+    assert of_one(one.entries()) == [2]
 
 
 def test_a_trial_that_ends_its_process_again_and_again_has_failed(tmp_path):
@@ -177,20 +179,20 @@ def test_a_trial_that_ends_its_process_again_and_again_has_failed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for deaths in range(1, 6):
-        claim = board.claim()
+        claim = Claims(board).take()
         assert claim.entry.index == 0
         if deaths == 3:
             assert claim.report(0, 0.5) is False  # a finished round: it gets further
             assert board.entries()[0].notes["deaths"] == 0
         board.note(claim.id, "worker", f"{board.me.rpartition(':')[0]}:{dead.pid}")
-        board.rescue(board.entries())
+        Rescue(board)(board.entries())
     for _ in range(2):
-        claim = board.claim()
+        claim = Claims(board).take()
         board.note(claim.id, "worker", f"{board.me.rpartition(':')[0]}:{dead.pid}")
-        board.rescue(board.entries())
+        Rescue(board)(board.entries())
     first = board.entries()[0]
     assert first.state == FAILED and "its process ended 5 times" in first.notes["error"]
-    assert first.curve == {0: 0.5} and board.claim().entry.index == 1
+    assert first.curve == {0: 0.5} and Claims(board).take().entry.index == 1
 
 
 def test_the_seeds_of_a_point_share_its_values_and_points_do_not_depend_on_who_draws(tmp_path):
@@ -202,13 +204,13 @@ def test_the_seeds_of_a_point_share_its_values_and_points_do_not_depend_on_who_d
         boards = [Board(plan) for _ in range(count)]
         boards[0].begin()
         for at in range(5):
-            claim = boards[at % count].claim()
+            claim = Claims(boards[at % count]).take()
             assert claim.entry.index == at
             values = claim.board.draw(claim.entry)
             assert claim.board.draw(claim.entry) == values  # again: the same
             claim.report(0, 0.5)
             claim.ended({})
-        assert boards[0].claim() is None
+        assert Claims(boards[0]).take() is None
         entries = boards[0].entries()
         values = [tuple(entry.values.items()) for entry in entries]
         assert len(set(values)) == 3 and values[0] == values[1] and values[2] == values[3]
@@ -223,7 +225,7 @@ def test_the_seeds_of_a_point_share_its_values_and_points_do_not_depend_on_who_d
 def test_a_process_that_was_taken_for_dead_gives_up_its_trial(tmp_path):
     board = Board(plan_of(tmp_path, "train.lr=0.1,0.2"))
     board.begin()
-    claim = board.claim()
+    claim = Claims(board).take()
     board.requeue(claim.id)
     with pytest.raises(sweep_storage.Lost):
         claim.report(0, 0.5)
@@ -280,19 +282,19 @@ def test_a_storage_that_is_away_is_waited_for(tmp_path, monkeypatch):
     board.storage.engine.dispose()
     (tmp_path / "sweep.db").rename(hidden)
     threading.Timer(0.3, lambda: hidden.replace(tmp_path / "sweep.db")).start()
-    assert board.claim().entry.index == 0
+    assert Claims(board).take().entry.index == 0
     board.storage.engine.dispose()
     (tmp_path / "sweep.db").rename(hidden)
     board.patience = 0.1
     with pytest.raises(StorageGone, match="the storage does not answer: no such table"):
-        board.claim()
+        Claims(board).take()
 
 
 def test_a_process_that_has_lost_its_trial_says_no_more_of_it(tmp_path):
     """It may wake up after a minute: what it then says of the trial must not count."""
     board = Board(plan_of(tmp_path, "train.lr=0.1,0.2"))
     board.begin()
-    claim = board.claim()
+    claim = Claims(board).take()
     for worker in ("elsewhere:1", ""):
         board.note(claim.id, "worker", worker)
         for say in (
@@ -318,7 +320,8 @@ def test_only_what_is_silent_now_is_taken_for_dead(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_storage.time, "monotonic", lambda: now[0])
     board = Board(plan_of(tmp_path, "train.lr=0.1,0.2", "seed=0,1"))
     board.begin()
-    ids = [board.claim().id for _ in range(4)]
+    rescue = Rescue(board)
+    ids = [Claims(board).take().id for _ in range(4)]
     host, _, pid = board.me.rpartition(":")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -328,11 +331,11 @@ def test_only_what_is_silent_now_is_taken_for_dead(tmp_path, monkeypatch):
         ids[2], "worker", f"{host.partition('/')[0]}:{dead.pid}"
     )  # of another machine of the same name
     old = board.entries()
-    assert board.rescue(old[:1] + old[2:]) == []
+    assert rescue(old[:1] + old[2:]) == []
     board.note(ids[0], "beat", 8)
     board.end(ids[1], sweep_storage.COMPLETE, 1.0)
     now[0] = 100.0
-    assert board.rescue(old) == [2]
+    assert rescue(old) == [2]
     entries = board.entries()
     assert [entry.state.name for entry in entries] == ["RUNNING", "COMPLETE", "WAITING", "RUNNING"]
     assert entries[3].where == f"{host.partition('/')[0]}:{pid}"
@@ -345,10 +348,10 @@ def test_a_trial_that_gets_further_is_not_blamed_for_processes_that_end(tmp_path
     dead.wait()
     deaths = []
     for epoch in (0, 0, 1, 2, 2):
-        claim = board.claim()
+        claim = Claims(board).take()
         claim.starts_at(0, epoch)
         board.note(claim.id, "worker", f"{board.me.rpartition(':')[0]}:{dead.pid}")
-        board.rescue(board.entries(), blame=epoch < 2)
+        Rescue(board)(board.entries(), blame=epoch < 2)
         deaths.append(board.entries()[0].notes["deaths"])
     assert deaths == [1, 2, 1, 0, 0]
 
@@ -393,7 +396,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pictures, which take longer than the trials."""
     monkeypatch.setattr(sweep_figure, "rounds", lambda *_: "")
     monkeypatch.setattr(sweep_figure, "by_key", lambda *_: "")
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(sweep_drive, "POLL_SECONDS", 0.1)
 
 
 def test_a_sweep_and_the_same_command_again(tiny, tmp_path, capsys, quick, threads, one_thread):
@@ -500,7 +503,7 @@ def test_what_has_run_stays_on_the_page_and_a_page_that_cannot_be_written_hides_
         raise RunFolderError("x could not be written") from OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(sweep_worker, "begin", full)
-    monkeypatch.setattr(sweep, "write", full)
+    monkeypatch.setattr(sweep_drive, "write", full)
     assert sweep.main([*words, "--trials", "4"]) == 2
     assert "x could not be written: make room; 3 done of 4" in capsys.readouterr().err
     monkeypatch.undo()
@@ -512,10 +515,10 @@ def test_what_has_run_stays_on_the_page_and_a_page_that_cannot_be_written_hides_
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_the_table_of_trials_in_progress_fits_its_terminal(width):
-    entry = sweep.Entry(7, RUNNING, {"train.lr": 0.0312, "select.tau_p": "0.6"}, 3, 0.5, {0: 0.5}, {})
+    entry = sweep_drive.Entry(7, RUNNING, {"train.lr": 0.0312, "select.tau_p": "0.6"}, 3, 0.5, {0: 0.5}, {})
     entry.notes = {"worker": "host/1234-5:678"}
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(sweep.table_of("1 begun of 9", [entry], {7: 12.3}, width))
+    console.print(sweep_drive.table_of("1 begun of 9", [entry], {7: 12.3}, width))
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= width and "…" not in shown
     row = "".join(shown.split())

@@ -8,9 +8,8 @@ its run folder: no moment exists at which a trial is in neither state, so none c
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +26,8 @@ from ups_fast.sweep_optuna import GONE, distribution, one_sentence, open_storage
 from ups_fast.sweep_space import Space, Values
 from ups_fast.words import shown
 
-BEAT_SECONDS = 10.0  # a worker says so often that it lives
-GRACE_SECONDS = 60.0  # one of another machine that has not for so long is gone
-LONG_GRACE_SECONDS = 900.0  # one of this machine, whose number another process may have taken
 PATIENCE_SECONDS = 120.0  # so long a storage that does not answer is waited for
 RETRY_SECONDS = 0.5
-MOST_DEATHS = 5  # of processes in one trial, none of which got further than the one before
-MOST_STARTS = 100  # of a trial that are kept
 WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
 PRUNED, FAILED = TrialState.PRUNED, TrialState.FAIL
 
@@ -147,8 +141,6 @@ class Board:
                     self.study = optuna.load_study(**about)
             except KeyError:
                 raise StorageGone("the storage has lost its sweep") from None
-        self._heard: dict[int, tuple[Any, float]] = {}  # by trial: its last beat, and when it was heard first
-        self._shunned: dict[int, float] = {}  # indices of trials that another process holds, and until when
 
     @patient
     def begin(self) -> None:
@@ -210,29 +202,16 @@ class Board:
             index, trial.state, dict(trial.params), seed, score, curve, trial.user_attrs, trial._trial_id
         )
 
-    # Claims --------------------------------------------------------------------------------------------------
+    # One trial -----------------------------------------------------------------------------------------------
 
     @patient
-    def claim(self) -> Claim | None:
-        """A trial that waits, now this process's: first those whose point is drawn. None where none waits."""
-        now = time.monotonic()
-        waiting = [each for each in self.entries() if each.state == WAITING and each.index < self.plan.trials]
-        for entry in sorted(
-            waiting,
-            key=lambda each: (self._shunned.get(each.index, 0) > now, not each.values, each.index),
-        ):
-            try:
-                if not self.storage.set_trial_state_values(entry.trial_id, RUNNING):
-                    continue
-            except UpdateFinishedTrialError:
-                continue
-            self.note(entry.trial_id, "worker", self.me)
-            return Claim(self, entry)
-        return None
-
-    def shun(self, index: int) -> None:
-        """Claims it last for a while."""
-        self._shunned[index] = time.monotonic() + GRACE_SECONDS
+    def take(self, entry: Entry) -> bool:
+        """Makes a trial that waits this process's. False where another one was faster."""
+        with suppress(UpdateFinishedTrialError):
+            if self.storage.set_trial_state_values(entry.trial_id, RUNNING):
+                self.note(entry.trial_id, "worker", self.me)
+                return True
+        return False
 
     @patient
     def draw(self, entry: Entry) -> Values:
@@ -264,153 +243,6 @@ class Board:
     def requeue(self, trial_id: int) -> None:
         self.note(trial_id, "worker", "")  # first, so that the next worker is not taken for the last one
         self.end(trial_id, WAITING)
-
-    # Those whose worker is gone --------------------------------------------------------------------------------
-
-    def rescue(self, entries: Sequence[Entry], *, blame: bool = True) -> list[int]:
-        """Queues trials again whose worker is gone: its process on this machine, or elsewhere its sign of life.
-
-        Returns their indices. Signs of life are counted, not dated, so that clocks need not agree.
-
-        blame  whether the trial may have ended the process, and so may count as failed
-        """
-        rescued, now = [], time.monotonic()
-        for entry in entries:
-            if entry.state != RUNNING:
-                self._heard.pop(entry.index, None)
-                continue
-            last, since = self._heard.get(entry.index, (None, now))
-            if entry.sign != last:
-                self._heard[entry.index] = entry.sign, now
-                since = now
-            lives = _lives(entry.worker)
-            grace = LONG_GRACE_SECONDS if lives else GRACE_SECONDS
-            if lives is not False and now - since < grace:
-                continue
-            if self.now(entry).sign != entry.sign:  # it has ended, or lives, or somebody else was faster
-                continue
-            self._heard.pop(entry.index, None)
-            rescued.append(entry.index)
-            with suppress(Lost):  # it ended just now
-                self._queue_again(entry, int(entry.notes.get("deaths", 0)) + blame)
-        return rescued
-
-    def _queue_again(self, entry: Entry, deaths: int) -> None:
-        self.note(entry.trial_id, "deaths", deaths)
-        if deaths < MOST_DEATHS:
-            self.requeue(entry.trial_id)
-            return
-        self.note(
-            entry.trial_id,
-            "error",
-            f"its process ended {deaths} times and got no further: memory may be used up, and fewer --workers need "
-            "less",
-        )
-        self.end(entry.trial_id, FAILED)
-
-    def forget_silence(self) -> None:
-        """After a time without the storage, in which no sign of life could arrive."""
-        self._heard.clear()
-
-
-class Claim:
-    """A trial while this process runs it. As a context it gives signs of life."""
-
-    def __init__(self, board: Board, entry: Entry) -> None:
-        self.board, self.entry, self.id = board, entry, entry.trial_id
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Claim:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        number = int(self.entry.notes.get("beat", 0))
-        while not self._over.wait(BEAT_SECONDS):
-            number += 1
-            storage = self.board.storage
-            with suppress(Exception):  # a storage that is away hears the next one
-                if storage.get_trial(self.id).user_attrs.get("worker") == self.board.me:
-                    storage.set_trial_user_attr(self.id, "beat", number)
-        self.board.storage.remove_session()
-
-    def _check_mine(self) -> Entry:
-        """The trial as it is now. Raises Lost where it is another process's: what this one says counts no more."""
-        now = self.board.now(self.entry)
-        if now.worker != self.board.me:
-            raise Lost
-        return now
-
-    def starts_at(self, round: int, epoch: int) -> None:
-        """Notes where the checkpoint stood when this process took the trial. Raises Lost."""
-        self._check_mine()
-        starts = self.entry.notes.get("starts", [])
-        if starts and [round, epoch] > starts[-1] and self.entry.notes.get("deaths"):
-            self.board.note(self.id, "deaths", 0)
-        self.board.note(self.id, "starts", [*starts[1 - MOST_STARTS :], [round, epoch]])
-
-    def report(self, round: int, score: float) -> bool:
-        """Keeps what a round came to. Returns whether the pruner ends the trial. Raises Lost."""
-        if round in self.entry.curve:  # before this process took it
-            return False
-        now = self._check_mine()
-        prune: bool = self._report(round, score)
-        self.entry.curve[round] = score
-        if now.notes.get("deaths"):
-            self.board.note(self.id, "deaths", 0)
-        return prune
-
-    def _report(self, round: int, score: float) -> bool:
-        @patient
-        def both(board: Board) -> bool:
-            board.storage.set_trial_intermediate_value(self.id, round, score)
-            return optuna.trial.Trial(board.study, self.id).should_prune()
-
-        return bool(both(self.board))
-
-    def ended(self, numbers: Mapping[str, Any], *, pruned: bool = False) -> None:
-        """Raises Lost."""
-        self._check_mine()
-        self.board.note(self.id, "numbers", dict(numbers))
-        curve = self.entry.curve
-        self.board.end(
-            self.id, PRUNED if pruned else COMPLETE, curve[max(curve)] if pruned else max(curve.values())
-        )
-
-    def failed(self, sentence: str) -> None:
-        """Raises Lost."""
-        self._check_mine()
-        self.board.note(self.id, "error", sentence)
-        self.board.end(self.id, FAILED)
-
-    def release(self) -> None:
-        """Leaves the trial to whoever comes next. Where the storage is away, it is found out by its silence."""
-        self.board.patience = 0.0
-        try:
-            with suppress(StorageGone, Lost):
-                self._check_mine()
-                self.board.requeue(self.id)
-        finally:
-            self.board.patience = PATIENCE_SECONDS
-
-
-def _lives(worker: str) -> bool | None:
-    """Whether it is a process of this machine that lives, or was one; None for those of other machines."""
-    host, _, pid = worker.rpartition(":")
-    if host != machine.name() or not pid.isdecimal():
-        return None
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def look(plan: Plan) -> list[Entry]:

@@ -17,7 +17,8 @@ from ups_fast.checkpoint import load_checkpoint
 from ups_fast.command import mistake_of
 from ups_fast.files import InUse
 from ups_fast.state import Row, headline_of
-from ups_fast.sweep_storage import Board, Claim, Lost, Plan, StorageGone
+from ups_fast.sweep_claims import Claim, Claims
+from ups_fast.sweep_storage import Board, Lost, Plan, StorageGone
 from ups_fast.trials import Trial, begin
 from ups_fast.words import line_of
 from ups_fast.workers import REMEDY
@@ -29,7 +30,7 @@ _MACHINE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV),
 )
 WAIT_SECONDS = 1.0  # after a trial that another process holds
-_boards: dict[Plan, Board] = {}  # of this process, one
+_claims: dict[Plan, Claims] = {}  # of this process, one
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,25 @@ class Slot:
 def run_one(slot: Slot, tell: Callable[[str], None]) -> str:
     """Runs trials until none waits. Returns "", or why this machine cannot go on: the trial then waits again."""
     try:
-        board = _boards.get(slot.plan) or _boards.setdefault(slot.plan, Board(slot.plan, new=False))
+        if slot.plan not in _claims:
+            _claims[slot.plan] = Claims(Board(slot.plan, new=False))
+        claims = _claims[slot.plan]
         while True:
             tell("looks for a trial")
-            claim = board.claim()
+            claim = claims.take()
             if claim is None:
                 return ""
             with suppress(Lost):
-                if sentence := _run(board, claim, slot):
+                if sentence := _run(claims, claim, slot):
                     return sentence
     except StorageGone as error:
         return str(error)
 
 
-def _run(board: Board, claim: Claim, slot: Slot) -> str:
+def _run(claims: Claims, claim: Claim, slot: Slot) -> str:
     try:
         with claim:
-            values = board.draw(claim.entry)
+            values = claims.board.draw(claim.entry)
             cfg = slot.plan.space.trial(claim.entry.index, values, claim.entry.seed)
             _train(claim, replace(cfg, device=slot.device))
     except KeyboardInterrupt:  # everything is saved
@@ -72,7 +75,7 @@ def _run(board: Board, claim: Claim, slot: Slot) -> str:
         raise
     except InUse:  # by a process that was taken for dead, or by the user
         claim.release()
-        board.shun(claim.entry.index)
+        claims.shun(claim.entry.index)
         time.sleep(WAIT_SECONDS)
     except (Lost, StorageGone):
         raise

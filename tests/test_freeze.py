@@ -281,6 +281,18 @@ def test_a_file_is_of_its_key_alone(tmp_path):
         read_rows(tmp_path / "b.npy", "b", (3, 5))
 
 
+def test_processes_share_the_memory_of_a_file_and_none_can_change_it(tmp_path):
+    rows = torch.randn(300, 500)
+    write_rows(tmp_path / "a.npy", "a", rows)
+    one, other = (read_rows(tmp_path / "a.npy", "a", (300, 500)) for _ in range(2))
+    if sys.platform == "linux":
+        assert Path("/proc/self/maps").read_text().count(str(tmp_path / "a.npy")) == 2
+    one.zero_()
+    assert torch.equal(other, rows) and torch.equal(read_rows(tmp_path / "a.npy", "a", (300, 500)), rows)
+    (tmp_path / "a.npy").unlink()
+    assert torch.equal(other, rows)
+
+
 def test_a_full_disk_is_a_warning(tmp_path, weights, monkeypatch):
     before = files._new
 

@@ -25,7 +25,7 @@ def write_rows(path: Path, key: str, rows: Tensor) -> None:  # float32 [N, d], o
 
 
 def read_rows(path: Path, key: str, shape: tuple[int, int]) -> Tensor:  # float32 [N, d]
-    """What was written for this key.
+    """What was written for this key, from the file itself: processes of a machine have it in memory once.
 
     Raises FileNotFoundError where there is no such file; ValueError, or whatever a stranger's bytes cause, where it is
     damaged or of something else.
@@ -39,8 +39,10 @@ def read_rows(path: Path, key: str, shape: tuple[int, int]) -> Tensor:  # float3
         size = os.fstat(file.fileno()).st_size
         if size != file.tell() + 4 * shape[0] * shape[1] + _DIGEST:
             raise ValueError(f"it has {size:,} bytes, which are too few or too many")
-        rows = np.empty(shape, np.float32)
-        file.readinto(rows.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined,arg-type]
+        rows = np.memmap(
+            file, np.float32, "c", file.tell(), shape
+        )  # written to, it changes for this process alone
+        file.seek(-_DIGEST, os.SEEK_END)
         if file.read() != _digest(key, rows):
             raise ValueError("its content has changed")
     return torch.from_numpy(rows)

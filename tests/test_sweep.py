@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -42,12 +43,16 @@ DIGITS = str(ROOT / "configs/digits.yaml")
 @pytest.fixture
 def tiny(features: Path, tmp_path: Path) -> list[str]:
     """The words of a command whose trials take a moment."""
-    config = tmp_path / "tiny.yaml"
+    return tiny_in(tmp_path, features)
+
+
+def tiny_in(folder: Path, features: Path) -> list[str]:
+    config = folder / "tiny.yaml"
     config.write_text(
         f"recipe: features\ndata: {{root: {features}, val_share: 0.3}}\n"
         "train: {rounds: 2, min_steps: 2, batch_size: 25}\nselect: {heads: 1, passes: 2, uncertainty: dropout}\n"
     )
-    return [str(config), f"run_dir={tmp_path / 'out'}", "--workers", "2"]
+    return [str(config), f"run_dir={folder / 'out'}", "--workers", "2"]
 
 
 @cache
@@ -640,13 +645,45 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if key != "seconds"} for line in lines_of(folder)]
 
 
-LONG = ("train.epochs=25", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9")
+LONG = (
+    *("train.epochs=25", "checkpoint_seconds=0.05", "train.lr=0.05,0.1", "select.tau_p=0.6,0.8,0.9"),
+    "seed=0,1",
+)
+
+
+def plan_from(words: Sequence[str]) -> Plan:
+    args = sweep._words(words)
+    return sweep._plan(args, read(args.config, args.overrides))
+
+
+@pytest.fixture(scope="module")
+def two_at_once(features: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words of a sweep of twelve that two commands have run at once, while the storage was away for a while."""
+    folder = tmp_path_factory.mktemp("two")
+    words = [*tiny_in(folder, features), *LONG]
+    both = [command(*words), command(*words)]
+    under_way(both[0], folder / "out", 0)
+    with sqlite3.connect(folder / "out/sweep.db", timeout=60, isolation_level=None) as held:
+        held.execute("BEGIN EXCLUSIVE")
+        time.sleep(10)
+        held.execute("ROLLBACK")
+    ends = [process.communicate(timeout=1200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    return words
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_sweep_of_twelve_that_is_killed_ends_with_the_same_twelve(tiny, tmp_path):
-    words = [*tiny, *LONG, "seed=0,1"]
+def test_two_sweeps_on_one_storage_share_the_trials_and_outlast_it_for_ten_seconds(two_at_once):
+    entries = Board(plan_from(two_at_once)).entries()
+    assert [entry.state.name for entry in entries] == ["COMPLETE"] * 12
+    assert all(len(entry.notes["starts"]) == 1 for entry in entries), "no trial is run twice"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sweep_of_twelve_that_is_killed_ends_with_the_same_twelve(tiny, tmp_path, two_at_once):
+    words = [*tiny, *LONG]
     for how in ("worker", "sweep", "ctrl-c", "sigterm"):
         process = command(*words)
         under_way(process, tmp_path / "out", time.time())
@@ -670,32 +707,7 @@ def test_a_sweep_of_twelve_that_is_killed_ends_with_the_same_twelve(tiny, tmp_pa
     starts = [entry.notes["starts"] for entry in Board(plan_from(words)).entries()]
     again = [start for each in starts for start in each[1:]]
     assert again and any(epoch > 0 for _, epoch in again), "a trial goes on from its checkpoint"
-    whole = [word.replace("/out", "/whole") for word in words]
-    process = command(*whole)
-    assert process.wait(timeout=900) == 0
-    assert found == numbers(tmp_path / "whole")
-
-
-def plan_from(words: list[str]) -> Plan:
-    args = sweep._words(words)
-    return sweep._plan(args, read(args.config, args.overrides))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_sweeps_on_one_storage_share_the_trials_and_outlast_it_for_ten_seconds(tiny, tmp_path):
-    words = [*tiny, *LONG, "seed=0,1"]
-    both = [command(*words), command(*words)]
-    under_way(both[0], tmp_path / "out", 0)
-    with sqlite3.connect(tmp_path / "out/sweep.db", timeout=60, isolation_level=None) as held:
-        held.execute("BEGIN EXCLUSIVE")
-        time.sleep(10)
-        held.execute("ROLLBACK")
-    ends = [process.communicate(timeout=1200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    entries = Board(plan_from(words)).entries()
-    assert [entry.state.name for entry in entries] == ["COMPLETE"] * 12
-    assert all(len(entry.notes["starts"]) == 1 for entry in entries), "no trial is run twice"
+    assert found == numbers(Path(two_at_once[1].partition("=")[2]))
 
 
 @pytest.mark.slow

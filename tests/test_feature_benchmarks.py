@@ -25,6 +25,12 @@ def test_the_tables_of_the_docs_are_those_of_the_record(name):
         assert f"\n{table}\n" in text, title
 
 
+def test_the_table_of_ranks_is_that_of_its_record():
+    made = import_module("benchmarks.ranks")
+    lines = [json.loads(each) for each in made.RECORD.read_text().splitlines()]
+    assert f"\n{made.table(lines)}\n" in (ROOT / "docs/scale.md").read_text()
+
+
 def line(seed, by_kappa):
     return {
         "set": "a",

@@ -385,7 +385,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), tree: Mapping[str, Any
     if "method.name" in words:
         _check_method(words["method.name"])
     try:
-        cfg = _begun(_flat(config_file.read(path) if tree is None else tree), words)
+        cfg = _begun(_read(path) if tree is None else _flat(tree), words)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     cfg = _finished(cfg, words)
@@ -407,7 +407,7 @@ def _begun(given: dict[str, Any], words: dict[str, Any]) -> Config:
     given.pop("method.name", None)
     recipe = words.get("recipe", given.get("recipe"))
     if recipe in KEYS["recipe"].choices[1:]:
-        _merge(cfg, _flat(config_file.read(RECIPES / f"{recipe}.yaml")))
+        _merge(cfg, _read(RECIPES / f"{recipe}.yaml"))
     _merge(cfg, given)
     return cfg
 
@@ -651,6 +651,10 @@ def _key_lines(found: Iterable[Key], width: int) -> Iterator[str]:
             subsequent_indent=indent,
             break_on_hyphens=False,  # many names have them
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return _flat(config_file.read(path))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

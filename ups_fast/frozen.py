@@ -165,9 +165,7 @@ class _Part:
     views: int
     policy: Policy  # of the views but the first, the clean one
     forward: Forward
-    content: (
-        Any  # a hash of all that clean features depend on; None where nothing is kept, as by most processes
-    )
+    content: Any  # a hash of all that clean features depend on; None where this process keeps nothing
     world: World
 
     def rows(self) -> tuple[Tensor, dict[int, str]]:

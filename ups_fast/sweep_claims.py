@@ -170,9 +170,7 @@ class Rescue:
             grace = LONG_GRACE_SECONDS if lives else GRACE_SECONDS
             if lives is not False and now - since < grace:
                 continue
-            if (
-                self.board.now(entry).sign != entry.sign
-            ):  # it has ended, or lives, or somebody else was faster
+            if self.board.now(entry).sign != entry.sign:  # it has ended, or lives, or was rescued
                 continue
             self._heard.pop(entry.index, None)
             rescued.append(entry.index)

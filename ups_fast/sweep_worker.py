@@ -23,8 +23,7 @@ from ups_fast.trials import Trial, begin
 from ups_fast.words import line_of
 from ups_fast.workers import REMEDY
 
-# What no trial is to blame for, and the next one would meet, too: disks that are full, gone or closed, and data that
-# are, as no key that varies names a path.
+# What no trial is to blame for, and the next one would meet, too: disks and data that are full, gone or closed.
 _MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE),
     *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV),

@@ -39,9 +39,7 @@ def read_rows(path: Path, key: str, shape: tuple[int, int]) -> Tensor:  # float3
         size = os.fstat(file.fileno()).st_size
         if size != file.tell() + 4 * shape[0] * shape[1] + _DIGEST:
             raise ValueError(f"it has {size:,} bytes, which are too few or too many")
-        rows = np.memmap(
-            file, np.float32, "c", file.tell(), shape
-        )  # written to, it changes for this process alone
+        rows = np.memmap(file, np.float32, "c", file.tell(), shape)  # "c": no process changes the file
         file.seek(-_DIGEST, os.SEEK_END)
         if file.read() != _digest(key, rows):
             raise ValueError("its content has changed")

@@ -118,12 +118,32 @@ def row_of(bench: Any, hardware: str) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `<machine>-<date>.json`, and the table of all records anew."""
+    """Writes `<machine>-<date>.json`, and the table of all records anew.
+
+    What an earlier run of the same day and code measured, and this one did not, stays in it.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", record["hardware"].lower()).strip("-")
     path = folder / f"{name}-{record['date']}.json"
+    if path.exists():
+        record = joined(json.loads(path.read_text()), record)
     path.write_text(json.dumps(record, indent=1) + "\n")
     tabulate(folder)
     return path
+
+
+def joined(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the groups that only an earlier one has. Shares of the bound stay those of their own run."""
+    if any(before[key] != record[key] for key in ("hardware", "torch", "commit", "kernels")):
+        return record
+    rows = {(row["group"], row["implementation"]): row for row in [*before["rows"], *record["rows"]]}
+    groups = [group for group, _ in rows]
+    together = sorted(rows, key=lambda key: groups.index(key[0]))
+    return {
+        **record,
+        "copy_gb_s": record["copy_gb_s"] or before["copy_gb_s"],
+        "rows": [rows[key] for key in together],
+        "missing": before["missing"] | record["missing"],
+    }
 
 
 def tabulate(folder: Path = RESULTS) -> None:

@@ -4,9 +4,10 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,11 +23,22 @@
 
 namespace ups {
 
+template <class Part>
+void append(std::string& message, const Part& part) {
+  if constexpr (std::is_arithmetic_v<Part>) {
+    message += std::to_string(part);
+  } else {
+    message += part;
+  }
+}
+
+// Without streams: where a compiler links its own libstdc++ into this module, they find the locale of another one in
+// the process, and crash.
 template <class... Parts>
 [[noreturn]] void raise(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  std::string message;
+  (append(message, parts), ...);
+  throw std::runtime_error(message);
 }
 
 using torch::headeronly::ScalarType;

@@ -52,6 +52,23 @@ def test_a_record_has_times_of_one_call_rates_and_shares():
     assert op["rate"] == pytest.approx(10) and "share" not in op, "what fits into a cache has no bound"
 
 
+def test_a_second_run_of_a_day_adds_to_its_record(tmp_path):
+    """Of the same code alone. A group that both have is the second's, where the first had it."""
+    first = made("A CPU", "2030-01-01", 0.004)
+    second = made("A CPU", "2030-01-01", 0.001)
+    second["rows"] = [second["rows"][2], {**second["rows"][3], "group": "another op"}]
+    second |= {"copy_gb_s": None, "missing": {"test_y": "failed"}}
+    record.write(first, tmp_path)
+    path = record.write(second, tmp_path)
+    got = json.loads(path.read_text())
+    groups = ["copy cuda", STEP, STEP, "op cuda", "another op"]
+    assert [row["group"] for row in got["rows"]] == groups and got["copy_gb_s"] == first["copy_gb_s"]
+    assert [row["median"] for row in got["rows"][1:3]] == [0.128, 0.001]
+    assert list(got["missing"]) == ["test_x[kornia]", "test_y"]
+    record.write({**second, "commit": "of other code"}, tmp_path)
+    assert len(json.loads(path.read_text())["rows"]) == 2
+
+
 def cells(table):
     return [
         [cell.strip() for cell in line.split("|")[1:-1]]

@@ -23,8 +23,8 @@ each_method = pytest.mark.parametrize("name", METHODS)
 class Steps:
     """A run in its first round, and the batches of its first epoch."""
 
-    def __init__(self, name: str) -> None:
-        cfg = config.load(DIGITS, [f"method.name={name}", *WORDS])
+    def __init__(self, name: str, *words: str) -> None:
+        cfg = config.load(DIGITS, [f"method.name={name}", *WORDS, *words])
         torch.manual_seed(0)
         self.run: Run = prepare(cfg, load_set("digits", ""))
         targets, self.layout = targets_and_layout(self.run)
@@ -54,6 +54,19 @@ def test_two_steps_are_finite_and_move_every_trained_weight(name: str) -> None:
         assert torch.tensor(steps.step(n, 0.5 + n / 1000)).isfinite()
     still = [key for key, weight in steps.run.method.trained().items() if weight.equal(before[key])]
     assert not still, f"the loss does not reach {still}"
+
+
+@pytest.mark.gpu
+@each_method
+def test_its_graph_takes_its_eager_steps_on_a_gpu(name: str) -> None:
+    """The first ones: rounding, which differs, has not grown much yet."""
+    losses = []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for mode in ("eager", "graph"):
+            steps = Steps(name, "device=cuda", f"runtime.step={mode}", "runtime.precision=float32")
+            losses.append([steps.step(n, 0.5 + n / 1000) for n in range(4)])
+            assert steps.run.step.captures == (mode == "graph")
+    assert losses[1] == pytest.approx(losses[0], rel=0.01, abs=1e-4)
 
 
 @each_method

@@ -27,6 +27,10 @@ __device__ __forceinline__ void store(double* to, double x) { *to = x; }
 template <int kBytes>
 struct WordOf;
 template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <>
 struct WordOf<2> {
   using type = unsigned short;
 };
@@ -42,6 +46,25 @@ template <>
 struct WordOf<16> {
   using type = uint4;
 };
+
+// Stores neighbors that are aligned to all of them together.
+template <int kWidth, class T>
+__device__ __forceinline__ void store_chunk(T* to, const T* x /* [kWidth] */) {
+  using Word = typename WordOf<kWidth * sizeof(T)>::type;
+  Word word;
+  std::memcpy(&word, x, sizeof word);
+  *reinterpret_cast<Word*>(to) = word;
+}
+
+// The lowest kWidth bits as bytes of 0 or 1, in one store.
+template <int kWidth>
+__device__ __forceinline__ void store_flags(bool* to, unsigned flags) {
+  unsigned bytes = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) bytes |= (flags >> i & 1u) << (8 * i);
+  using Word = typename WordOf<kWidth>::type;
+  *reinterpret_cast<Word*>(to) = static_cast<Word>(bytes);
+}
 
 // What a slot past the last class holds: it loses every maximum and its exponential is 0.
 constexpr float kMasked = -FLT_MAX;
@@ -76,6 +99,13 @@ __device__ __forceinline__ void load_chunk(const T* from, int count, bool aligne
   } else {
     load_chunk<kWidth, false>(from, count, z);
   }
+}
+
+// Whether every chunk of `width` neighbors can be one load.
+template <class T>
+bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, int64_t classes, int width) {
+  return classes % width == 0 && row_stride % width == 0 && pass_stride % width == 0 &&
+         reinterpret_cast<uintptr_t>(logits) % (width * sizeof(T)) == 0;
 }
 
 }  // namespace ups::cuda

@@ -5,8 +5,8 @@
 // mask: no probability, mean or std of a class ever exists in memory.
 //
 // Mapping: a team of 1 to 256 threads has a row, a thread keeps 4 to 14 of its classes in registers over all passes
-// (plan.h). Passes come in groups: the loads of a group are issued before the first is used, and its maxima, then its
-// sums, are reduced over the team together.
+// (plan.h). Passes come in groups: the loads of a group are issued before the first is used (where logits have 16 bits,
+// before the group ahead of it is worked on), and its maxima, then its sums, are reduced over the team together.
 #pragma once
 
 #include <climits>
@@ -210,11 +210,7 @@ __device__ __forceinline__ void write_row(const McSelectArgs<T>& a, int64_t row,
 template <int kWidth>
 __device__ __forceinline__ void write_bytes(bool* row /* [C] */, int c, int classes, unsigned flags) {
   if (classes % kWidth == 0) {
-    unsigned bytes = 0;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) bytes |= (flags >> i & 1u) << (8 * i);
-    using Word = typename WordOf<kWidth>::type;
-    if (c < classes) *reinterpret_cast<Word*>(row + c) = static_cast<Word>(bytes);
+    if (c < classes) store_flags<kWidth>(row + c, flags);
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -267,12 +263,47 @@ __device__ __forceinline__ void load_passes(const T* from, int64_t pass_stride, 
   }
 }
 
+// The same in two steps, for chunks that all lie on multiples of their size: `load` asks for them as they lie in
+// memory, and `unpack` waits for them. Of the passes `count` exist, of the classes from the lane's first on `left`.
+template <class T, int kThreadsPerRow, int kGroup, int kChunks, int kWidth>
+struct PassGroup {
+  static constexpr int kLayer = kThreadsPerRow * kWidth;  // classes from one chunk of a lane to its next
+  using Word = typename WordOf<kWidth * sizeof(T)>::type;
+  Word words[kGroup][kChunks];
+
+  __device__ __forceinline__ void load(const T* from, int64_t pass_stride, int count, int left) {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        if (g < count && left > j * kLayer) words[g][j] = __ldg(reinterpret_cast<const Word*>(from + j * kLayer));
+      }
+      from += pass_stride;
+    }
+  }
+
+  __device__ __forceinline__ void unpack(int count, int left, float (&z)[kGroup][kChunks * kWidth]) const {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        T x[kWidth];
+        std::memcpy(x, &words[g][j], sizeof x);
+        const bool exists = g < count && left > j * kLayer;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) z[g][j * kWidth + i] = exists ? to_acc(x[i]) : kMasked;
+      }
+    }
+  }
+};
+
 // Up to 2048 classes. Chunk j of a lane starts at class (j * kThreadsPerRow + lane) * kWidth.
 template <class T, int kThreadsPerRow, int kChunks, int kWidth>
 __global__ void __launch_bounds__(threads_of(kThreadsPerRow), kResidentThreads / threads_of(kThreadsPerRow))
     mc_select_resident(const McSelectArgs<T> a) {
   constexpr int kSlots = kChunks * kWidth;
-  constexpr int kGroup = kSlots <= 10 ? 5 : 2;  // so many passes' logits wait in registers
+  constexpr int kGroup = kSlots <= 10 ? 5 : 2;            // so many passes' logits wait in registers
+  constexpr bool kAhead = sizeof(T) == 2 && kGroup == 2;  // and those of the next, where there are registers for them
   Team<kThreadsPerRow> team;
   const int first = team.lane() * kWidth;
   const int64_t wanted =
@@ -283,12 +314,19 @@ __global__ void __launch_bounds__(threads_of(kThreadsPerRow), kResidentThreads /
 
   ClassStats<kSlots> stats;
   float nonfinite = 0.0f;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
+  const int left = a.classes - first;
+  PassGroup<T, kThreadsPerRow, kGroup, kChunks, kWidth> next;
+  if (kAhead && a.aligned) next.load(logits, a.pass_stride, a.passes, left);
   for (int done = 0; done < a.passes; done += kGroup) {
+    const int count = a.passes - done;
     float z[kGroup][kSlots];
-    if (a.aligned) {
-      load_passes<kWidth, true, kThreadsPerRow>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
+    if (kAhead && a.aligned) {
+      next.unpack(count, left, z);
+      next.load(logits + kGroup * a.pass_stride, a.pass_stride, count - kGroup, left);
+    } else if (a.aligned) {
+      load_passes<kWidth, true, kThreadsPerRow>(logits, a.pass_stride, count, left, z);
     } else {
-      load_passes<kWidth, false, kThreadsPerRow>(logits, a.pass_stride, a.passes - done, a.classes - first, z);
+      load_passes<kWidth, false, kThreadsPerRow>(logits, a.pass_stride, count, left, z);
     }
     logits += kGroup * a.pass_stride;
 #pragma unroll
@@ -445,13 +483,6 @@ McSelectKernel<T> mc_select_kernel(int variant) {
       return mc_select_resident<T, v.threads_per_row, v.chunks, v.width>;
     }
   });
-}
-
-// Whether every chunk of `width` neighbors can be one load.
-template <class T>
-bool chunks_aligned(const T* logits, int64_t pass_stride, int64_t row_stride, int64_t classes, int width) {
-  return classes % width == 0 && row_stride % width == 0 && pass_stride % width == 0 &&
-         reinterpret_cast<uintptr_t>(logits) % (width * sizeof(T)) == 0;
 }
 
 // The arguments of the kernel of a plan. thresholds: tau_p, tau_n, kappa_p, kappa_n, temp_nl; `negative` is bool [N,

@@ -33,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_select_multilabel_cuda(const Tenso
         multilabel_args(data<const T>(logits), logits.stride(0), logits.stride(1), P, N, C,
                         {tau_p, tau_n, kappa_p, kappa_n, temp_nl}, data_or_null<A>(of_class), data<A>(confidence),
                         data<A>(deviation), positive.data_ptr(), negative.data_ptr(), packed);
-    launch("mc_select_multilabel", multilabel_kernel<T>(packed), mc_select_multilabel_plan(N, C, packed), logits, args);
+    launch("mc_select_multilabel", multilabel_kernel<T>(packed, args.width),
+           mc_select_multilabel_plan(N, C, packed, args.width), logits, args);
   });
   return result;
 }

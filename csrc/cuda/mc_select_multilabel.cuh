@@ -4,8 +4,9 @@
 // Per class: sigmoid at two temperatures in every pass, mean and M2 of both over the passes, thresholds. The logits are
 // read once and only results are written: no probability of a pass exists in memory.
 //
-// Mapping: a thread has a class of a sample and keeps its four statistics in registers; neighbors have neighboring
-// classes, so that loads and stores are consecutive. Where the masks are bits, a warp has the 32 classes of a word.
+// Mapping: a thread has a chunk of neighboring classes of a sample, one load a pass, and keeps their statistics in
+// registers; a chunk is a single class where rows do not lie on multiples of more. Where the masks are bits, 32 classes
+// of neighboring threads make a word.
 #pragma once
 
 #include <cmath>
@@ -28,6 +29,7 @@ struct MultilabelArgs {
   int passes;      // P
   int64_t rows;    // N
   int classes;     // C
+  int width;       // of a chunk: kMultilabelWidth<T> or 1
   bool temp_is_2;  // temp_nl == 2
   Thresholds<Acc<T>> limits;
   const Acc<T>* of_class;   // [4, C]: tau_p, tau_n, kappa_p, kappa_n; or null, then `limits` hold
@@ -38,6 +40,9 @@ struct MultilabelArgs {
   unsigned* positive_bits;  // [N, ceil(C / 32)]
   unsigned* negative_bits;  // [N, ceil(C / 32)]
 };
+
+template <class T>
+constexpr int kMultilabelWidth = sizeof(T) == 8 ? 2 : 4;
 
 // exp(x * scale) for x <= 0 < scale.
 __device__ __forceinline__ float exp_scaled(float x, float scale) { return fast_exp2(x, 1.44269504f * scale); }
@@ -54,12 +59,11 @@ struct SigmoidStats {
   A m2_q = 0;
   A poison = 0;  // stays 0 while all logits are finite: 0 * NaN and 0 * inf are NaN
 
-  __device__ __forceinline__ void add(A z, int pass, bool temp_is_2, A inv_temp) {
+  __device__ __forceinline__ void add(A z, A inv_k, bool temp_is_2, A inv_temp) {
     poison += 0 * z;
     const A size = minus_size(z);
     const A e_q = exp_scaled(size, temp_is_2 ? A(0.5) : inv_temp);
     const A e_p = temp_is_2 ? e_q * e_q : exp_scaled(size, A(1));
-    const A inv_k = inverse_of(static_cast<A>(pass + 1));
     welford(mean_p, m2_p, sigmoid_of(z, e_p, inverse_of(1 + e_p)), inv_k);
     welford(mean_q, m2_q, sigmoid_of(z, e_q, inverse_of(1 + e_q)), inv_k);
   }
@@ -73,42 +77,56 @@ __device__ __forceinline__ Thresholds<Acc<T>> limits_of(const MultilabelArgs<T>&
   return {of[0], of[C], m2_limit_of(of[2 * C], a.passes), m2_limit_of(of[3 * C], a.passes), a.limits.inv_temp};
 }
 
-template <class T, bool kPacked>
-__global__ void __launch_bounds__(256) mc_select_multilabel_classes(const MultilabelArgs<T> a) {
+template <class T, bool kPacked, int kWidth>
+__global__ void __launch_bounds__(256) mc_select_multilabel_chunks(const MultilabelArgs<T> a) {
   using A = Acc<T>;
   const int words = (a.classes + 31) / 32;
-  const int64_t width = kPacked ? int64_t{words} * 32 : a.classes;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  Team<32> warp;
-  // A warp begins and ends as one where masks are packed: its first item and their number are multiples of 32.
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.rows * width; i += step) {
-    const int64_t row = i / width;
-    const int c = static_cast<int>(i - row * width);
-    bool positive = false, negative = false;
-    if (c < a.classes) {
+  const unsigned chunks = static_cast<unsigned>(kPacked ? words * 32 : a.classes) / kWidth;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, items = a.rows * chunks;
+  Team<32 / kWidth> sharers;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i - threadIdx.x % kWarp < items; i += step) {  // a warp ends as one, as all lanes must reach every shuffle
+    const int64_t row = i <= UINT32_MAX ? static_cast<unsigned>(i) / chunks : i / chunks;  // the first is much faster
+    const int c = static_cast<int>(i - row * chunks) * kWidth;
+    const bool exists = i < items;
+    unsigned positive = 0, negative = 0;
+    if (exists && c < a.classes) {
       const T* from = a.logits + row * a.row_stride + c;
-      SigmoidStats<A> stats;
+      SigmoidStats<A> stats[kWidth];
 #pragma unroll 5
       for (int pass = 0; pass < a.passes; ++pass) {
-        stats.add(to_acc(__ldg(from + pass * a.pass_stride)), pass, a.temp_is_2, a.limits.inv_temp);
+        using Word = typename WordOf<kWidth * sizeof(T)>::type;
+        const Word word = __ldg(reinterpret_cast<const Word*>(from + pass * a.pass_stride));
+        T z[kWidth];
+        std::memcpy(z, &word, sizeof word);
+        const A inv_k = inverse_of(static_cast<A>(pass + 1));
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) stats[j].add(to_acc(z[j]), inv_k, a.temp_is_2, a.limits.inv_temp);
       }
-      const Thresholds<A> limits = limits_of(a, c);
-      const bool finite = stats.poison == 0;
-      positive = finite && stats.mean_p >= limits.tau_p && stats.m2_p < limits.limit_p;
-      negative = finite && stats.mean_q < limits.tau_n && stats.m2_q < limits.limit_n;
-      a.confidence[row * a.classes + c] = finite ? stats.mean_p : A(NAN);
-      a.deviation[row * a.classes + c] = finite ? std_of(stats.m2_p, a.passes) : A(NAN);
+      A confidence[kWidth], deviation[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const SigmoidStats<A>& s = stats[j];
+        const Thresholds<A> limits = limits_of(a, c + j);
+        const bool finite = s.poison == 0;
+        positive |= static_cast<unsigned>(finite && s.mean_p >= limits.tau_p && s.m2_p < limits.limit_p) << j;
+        negative |= static_cast<unsigned>(finite && s.mean_q < limits.tau_n && s.m2_q < limits.limit_n) << j;
+        confidence[j] = finite ? s.mean_p : A(NAN);
+        deviation[j] = finite ? std_of(s.m2_p, a.passes) : A(NAN);
+      }
+      store_chunk<kWidth>(a.confidence + row * a.classes + c, confidence);
+      store_chunk<kWidth>(a.deviation + row * a.classes + c, deviation);
     }
     if constexpr (kPacked) {
-      const unsigned bit = 1u << (c % 32);
-      const unsigned is = warp.reduce(positive ? bit : 0u, BitOr{}), is_not = warp.reduce(negative ? bit : 0u, BitOr{});
-      if (warp.lane() == 0) {
+      const unsigned is = sharers.reduce(positive << (c % 32), BitOr{});
+      const unsigned is_not = sharers.reduce(negative << (c % 32), BitOr{});
+      if (exists && sharers.lane() == 0) {
         a.positive_bits[row * words + c / 32] = is;
         a.negative_bits[row * words + c / 32] = is_not;
       }
-    } else {
-      a.positive[i] = positive;
-      a.negative[i] = negative;
+    } else if (exists) {
+      store_flags<kWidth>(a.positive + i * kWidth, positive);
+      store_flags<kWidth>(a.negative + i * kWidth, negative);
     }
   }
 }
@@ -125,6 +143,7 @@ MultilabelArgs<T> multilabel_args(const T* logits, int64_t pass_stride, int64_t 
           static_cast<int>(passes),
           rows,
           static_cast<int>(classes),
+          chunks_aligned(logits, pass_stride, row_stride, classes, kMultilabelWidth<T>) ? kMultilabelWidth<T> : 1,
           temp_nl == 2.0,
           make_thresholds<Acc<T>>(tau_p, tau_n, kappa_p, kappa_n, temp_nl, passes),
           of_class,
@@ -137,8 +156,10 @@ MultilabelArgs<T> multilabel_args(const T* logits, int64_t pass_stride, int64_t 
 }
 
 template <class T>
-auto multilabel_kernel(bool packed) -> void (*)(MultilabelArgs<T>) {
-  return packed ? mc_select_multilabel_classes<T, true> : mc_select_multilabel_classes<T, false>;
+auto multilabel_kernel(bool packed, int width) -> void (*)(MultilabelArgs<T>) {
+  constexpr int kWide = kMultilabelWidth<T>;
+  if (width == 1) return packed ? mc_select_multilabel_chunks<T, true, 1> : mc_select_multilabel_chunks<T, false, 1>;
+  return packed ? mc_select_multilabel_chunks<T, true, kWide> : mc_select_multilabel_chunks<T, false, kWide>;
 }
 
 }  // namespace

@@ -19,8 +19,9 @@ struct LaunchPlan {
 };
 
 // mc_select: a lane keeps `chunks` chunks of `width` neighboring classes in registers over all passes, and a chunk is
-// one load. The arithmetic on a class (18 instructions a pass) weighs more than its load, so a row should fill its
-// threads: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over classes instead.
+// one load. The arithmetic on a class (27 instructions a pass, seen on an H100) weighs more than its load, so a row
+// should fill its threads: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over
+// classes instead.
 struct McSelectVariant {
   int max_classes;
   int threads_per_row;
@@ -87,9 +88,9 @@ inline LaunchPlan mc_select_plan(int64_t rows, int64_t classes) {
   return {i, threads_per_row, threads, ceil_div(rows, threads / threads_per_row)};
 }
 
-// mc_select_multilabel: a thread for each class of each row, or for each bit of its words.
-inline LaunchPlan mc_select_multilabel_plan(int64_t rows, int64_t classes, bool packed) {
-  const int64_t blocks = ceil_div(rows * (packed ? ceil_div(classes, 32) * 32 : classes), 256);
+// mc_select_multilabel: a thread for each `width` neighboring classes of each row, or bits of its words.
+inline LaunchPlan mc_select_multilabel_plan(int64_t rows, int64_t classes, bool packed, int width) {
+  const int64_t blocks = ceil_div(rows * (packed ? ceil_div(classes, 32) * 32 : classes) / width, 256);
   return {0, 1, 256, blocks < INT32_MAX ? blocks : INT32_MAX};
 }
 

@@ -226,7 +226,6 @@ const char* mc_select_multilabel(uint64_t seed, int64_t max_blocks, int dtype, c
                                  int64_t row_stride, int passes, int64_t rows, int classes, const double* thresholds,
                                  const void* of_class, void* confidence, void* deviation, void* positive,
                                  void* negative, bool packed) {
-  const LaunchPlan plan = at_most(max_blocks, mc_select_multilabel_plan(rows, classes, packed));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -234,7 +233,8 @@ const char* mc_select_multilabel(uint64_t seed, int64_t max_blocks, int dtype, c
                                       {thresholds[0], thresholds[1], thresholds[2], thresholds[3], thresholds[4]},
                                       static_cast<const A*>(of_class), static_cast<A*>(confidence),
                                       static_cast<A*>(deviation), positive, negative, packed);
-    return launch(plan, seed, multilabel_kernel<T>(packed), args);
+    const LaunchPlan plan = at_most(max_blocks, mc_select_multilabel_plan(rows, classes, packed, args.width));
+    return launch(plan, seed, multilabel_kernel<T>(packed, args.width), args);
   });
 }
 

@@ -238,10 +238,8 @@ def counter_dropout(
 
 @_as_reference
 def mish(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return reference.compiled_mish(x)  # fuses with its neighbors
-    if not _has_kernels(x):
-        return reference.mish(x)
+    if torch.compiler.is_compiling() or not _has_kernels(x):
+        return reference.mish(x)  # fuses with its neighbors
     reference.check_mish(x)
     return torch.ops.ups_fast.mish(x)
 

@@ -233,6 +233,12 @@ def test_only_ops_imports_the_kernels():
         assert path.name == "ops.py" or "_C" not in re.findall(r"(?<!torch\.)\b_C\b", path.read_text()), path
 
 
+def test_the_kernels_use_no_streams():
+    """A compiler that links a libstdc++ of its own makes them crash: see `append` in tensors.h."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r"#include <(\w*stream|iomanip|locale)>", path.read_text()), path
+
+
 def test_only_files_opens_a_file_for_writing():
     """Its writes follow no link. predict's table is a new file ("x"), which no link can stand for."""
     opens = re.compile(

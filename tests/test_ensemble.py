@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.testing import assert_close
+from tracing import traced
 
 from ups_fast import config, load_model, rounds
 from ups_fast.data import load_set
-from ups_fast.fullgraph import fullgraph
 from ups_fast.models import Ensemble, build
 from ups_fast.models.network import keys_by_head
 from ups_fast.modules import mc_dropout
@@ -119,7 +119,7 @@ def test_a_run_of_two_networks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_members_compile_as_one_graph() -> None:
     model = network("wrn-10-1")
-    compiled = fullgraph(passes_over)
+    compiled = traced(passes_over)
     with mc_dropout(model, active=False), torch.no_grad():
         assert_close(
             compiled(model, X, torch.arange(B), H, torch.tensor(7), 0),

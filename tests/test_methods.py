@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_rounds import one_thread, tiny_config
 from torch import Tensor, nn
+from tracing import traced
 
 from ups_fast import rounds
 from ups_fast.build import Run, prepare
@@ -294,10 +295,13 @@ def test_more_rounds_go_on_where_each_is_a_training_of_its_own(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [("ups", {}), ("fixmatch", {})], ids=named)  # test_twins compiles each loss
-def test_a_method_compiles_as_one_graph(case: Case, digits: ImageSet, tmp_path: Path) -> None:
+def test_a_method_compiles_as_one_graph(
+    case: Case, digits: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And learns the same: the losses of a few steps are those of eager ones, up to rounding that grows."""
     short = {"train__round0_epochs": 1, "train__epochs": 1, "train__round0_batch_size": 20, "train__lr": 0.01}
     found = []
+    monkeypatch.setattr("ups_fast.step.fullgraph", traced)
     for mode in ("eager", "compile"):
         torch._dynamo.reset()
         job = prepare(config_of(tmp_path / mode, case, runtime__step=mode, **short), digits)

@@ -716,16 +716,16 @@ def test_a_hundred_trials_with_random_kills(tiny, tmp_path):
     draw = random.Random(0)
     words = [*tiny, "train.min_steps=20", "checkpoint_seconds=0.02", "train.lr=0.05..0.1", "seed=0..4"]
     words += ["--trials", "100", "--sampler", "random", "--pruner", "none"]
-    kills, starts = 12, 0
+    kills, starts = 9, 0
     while True:
         process, starts = command(*words), starts + 1
         while process.poll() is None:
             begun = len(list((tmp_path / "out/trials").glob("*")))
-            if kills and begun > 100 - 8 * kills:  # so that it is killed as often, however quick it is
+            if kills and begun > 100 - 10 * kills:  # so that it is killed as often, however quick it is
                 time.sleep(draw.random() / 2)
                 found = workers_of(process)
                 kills -= 1
-                if kills % 4 == 0 or not found:
+                if kills % 3 == 0 or not found:
                     process.kill()
                 else:
                     with suppress(ProcessLookupError):  # the last trial of all is done

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from tracing import traced
 
 from ups_fast import reference, step
 from ups_fast.batches import views_of
@@ -42,8 +43,8 @@ def batch_of(images: Tensor, keys: Tensor | None, target: Tensor, negative: Tens
     return Batch(images, keys, torch.arange(len(images)), rows, torch.zeros(()))
 
 
-def loss_function(method: Method, *, compiled: bool = False) -> Callable[[Batch], Tensor]:
-    return method.prepare(fullgraph if compiled else as_it_is)
+def loss_function(method: Method, how: Callable = as_it_is) -> Callable[[Batch], Tensor]:
+    return method.prepare(how)
 
 
 # One step.
@@ -92,7 +93,7 @@ def losses(
     n: int,
     *,
     name: str = "wrn-10-1",
-    compiled: bool = False,
+    how: Callable = as_it_is,
     dtype: torch.dtype = torch.float32,
     shaken: int = 0,
 ) -> torch.Tensor:
@@ -106,7 +107,7 @@ def losses(
             for weight in model.parameters():
                 weight *= 1 + 2**-23 * torch.randint(-1, 2, weight.shape, generator=generator(shaken))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    loss_of = loss_function(method, compiled=compiled)
+    loss_of = loss_function(method, how)
     g, found = generator(1), []
     for at in range(n):
         images = torch.randn(16, 1, 12, 12, generator=g).to(memory_format=torch.channels_last)
@@ -119,9 +120,15 @@ def losses(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "steps"), [("wrn-10-1", 50), ("cnn13", 8), ("shake-8-2x4d", 8), ("resnext-11-2x2d", 8)]
+    ("name", "steps", "how"),
+    [
+        ("wrn-10-1", 50, fullgraph),
+        ("cnn13", 8, fullgraph),
+        ("shake-8-2x4d", 8, traced),
+        ("resnext-11-2x2d", 8, traced),
+    ],
 )
-def test_compiled_steps_are_the_eager_ones(name: str, steps: int) -> None:
+def test_compiled_steps_are_the_eager_ones(name: str, steps: int, how: Callable) -> None:
     """With the same dropout, so they drift apart by rounding alone.
 
     How fast rounding grows is measured: by the drift of eager runs whose weights start one rounding away. A compiled
@@ -130,7 +137,7 @@ def test_compiled_steps_are_the_eager_ones(name: str, steps: int) -> None:
     eager = losses(steps, name=name)
     drifts = [(losses(steps, name=name, shaken=seed) - eager).abs() for seed in (1, 2, 3)]
     allowed = 1e-6 + 10 * torch.stack(drifts).amax(dim=0).cummax(dim=0).values
-    compiled = losses(steps, name=name, compiled=True)
+    compiled = losses(steps, name=name, how=how)
     assert ((compiled - eager).abs() <= allowed).all(), (compiled - eager, allowed)
     assert allowed[: steps // 4].max() < 0.05, "the bound must mean something"
 
@@ -148,7 +155,7 @@ def test_a_new_round_compiles_nothing() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         method = ups()
-        loss_of = loss_function(method, compiled=True)
+        loss_of = loss_function(method, traced)
 
         def batch(rows: int, positive: int, seed: int, at: int) -> Batch:
             keys = dropout_keys(torch.arange(rows), seed=seed, draw=at)
@@ -174,7 +181,7 @@ def test_nine_networks_compile_in_one_process() -> None:
         method = ups(lambda depth=depth: Deep(depth))  # type: ignore[misc]
         target, negative = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int32)
         batch = batch_of(torch.ones(2, 3), None, target, negative)
-        compiled, eager = (loss_function(method, compiled=each)(batch) for each in (True, False))
+        compiled, eager = (loss_function(method, each)(batch) for each in (fullgraph, as_it_is))
         assert torch.allclose(compiled, eager, rtol=1e-5)
 
 

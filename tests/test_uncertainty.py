@@ -18,6 +18,7 @@ from rich.console import Console
 from test_resume import ALWAYS, FINISHED, assert_same_run, kill, run
 from test_rounds import one_thread, tiny_config, tiny_set
 from torch import Tensor
+from tracing import traced
 
 from ups_fast import augment, config, counter_dropout, dropout_keys, rounds
 from ups_fast.build import prepare
@@ -27,7 +28,6 @@ from ups_fast.data.images import Draws
 from ups_fast.data.resident import ResidentImages
 from ups_fast.data.stream import PlainImages
 from ups_fast.files import RunFolderError
-from ups_fast.fullgraph import fullgraph
 from ups_fast.models import DropBlock, Ensemble, Network, SpatialDropout, build
 from ups_fast.models.saved import load_model
 from ups_fast.policy import Policy
@@ -221,9 +221,7 @@ def test_compiled_labels_are_the_eager_ones(source: str) -> None:
     model, images, how = case(source)
     want = pseudo_label(model, images, torch.arange(20), batch_size=32, **how)
     with torch._dynamo.config.patch(error_on_recompile=True):  # nor does the last, smaller batch
-        got = pseudo_label(
-            model, images, torch.arange(20), batch_size=32, forward=fullgraph(passes_over), **how
-        )
+        got = pseudo_label(model, images, torch.arange(20), batch_size=32, forward=traced(passes_over), **how)
     torch.testing.assert_close(got.std, want.std, rtol=0, atol=1e-5)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=0, atol=1e-5)
 

@@ -60,12 +60,11 @@ wheel-check: wheel
 
 # On a machine with a GPU, in whatever environment is active: no network, no virtual environment, and of the trainer's
 # packages only torchvision. Kernels, their tests (compute-sanitizer among them), then the benchmarks and their record.
-GPU_PROCESSES = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 8")
+# Tests in several processes, where pytest-xdist is there: make gpu-check PROCESSES="-n 8"
 gpu-check:
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check needs a GPU that torch can see')"
 	UPS_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(STRICT) $(PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=10 $(GPU_PROCESSES) \
-	  $(shell grep -l "mark\.gpu" tests/test_*.py)
+	$(STRICT) $(PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=10 $(PROCESSES) $(shell grep -l "mark\.gpu" tests/test_*.py)
 	$(STRICT) $(PYTHON) -m pytest $(BENCHMARKS) -p no:cacheprovider --durations=10
 
 clean:

@@ -2,7 +2,7 @@
 
 A record holds what its numbers must not travel without (machine, torch, commit, kernels, copy bandwidth) and its rows:
 
-    group, implementation
+    group, implementation, test
     median, q1, q3  seconds of one call;  n  rounds that they are taken from
     rate, unit      images/s, or GB/s of the bytes that any implementation must move, or % of the time in which a step
                     waits for its images; absent where none says much
@@ -104,6 +104,7 @@ def row_of(bench: Any, hardware: str) -> dict[str, Any]:
     info, stats = bench.extra_info, bench.stats
     calls = info.get("calls", 1)  # of one round, over as many buffers
     row: dict[str, Any] = {"group": bench.group, "implementation": info["implementation"]}
+    row |= {"test": bench.fullname.rpartition("/")[2]}
     row |= {name: getattr(stats, name) / calls for name in ("median", "q1", "q3")} | {"n": stats.rounds}
     if "images" in info:
         row |= {"rate": info["images"] / row["median"], "unit": "images/s"}
@@ -132,23 +133,26 @@ def write(record: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def joined(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the groups that only an earlier one has. Shares of the bound stay those of their own run."""
-    if any(before[key] != record[key] for key in ("hardware", "torch", "commit", "kernels")):
+    """The record with the groups that only an earlier one of the very same code has, whose shares stay their own."""
+    same = all(before[key] == record[key] for key in ("hardware", "torch", "commit", "kernels"))
+    if not same or record["commit"] == "unknown" or record["commit"].endswith("-dirty"):
         return record
-    rows = {(row["group"], row["implementation"]): row for row in [*before["rows"], *record["rows"]]}
-    groups = [group for group, _ in rows]
-    together = sorted(rows, key=lambda key: groups.index(key[0]))
+    again = {row["group"] for row in record["rows"]}
+    kept = [row for row in before["rows"] if row["group"] not in again]
+    ran = {row.get("test") for row in record["rows"]}
+    missing = {test: why for test, why in before["missing"].items() if test not in ran}
+    bandwidth = record["copy_gb_s"] or before["copy_gb_s"]
     return {
         **record,
-        "copy_gb_s": record["copy_gb_s"] or before["copy_gb_s"],
-        "rows": [rows[key] for key in together],
-        "missing": before["missing"] | record["missing"],
+        "copy_gb_s": bandwidth,
+        "rows": kept + record["rows"],
+        "missing": missing | record["missing"],
     }
 
 
 def tabulate(folder: Path = RESULTS) -> None:
     """README.md of all the records in `folder`, the newest first."""
-    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     records.sort(key=lambda record: (record["date"], record["hardware"]), reverse=True)
     parts = [
         HEAD,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,7 +26,11 @@ namespace ups {
 
 template <class Part>
 void append(std::string& message, const Part& part) {
-  if constexpr (std::is_arithmetic_v<Part>) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", part);
+    message += text;
+  } else if constexpr (std::is_arithmetic_v<Part>) {
     message += std::to_string(part);
   } else {
     message += part;

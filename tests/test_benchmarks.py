@@ -25,7 +25,8 @@ STEP = "training step cuda wrn-28-2 B=128"
 
 def bench(group, implementation, median, **info):
     stats = SimpleNamespace(median=median, q1=median * 0.9, q3=median * 1.2, rounds=20)
-    return SimpleNamespace(group=group, stats=stats, extra_info={"implementation": implementation, **info})
+    info["implementation"] = implementation
+    return SimpleNamespace(group=group, stats=stats, extra_info=info, fullname=f"benchmarks/test_{group}")
 
 
 def made(hardware, day, median):
@@ -53,20 +54,27 @@ def test_a_record_has_times_of_one_call_rates_and_shares():
 
 
 def test_a_second_run_of_a_day_adds_to_its_record(tmp_path):
-    """Of the same code alone. A group that both have is the second's, where the first had it."""
+    """Of the same code alone. A group that both have is the second's."""
     first = made("A CPU", "2030-01-01", 0.004)
+    first["missing"]["test_another op"] = "failed"
     second = made("A CPU", "2030-01-01", 0.001)
-    second["rows"] = [second["rows"][2], {**second["rows"][3], "group": "another op"}]
+    second["rows"] = [
+        second["rows"][2],
+        {**second["rows"][3], "group": "another op", "test": "test_another op"},
+    ]
     second |= {"copy_gb_s": None, "missing": {"test_y": "failed"}}
     record.write(first, tmp_path)
     path = record.write(second, tmp_path)
     got = json.loads(path.read_text())
-    groups = ["copy cuda", STEP, STEP, "op cuda", "another op"]
-    assert [row["group"] for row in got["rows"]] == groups and got["copy_gb_s"] == first["copy_gb_s"]
-    assert [row["median"] for row in got["rows"][1:3]] == [0.128, 0.001]
+    assert [row["group"] for row in got["rows"]] == ["copy cuda", "op cuda", STEP, "another op"]
+    assert got["copy_gb_s"] == first["copy_gb_s"] and got["rows"][2]["median"] == 0.001
     assert list(got["missing"]) == ["test_x[kornia]", "test_y"]
-    record.write({**second, "commit": "of other code"}, tmp_path)
-    assert len(json.loads(path.read_text())["rows"]) == 2
+    for commit in ("of other code", "abc-dirty", "unknown"):
+        for _ in range(2):
+            record.write({**second, "commit": commit}, tmp_path)
+        record.write({**second, "rows": second["rows"][:1], "commit": commit}, tmp_path)
+        kept = len(json.loads(path.read_text())["rows"])
+        assert kept == (2 if commit == "of other code" else 1), "edited code is other code"
 
 
 def cells(table):

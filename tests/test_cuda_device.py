@@ -532,22 +532,28 @@ def test_a_device_that_is_not_the_current_one(op):
 
 SANITIZED = """
 import torch, ups_fast
-for c in (1, 3, 10, 14, 28, 33, 100, 224, 300, 512, 1000, 1500, 2500):
-    for packed in (False, True):
-        z = torch.randn(4, 9, c + 1, device="cuda")[..., 1:]
-        s = ups_fast.mc_select(z, tau_p=0.4, tau_n=0.2, kappa_p=0.2, kappa_n=0.05, packed=packed)
-        x = z[0].detach().requires_grad_()
-        rows = s.label, s.positive, s.negative
-        (ups_fast.ups_loss(x, *rows) + ups_fast.nce_loss(x, s.negative)).backward()
-        m = ups_fast.mc_select_multilabel(z, tau_n=0.4, kappa_n=0.4, packed=packed)
-        ups_fast.ups_loss_multilabel(x, m.positive, m.negative).backward()
+from itertools import product
+shapes = 1, 3, 10, 14, 28, 33, 100, 224, 300, 512, 1000, 1500, 2500
+for c, packed, aligned, dtype in product(shapes, (False, True), (False, True), (torch.float32, torch.bfloat16)):
+    z = torch.randn(4, 9, c + 1, device="cuda")[..., 1:].to(dtype)  # a slice: rows lie on no multiple of 2
+    z = z.contiguous() if aligned else torch.nn.functional.pad(z, (1, 0))[..., 1:]
+    s = ups_fast.mc_select(z, tau_p=0.4, tau_n=0.2, kappa_p=0.2, kappa_n=0.05, packed=packed)
+    x = z[0].detach().requires_grad_()
+    rows = s.label, s.positive, s.negative
+    (ups_fast.ups_loss(x, *rows) + ups_fast.nce_loss(x, s.negative)).backward()
+    m = ups_fast.mc_select_multilabel(z, tau_n=0.4, kappa_n=0.4, packed=packed)
+    ups_fast.ups_loss_multilabel(x, m.positive, m.negative).backward()
+    ups_fast.fixmatch_loss(x, z[1]).backward()
 x = torch.randn(3000, 10, device="cuda", requires_grad=True)
 ups_fast.nce_loss(x, x.detach() > 0).backward()
+ups_fast.mish(x).sum().backward()
 for size, channels in ((32, 3), (9, 1)):
     images = torch.randint(0, 256, (50, size, size, channels), dtype=torch.uint8, device="cuda")
     index = torch.randperm(50, device="cuda")
     chain = dict(policy="published", seed=1, draw=2, mean=(0.5,) * channels, std=(0.2,) * channels)
     x = ups_fast.augment(images, index, **chain).requires_grad_()
+    plan = ups_fast.augment_plan(index, policy="published", size=(size, size), seed=1, draw=2)
+    assert torch.equal(x, ups_fast.augment(images, index, plan=plan, **chain))
     keys = ups_fast.dropout_keys(index, seed=1, draw=2)
     ups_fast.counter_dropout(x, keys, p=0.3, layer=1).sum().backward()
 torch.cuda.synchronize()

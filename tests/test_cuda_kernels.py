@@ -1134,7 +1134,7 @@ def test_fixmatch_loss_of_nothing(kernels):
 MULTILABEL = {"tau_p": 0.5, "tau_n": 0.2, "kappa_p": 0.2, "kappa_n": 0.05}
 
 
-@classes_of_each_dtype([1, 3, 31, 33, 80, 257], now=(33,))
+@classes_of_each_dtype([1, 3, 31, 33, 80, 257], now=(33, 80))
 def test_mc_select_multilabel_on_hostile_shapes(kernels, c, dtype):
     for p, n, temp_nl in ((1, 1, 2.0), (3, 7, 2.0), (10, 5, 3.7)):
         z = logits_of(p, n, c, dtype=dtype, seed=c + n)
@@ -1151,15 +1151,26 @@ def test_mc_select_multilabel_on_hostile_shapes(kernels, c, dtype):
             for name in ("confidence", "std"):
                 atol = 1e-14 if dtype == torch.float64 else 5e-7  # two roundings and 2 ulp of the exponential
                 np.testing.assert_allclose(getattr(got, name).numpy(), want[name], rtol=0, atol=atol)
-            bits = kernels.mc_select_multilabel(
-                inside(z, 2), limits, packed=True, seed=1, max_blocks=2, **kinds
-            )
-            for a, b in zip(got, bits, strict=True):
-                assert (
-                    torch.equal(b, pack_mask(a))
-                    if a.dtype == torch.bool
-                    else torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
-                )
+            for x in (z, inside(z, 2)):  # chunks of several classes where c allows it, and of one
+                bits = kernels.mc_select_multilabel(x, limits, packed=True, seed=1, max_blocks=2, **kinds)
+                assert_packed(bits, got)
+
+
+def assert_packed(bits: MultiLabelSelection, got: MultiLabelSelection) -> None:
+    for a, b in zip(got, bits, strict=True):
+        equal = pack_mask(a) if a.dtype == torch.bool else a.nan_to_num(-1)
+        assert torch.equal(b if a.dtype == torch.bool else b.nan_to_num(-1), equal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mc_select_multilabel_in_one_block(kernels, dtype):
+    """Which walks over all rows, the last of them with a part of its warps."""
+    z = logits_of(2, 61, 80, dtype=dtype, seed=1)
+    got = kernels.mc_select_multilabel(z, **MULTILABEL)
+    for x in (z, inside(z, 1)):
+        for a, b in zip(got, kernels.mc_select_multilabel(x, max_blocks=1, **MULTILABEL), strict=True):
+            assert torch.equal(a, b)
+        assert_packed(kernels.mc_select_multilabel(x, packed=True, max_blocks=1, seed=2, **MULTILABEL), got)
 
 
 def test_mc_select_multilabel_of_equal_passes(kernels):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ups_fast import config
 from ups_fast.batches import epoch_order, views_of
-from ups_fast.build import Run, prepare
 from ups_fast.data import load_set
 from ups_fast.methods import METHODS, Batch
-from ups_fast.rounds import targets_and_layout
+
+# The trainer's packages, which gpu-check can do without.
+pytest.importorskip("sklearn")
+config, build, rounds = (pytest.importorskip(f"ups_fast.{name}") for name in ("config", "build", "rounds"))
 
 DIGITS = Path(__file__).parents[1] / "configs/digits.yaml"
 WORDS = ["model.name=wrn-10-1", "train.weight_decay=0", "train.batch_size=16", "train.round0_batch_size=0"]
@@ -26,8 +27,8 @@ class Steps:
     def __init__(self, name: str, *words: str) -> None:
         cfg = config.load(DIGITS, [f"method.name={name}", *WORDS, *words])
         torch.manual_seed(0)
-        self.run: Run = prepare(cfg, load_set("digits", ""))
-        targets, self.layout = targets_and_layout(self.run)
+        self.run = build.prepare(cfg, load_set("digits", ""))
+        targets, self.layout = rounds.targets_and_layout(self.run)
         self.tables = targets.tables
         self.ids, self.draws = epoch_order(targets.lists, self.layout, self.run.stream("epoch", 0), 0)
         views = views_of(self.layout.groups, self.run.policies)
@@ -59,14 +60,20 @@ def test_two_steps_are_finite_and_move_every_trained_weight(name: str) -> None:
 @pytest.mark.gpu
 @each_method
 def test_its_graph_takes_its_eager_steps_on_a_gpu(name: str) -> None:
-    """The first ones: rounding, which differs, has not grown much yet."""
+    """The first ones: rounding, which differs, has not grown much yet; a wrong slope of mish moved them by 0.004."""
     losses = []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for mode in ("eager", "graph"):
-            steps = Steps(name, "device=cuda", f"runtime.step={mode}", "runtime.precision=float32")
+            words = [
+                "device=cuda",
+                f"runtime.step={mode}",
+                "runtime.precision=float32",
+                "model.activation=mish",
+            ]
+            steps = Steps(name, *words)
             losses.append([steps.step(n, 0.5 + n / 1000) for n in range(4)])
             assert steps.run.step.captures == (mode == "graph")
-    assert losses[1] == pytest.approx(losses[0], rel=0.01, abs=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
 
 
 @each_method

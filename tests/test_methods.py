@@ -294,7 +294,7 @@ def test_more_rounds_go_on_where_each_is_a_training_of_its_own(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [("ups", {}), ("fixmatch", {})], ids=named)  # test_twins compiles each loss
+@pytest.mark.parametrize("case", [("ups", {}), ("fixmatch", {})], ids=named)  # test_twins traces each loss
 def test_a_method_compiles_as_one_graph(
     case: Case, digits: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

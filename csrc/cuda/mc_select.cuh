@@ -5,8 +5,8 @@
 // mask: no probability, mean or std of a class ever exists in memory.
 //
 // Mapping: a team of 1 to 256 threads has a row, a thread keeps 4 to 14 of its classes in registers over all passes
-// (plan.h). Passes come in groups: the loads of a group are issued before the first is used (where logits have 16 bits,
-// before the group ahead of it is worked on), and its maxima, then its sums, are reduced over the team together.
+// (plan.h). Passes come in groups: the loads of a group are issued before the first is used, and its maxima, then its
+// sums, are reduced over the team together. The loads of 16-bit logits, of more than 10 classes, are a group ahead.
 #pragma once
 
 #include <climits>

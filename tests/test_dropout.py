@@ -211,6 +211,19 @@ def test_derivatives():
     torch.library.opcheck(torch.ops.ups_fast.counter_dropout, (x, keys, 0.4, 1))
 
 
+@pytest.mark.parametrize(
+    ("p", "layer", "sentence"),
+    [
+        (1.5, 0, "p must lie in [0, 1), got 1.5"),
+        (-1e-9, 0, "p must lie in [0, 1), got -1e-09"),
+        (0.5, 1 << 20, "layer must lie in 0..2^20 - 1, got 1048576"),
+    ],
+)
+def test_the_op_itself_says_what_it_got(p, layer, sentence):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        torch.ops.ups_fast.counter_dropout(torch.ones(2, 3), torch.zeros(2, dtype=torch.int32), p, layer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_compiled_is_equal(memory_format):

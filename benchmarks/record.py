@@ -190,11 +190,8 @@ def section(record: dict[str, Any]) -> str:
     head = f"## {record['hardware']}, {record['date']}\n\n{record['host']}; torch {record['torch']}; commit "
     head += record["commit"] + (f"; copy {number(record['copy_gb_s'])} GB/s" if record["copy_gb_s"] else "")
     kernels = "\n".join(f"- {device}: {said}" for device, said in record["kernels"].items())
-    cost = {(row["group"], row["implementation"]): per_image(row) for row in record["rows"]}
     lines, before = [], ""
-    for row in record["rows"]:
-        ours = "ups_fast, graph" if row["implementation"].endswith(", graph") else "ups_fast"
-        base = cost.get((row["group"], ours))
+    for row, times in zip(record["rows"], factors(record["rows"]), strict=True):
         lines.append(
             [
                 "" if row["group"] == before else row["group"],
@@ -203,13 +200,21 @@ def section(record: dict[str, Any]) -> str:
                 str(row["n"]),
                 f"{number(row['rate'])} {row['unit']}" if "rate" in row else "",
                 f"{row['share']:.0%}" if "share" in row else "",
-                f"{per_image(row) / base:.1f} x" if base else "",
+                f"{times:.1f} x" if times else "",
             ]
         )
         before = row["group"]
     table = grid(["group", "implementation", "median", "n", "rate", "of the bound", "time"], lines)
     missing = "".join(f"\n- {test}: {why}" for test, why in record["missing"].items())
     return f"{head}\n\n{kernels}\n\n{table}" + (f"\n\nNot measured:\n{missing}" if missing else "")
+
+
+def factors(rows: list[dict[str, Any]]) -> list[float | None]:
+    """How many times as long as ours each row takes, a graph beside our graph; None where ours is not there."""
+    cost = {(row["group"], row["implementation"]): per_image(row) for row in rows}
+    kinds = ["ups_fast, graph" if row["implementation"].endswith(", graph") else "ups_fast" for row in rows]
+    ours = [cost.get((row["group"], kind)) for row, kind in zip(rows, kinds, strict=True)]
+    return [per_image(row) / base if base else None for row, base in zip(rows, ours, strict=True)]
 
 
 def per_image(row: dict[str, Any]) -> float:

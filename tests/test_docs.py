@@ -282,20 +282,23 @@ def test_accuracy_on_digits_is_that_of_the_record(name):
         assert f"| {cells} |" in text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_factors_are_those_of_a_record(name):
-    def each(row):  # an image, where images are counted
-        return 1 / row["rate"] if row.get("unit") == "images/s" else row["median"]
-
-    found = set()
-    for record in RESULTS.glob("*.json"):
-        rows = json.loads(record.read_text())["rows"]
-        for row in rows:
-            kind = "ups_fast, graph" if row["implementation"].endswith(", graph") else "ups_fast"
-            ours = [r for r in rows if r["group"] == row["group"] and r["implementation"] == kind]
-            found |= {f"{each(row) / each(r):.{digits}f}" for r in ours for digits in (0, 1)}
-    factors = re.findall(r"\b([\d.]+) x\b", re.sub('"8.5 x"', "", (ROOT / name).read_text()))
-    assert len(factors) >= 4 and set(factors) <= found, set(factors) - found
+@pytest.mark.parametrize(
+    ("name", "on_a_gpu"), [("README.md", "\nOn one H100, "), ("docs/results.md", "\n## On a GPU\n")]
+)
+def test_factors_are_those_of_the_records(name, on_a_gpu):
+    """Those of a CPU's record, and from there on those of the GPU's."""
+    parts = re.sub('"8.5 x"', "", (ROOT / name).read_text()).partition(on_a_gpu)[::2]
+    for part, files in zip(parts, ("amd-epyc-2026-11-22.json", "nvidia-h100-*.json"), strict=True):
+        times = [
+            each
+            for path in RESULTS.glob(files)
+            for each in importlib.import_module("benchmarks.record").factors(
+                json.loads(path.read_text())["rows"]
+            )
+        ]
+        found = {f"{each:.{digits}f}" for each in times if each for digits in (0, 1)}
+        said = re.findall(r"\b([\d.]+) x\b", part)
+        assert len(said) >= 3 and set(said) <= found, set(said) - found
 
 
 # Words ----------------------------------------------------------------------------------------------------

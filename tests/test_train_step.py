@@ -43,10 +43,6 @@ def batch_of(images: Tensor, keys: Tensor | None, target: Tensor, negative: Tens
     return Batch(images, keys, torch.arange(len(images)), rows, torch.zeros(()))
 
 
-def loss_function(method: Method, how: Callable = as_it_is) -> Callable[[Batch], Tensor]:
-    return method.prepare(how)
-
-
 # One step.
 
 
@@ -67,7 +63,7 @@ def test_a_step_against_one_written_out() -> None:
     twin.load_state_dict(ours.state_dict())
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     batch = batch_of(images, None, target, negative)
-    first, second = (method.step(loss_function(method), optimizer, batch) for _ in range(2))
+    first, second = (method.step(method.prepare(as_it_is), optimizer, batch) for _ in range(2))
 
     for want in (first, second):
         logits = twin(images)  # both kinds in one pass, so that batch-norm sees both
@@ -107,7 +103,7 @@ def losses(
             for weight in model.parameters():
                 weight *= 1 + 2**-23 * torch.randint(-1, 2, weight.shape, generator=generator(shaken))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    loss_of = loss_function(method, how)
+    loss_of = method.prepare(how)
     g, found = generator(1), []
     for at in range(n):
         images = torch.randn(16, 1, 12, 12, generator=g).to(memory_format=torch.channels_last)
@@ -155,7 +151,7 @@ def test_a_new_round_compiles_nothing() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         method = ups()
-        loss_of = loss_function(method, traced)
+        loss_of = method.prepare(traced)
 
         def batch(rows: int, positive: int, seed: int, at: int) -> Batch:
             keys = dropout_keys(torch.arange(rows), seed=seed, draw=at)
@@ -181,7 +177,7 @@ def test_nine_networks_compile_in_one_process() -> None:
         method = ups(lambda depth=depth: Deep(depth))  # type: ignore[misc]
         target, negative = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int32)
         batch = batch_of(torch.ones(2, 3), None, target, negative)
-        compiled, eager = (loss_function(method, each)(batch) for each in (fullgraph, as_it_is))
+        compiled, eager = (method.prepare(each)(batch) for each in (fullgraph, as_it_is))
         assert torch.allclose(compiled, eager, rtol=1e-5)
 
 
@@ -319,7 +315,7 @@ def test_the_step_is_the_plain_loop() -> None:
         batch = images.augmented(index, seed=2, epoch=draw)
         keys = dropout_keys(index, seed=102, draw=draw)
         given = batch_of(batch, keys, tables["target"][index], tables["negative"][index])
-        total = total + method.step(loss_function(method), optimizer, given)
+        total = total + method.step(method.prepare(as_it_is), optimizer, given)
         sums.append(total)
     # The fused optimizer rounds in another order than the plain one: some 2^-24 of a weight in each step.
     assert torch.allclose(got, torch.stack(sums), rtol=1e-4)
@@ -452,7 +448,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
 def test_graph_steps_are_the_eager_ones_and_are_captured_once(graphs: list[Graph]) -> None:
     eager, graph = new_step(), new_step("graph")
-    graph.loss_of = eager_loss = loss_function(graph.method)  # what torch.compile does to it is tested above
+    graph.loss_of = eager_loss = graph.method.prepare(
+        as_it_is
+    )  # what torch.compile does to it is tested above
     for number in (1, 2, 3):
         assert torch.equal(steps_of_round(graph, number), steps_of_round(eager, number))
         assert all(map(torch.equal, memory(graph), memory(eager)))
@@ -468,7 +466,7 @@ def test_a_method_that_splits_batches_has_a_graph_for_each_of_their_layouts(
     """Such a loss knows rows by their place, which would be part of the graph."""
     monkeypatch.setattr(UPS, "splits", True)
     graph = new_step("graph")
-    graph.loss_of = loss_function(graph.method)
+    graph.loss_of = graph.method.prepare(as_it_is)
     for number, captures in ((1, 1), (1, 1), (2, 2), (1, 3)):
         steps_of_round(graph, number)
         assert graph.captures == len(graphs) == captures
@@ -476,7 +474,7 @@ def test_a_method_that_splits_batches_has_a_graph_for_each_of_their_layouts(
 
 def test_a_capture_leaves_no_trace(graphs: list[Graph]) -> None:
     graph = new_step("graph")
-    graph.loss_of = loss_function(graph.method)
+    graph.loss_of = graph.method.prepare(as_it_is)
     momentum = {name: torch.full_like(buffer, 3.0) for name, buffer in graph.momentum.items()}
     graph.loss.fill_(7.0)
     weights = weights_of(5)

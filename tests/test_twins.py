@@ -897,7 +897,10 @@ def test_state_stays_in_its_place_and_is_all_there_is(name, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), ALL, ids=lambda each: str(each) if each else "")
 def test_compiled_as_one_graph(name, options):
-    """Steps with the compiled loss, or the traced one, against eager ones: all equal, floats up to rounding."""
+    """Steps with the loss compiled or, for most, traced against eager ones.
+
+    Labels, counts and masks are equal, floats up to rounding.
+    """
     pair = []
     for how in (lambda function: function, fullgraph if name in ("ups", "fixmatch", "comatch") else traced):
         method = make(name, 4, network=tiny_with_dropout, **options)

@@ -19,7 +19,7 @@ struct LaunchPlan {
 };
 
 // mc_select: a lane keeps `chunks` chunks of `width` neighboring classes in registers over all passes, and a chunk is
-// one load. The arithmetic on a class (29 instructions a slot and pass on an H100) weighs more than its load, so a row
+// one load. The arithmetic on a class (27 to 29 instructions a pass on an H100) weighs more than its load, so a row
 // should fill its threads: 10 classes do exactly, 100 leave 12 slots idle, 1000 leave 24. The last variant loops over
 // classes instead.
 struct McSelectVariant {
